@@ -1,0 +1,93 @@
+"""The C++ CPU library: one binary per platform behind a plain C ABI, loaded by ctypes, on torch's own thread pool."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.resources
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+__all__ = ["ABI_VERSION", "NativeLibrary", "library", "unavailable_reason"]
+
+ABI_VERSION = 1
+_CURE = (
+    "install a C++17 compiler (Linux: g++ or clang; macOS: xcode-select --install; Windows: Visual Studio Build Tools) "
+    "and reinstall: pip install --force-reinstall --no-deps statescan"
+)
+
+
+def _file_name() -> str:
+    return {"Windows": "statescan_cpu.dll", "Darwin": "libstatescan_cpu.dylib"}.get(
+        platform.system(), "libstatescan_cpu.so"
+    )
+
+
+def _find() -> Path | None:
+    """STATESCAN_CPU_LIBRARY if set, else _lib/ inside the package (also of an editable install)."""
+    named = os.environ.get("STATESCAN_CPU_LIBRARY")
+    if named:
+        return Path(named)
+    beside = Path(__file__).resolve().parent.parent / "_lib" / _file_name()
+    if beside.exists():
+        return beside
+    try:
+        with importlib.resources.as_file(importlib.resources.files("statescan") / "_lib" / _file_name()) as found:
+            return found if found.exists() else None
+    except (FileNotFoundError, ModuleNotFoundError, NotADirectoryError):
+        return None
+
+
+class NativeLibrary:
+    """The loaded library. ``lib`` is the ctypes handle; every call releases the GIL and returns 0 or an error code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lib = ctypes.CDLL(str(path))
+        self.lib.ss_abi_version.restype = ctypes.c_int
+        if self.lib.ss_abi_version() != ABI_VERSION:
+            raise OSError(
+                f"{path} has ABI version {self.lib.ss_abi_version()}, this package needs {ABI_VERSION}: reinstall statescan"
+            )
+        self.lib.ss_isa.restype = ctypes.c_char_p
+        # torch's own parallel_for: one thread pool in the process, and torch.set_num_threads is obeyed.
+        parallel_for = ctypes.CDLL(_torch_library()).torch_parallel_for
+        self.lib.ss_set_parallel_for.argtypes = [ctypes.c_void_p]
+        self.lib.ss_set_parallel_for(ctypes.cast(parallel_for, ctypes.c_void_p))
+
+    @property
+    def isa(self) -> str:
+        """Instruction set the kernels run with: avx512, avx2, neon or generic (STATESCAN_CPU_ISA lowers it)."""
+        return self.lib.ss_isa().decode()
+
+
+def _torch_library() -> str:
+    name = {"Windows": "torch_cpu.dll", "Darwin": "libtorch_cpu.dylib"}.get(platform.system(), "libtorch_cpu.so")
+    return str(Path(torch.__file__).parent / "lib" / name)
+
+
+@functools.cache
+def _load() -> NativeLibrary | str:
+    path = _find()
+    if path is None:
+        return f"the C++ CPU kernels were not built at installation; {_CURE}"
+    try:
+        return NativeLibrary(path)
+    except (OSError, AttributeError) as problem:
+        return f"the C++ CPU library does not load ({problem}); {_CURE}"
+
+
+def unavailable_reason() -> str | None:
+    """Why the CPU kernels can't be used, with the cure; None where they can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def library() -> NativeLibrary:
+    """The loaded library; call only where `unavailable_reason` is None."""
+    loaded = _load()
+    assert isinstance(loaded, NativeLibrary), loaded
+    return loaded
