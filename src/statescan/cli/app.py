@@ -1,0 +1,41 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from statescan import __version__
+from statescan.cli import terminal
+from statescan.cli.doctor import doctor
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="statescan",
+    help="Selective state space models (Mamba): train, generate, judge and look inside, on any machine.",
+    epilog="Example: statescan demo --out demo-out",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"statescan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    terminal.set_debug(debug)
+
+
+app.command(epilog="Example: statescan doctor --json")(doctor)
