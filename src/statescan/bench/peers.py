@@ -237,7 +237,9 @@ class GgmlScan:
             new = getattr(base, f"ggml_new_tensor_{name}")
             new.restype, new.argtypes = pointer, [pointer, ctypes.c_int] + [i64] * count
         base.ggml_get_data.restype, base.ggml_get_data.argtypes = pointer, [pointer]
-        base.ggml_ssm_scan.restype, base.ggml_ssm_scan.argtypes = pointer, [pointer] * 8
+        base.ggml_ssm_scan.restype = pointer
+        # The last argument (how many states to keep) came in 2026; an older library reads one argument less.
+        base.ggml_ssm_scan.argtypes = [pointer] * 8 + [i64]
         base.ggml_new_graph.restype, base.ggml_new_graph.argtypes = pointer, [pointer]
         base.ggml_build_forward_expand.argtypes = [pointer, pointer]
         base.ggml_build_forward_expand.restype = None
@@ -261,7 +263,7 @@ class GgmlScan:
         b = tensor(B[0].numpy(), f32, n, 1, length, 1)
         c = tensor(C[0].numpy(), f32, n, 1, length, 1)
         ids = tensor(np.zeros(1, np.int32), i32, 1)
-        self._out = base.ggml_ssm_scan(context, s, x, d, a, b, c, ids)
+        self._out = base.ggml_ssm_scan(context, s, x, d, a, b, c, ids, 1)
         graph = base.ggml_new_graph(context)
         base.ggml_build_forward_expand(graph, self._out)
         self._call = lambda: cpu.ggml_graph_compute_with_ctx(context, graph, threads)
