@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.resources
 import os
 import platform
 from pathlib import Path
@@ -16,7 +15,7 @@ __all__ = ["ABI_VERSION", "NativeLibrary", "library", "unavailable_reason"]
 ABI_VERSION = 1
 _CURE = (
     "install a C++17 compiler (Linux: g++ or clang; macOS: xcode-select --install; Windows: Visual Studio Build Tools) "
-    "and reinstall: pip install --force-reinstall --no-deps statescan"
+    "and reinstall: pip install --force-reinstall --no-deps --no-cache-dir statescan"
 )
 
 
@@ -27,18 +26,17 @@ def _file_name() -> str:
 
 
 def _find() -> Path | None:
-    """STATESCAN_CPU_LIBRARY if set, else _lib/ inside the package (also of an editable install)."""
+    """STATESCAN_CPU_LIBRARY if set, else the newest of the package's _lib folders.
+
+    An editable install has up to two: one beside the sources (``make lib``) and one that pip built into site-packages.
+    """
     named = os.environ.get("STATESCAN_CPU_LIBRARY")
     if named:
         return Path(named)
-    beside = Path(__file__).resolve().parent.parent / "_lib" / _file_name()
-    if beside.exists():
-        return beside
-    try:
-        with importlib.resources.as_file(importlib.resources.files("statescan") / "_lib" / _file_name()) as found:
-            return found if found.exists() else None
-    except (FileNotFoundError, ModuleNotFoundError, NotADirectoryError):
-        return None
+    import statescan
+
+    found = [path for folder in statescan.__path__ if (path := Path(folder) / "_lib" / _file_name()).is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 class NativeLibrary:
