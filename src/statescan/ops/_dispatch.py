@@ -68,8 +68,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _module(op: str, backend: str) -> Any:
-    return importlib.import_module(f"statescan.ops.{_FOLDER.get(op, op)}.{BACKENDS[op][backend]}")
+def _refusal(op: str, backend: str, facts: Facts) -> str | None:
+    name = f"statescan.ops.{_FOLDER.get(op, op)}.{BACKENDS[op][backend]}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name != name:
+            raise
+        return f"this installation has no module {name}; reinstall statescan"
+    return module.refuses(facts)
 
 
 @torch.compiler.assume_constant_result
@@ -86,12 +93,12 @@ def choose(
     names = BACKENDS[op]
     if backend == "auto":
         for name in names:
-            if _module(op, name).refuses(facts) is None:
+            if _refusal(op, name, facts) is None:
                 return name
         raise BackendUnavailableError(f"{op}: no backend can run this call:\n{explain(op, facts)}")
     if backend not in names:
         raise ConfigError(f"{op}: backend must be one of {['auto', *names]}, got {backend!r}")
-    refusal = _module(op, backend).refuses(facts)
+    refusal = _refusal(op, backend, facts)
     if refusal is not None:
         raise BackendUnavailableError(f"{op}: backend '{backend}' can't run this call: {refusal}")
     return backend
@@ -113,6 +120,6 @@ def explain(op: str, facts: Facts | None = None, **given: Any) -> Explanation:
         raise ConfigError(f"explain: op must be one of {sorted(BACKENDS)}, got {op!r}")
     if facts is None:
         facts = Facts(**{"device": "cpu", "dtype": torch.float32, "d_state": 16, "width": 4, **given})
-    refusals = {name: _module(op, name).refuses(facts) for name in BACKENDS[op]}
+    refusals = {name: _refusal(op, name, facts) for name in BACKENDS[op]}
     runs = next((name for name, refusal in refusals.items() if refusal is None), "none")
     return Explanation(op, runs, facts, refusals)

@@ -1,0 +1,185 @@
+"""Checks that the ops share: each raises one line with the op, the argument, what was wanted, what came, the cure.
+
+Everything here looks at shapes, dtypes and devices alone, so torch.compile traces it away. The only check that reads
+values is `check_cu_seqlens`, which is left out while a graph is traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statescan.errors import DTypeError, ShapeError
+
+__all__ = [
+    "ACTIVATION_DTYPES",
+    "COMPLEX_DTYPES",
+    "check_cu_seqlens",
+    "check_device",
+    "check_dtype",
+    "check_parameters",
+    "check_projection",
+    "check_shape",
+    "check_state",
+    "check_tensor",
+    "state_dtypes",
+    "without_autocast",
+]
+
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)
+ACTIVATION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def check_tensor(op: str, argument: str, value: Any) -> None:
+    """Raises DTypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise DTypeError(
+            f"{op}: {argument} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor"
+        )
+
+
+def check_shape(op: str, argument: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
+    """Raises ShapeError unless `value` has the wanted shape; `meaning` names its dimensions, ``"(batch, length)"``."""
+    if tuple(value.shape) != wanted:
+        cure = "transpose or reshape it"
+        if len(wanted) == 3 and tuple(value.shape) == (wanted[0], wanted[2], wanted[1]):
+            cure = f"pass {argument}.transpose(1, 2)"
+        raise ShapeError(f"{op}: {argument} must have shape {meaning} = {wanted}, got {tuple(value.shape)}; {cure}")
+
+
+def check_dtype(op: str, argument: str, value: Tensor, wanted: Sequence[torch.dtype], why: str = "") -> None:
+    """Raises DTypeError unless the dtype is among the wanted ones; `why` says where the wish comes from."""
+    if value.dtype not in wanted:
+        first = str(wanted[0])
+        raise DTypeError(
+            f"{op}: {argument} must be {_names(wanted)}{f' ({why})' if why else ''}, "
+            f"got {str(value.dtype).removeprefix('torch.')}; pass {argument}.to({first})"
+        )
+
+
+def check_device(op: str, argument: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """Raises ShapeError unless `value` lies on the device of `like`."""
+    if value.device != like.device:
+        raise ShapeError(
+            f"{op}: {argument} must be on {like.device}, where {like_name} is, got {value.device}; "
+            f"pass {argument}.to('{like.device}')"
+        )
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """Checks the boundaries of packed sequences: int32 or int64, from 0 to the length, never falling, batch 1.
+
+    The values are read on the host (one copy from the device), and only outside of torch.compile and torch.export.
+    """
+    check_tensor(op, "cu_seqlens", cu_seqlens)
+    check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ShapeError(
+            f"{op}: cu_seqlens must have shape (sequences + 1,) with at least one sequence, "
+            f"got {tuple(cu_seqlens.shape)}; pass the running sum of the sequences' lengths, with 0 in front"
+        )
+    if batch != 1:
+        raise ShapeError(
+            f"{op}: with cu_seqlens the batch must be 1, got {batch}; "
+            "put all sequences one after the other along the length"
+        )
+    if torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ShapeError(f"{op}: cu_seqlens must start at 0, got {bounds[0]}; put a 0 in front")
+    for before, after in itertools.pairwise(bounds):
+        if after < before:
+            raise ShapeError(
+                f"{op}: cu_seqlens must never fall, got {before} followed by {after}; "
+                "pass the running sum of the sequences' lengths"
+            )
+    if bounds[-1] != length:
+        raise ShapeError(
+            f"{op}: cu_seqlens must end at the length {length}, got {bounds[-1]}; "
+            "cut the padding off, or make it a sequence of its own"
+        )
+
+
+def state_dtypes(u: torch.dtype, complex_A: bool) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of real arithmetic, dtype of the state): float64 for float64 inputs, else float32; complex where A is."""
+    real = torch.float64 if u == torch.float64 else torch.float32
+    if not complex_A:
+        return real, real
+    return real, torch.complex128 if real == torch.float64 else torch.complex64
+
+
+def check_parameters(op: str, u: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
+    """Checks what does not depend on the position: A (d_inner, d_state), D and dt_bias (d_inner,)."""
+    d_inner = u.shape[-1]
+    check_tensor(op, "A", A)
+    check_dtype(op, "A", A, ACTIVATION_DTYPES + COMPLEX_DTYPES)
+    check_device(op, "A", A, u, "u")
+    if A.dim() != 2 or A.shape[0] != d_inner or A.shape[1] < 1:
+        raise ShapeError(
+            f"{op}: A must have shape (d_inner, d_state) = ({d_inner}, d_state >= 1), got {tuple(A.shape)}; "
+            "transpose or reshape it"
+        )
+    for name, value in (("D", D), ("dt_bias", dt_bias)):
+        if value is not None:
+            check_tensor(op, name, value)
+            check_dtype(op, name, value, ACTIVATION_DTYPES)
+            check_device(op, name, value, u, "u")
+            check_shape(op, name, value, (d_inner,), "(d_inner,)")
+
+
+def check_projection(op: str, name: str, value: Tensor, u: Tensor, A: Tensor, leading: tuple[int, ...]) -> None:
+    """Checks B or C: (*leading, d_state), (*leading, groups, d_state), or (d_inner, d_state) for all positions.
+
+    `leading` is (batch, length) for the scan and (batch,) for one step. Where a step's batch equals d_inner, both
+    readings have one shape; then the one per position is meant.
+    """
+    d_inner, d_state = A.shape
+    check_tensor(op, name, value)
+    check_device(op, name, value, u, "u")
+    dims = value.dim() - len(leading)
+    grouped = dims == 2 and tuple(value.shape[: len(leading)]) == leading and value.shape[-1] == d_state
+    if grouped and (value.shape[-2] < 1 or d_inner % value.shape[-2] != 0):
+        raise ShapeError(
+            f"{op}: {name} must have a number of groups that divides d_inner = {d_inner}, "
+            f"got {value.shape[-2]} groups; pass (..., groups, d_state) with such a number"
+        )
+    per_position = grouped or tuple(value.shape) == (*leading, d_state)
+    if not per_position and tuple(value.shape) != (d_inner, d_state):
+        lead = ", ".join(str(size) for size in leading)
+        raise ShapeError(
+            f"{op}: {name} must have shape ({lead}, {d_state}), ({lead}, groups, {d_state}) or, the same at every "
+            f"position, ({d_inner}, {d_state}), got {tuple(value.shape)}; transpose or reshape it"
+        )
+    wanted = (u.dtype,) if per_position else ACTIVATION_DTYPES
+    why = "the dtype of u" if per_position else ""
+    if A.is_complex():
+        wanted, why = (*wanted, state_dtypes(u.dtype, True)[1]), "A is complex"
+    check_dtype(op, name, value, wanted, why)
+
+
+def check_state(op: str, name: str, state: Tensor, u: Tensor, A: Tensor, rows: int, meaning: str) -> None:
+    """Checks a state: (rows, d_inner, d_state) in the state's dtype."""
+    check_tensor(op, name, state)
+    check_device(op, name, state, u, "u")
+    check_shape(op, name, state, (rows, *A.shape), f"({meaning}, d_inner, d_state)")
+    complex_too = " and complex A" if A.is_complex() else ""
+    why = f"the state's dtype for {str(u.dtype).removeprefix('torch.')} inputs{complex_too}"
+    check_dtype(op, name, state, (state_dtypes(u.dtype, A.is_complex())[1],), why)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast changes nothing: an op's dtypes follow from its arguments alone."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,1 @@
+"""The selective scan: the recurrence of S6 (Mamba) over a whole sequence."""

@@ -1,0 +1,1 @@
+"""One step of the selective scan, for decoding: constant memory, constant time."""
