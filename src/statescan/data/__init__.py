@@ -1,1 +1,26 @@
+"""Text in: readers, tokenizers, memory-mapped token files, and the order in which training reads them."""
 
+from statescan.data.sampler import WindowSampler, permute
+from statescan.data.text import Chunk, Document, Source, find_sources, packaged_corpus, read_chunks, read_texts
+from statescan.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, token_dtype
+from statescan.data.tokens import TokenFile, build_token_file, default_cache_folder
+
+__all__ = [
+    "ByteTokenizer",
+    "Chunk",
+    "Document",
+    "JsonTokenizer",
+    "Source",
+    "TokenFile",
+    "Tokenizer",
+    "WindowSampler",
+    "build_token_file",
+    "default_cache_folder",
+    "find_sources",
+    "load_tokenizer",
+    "packaged_corpus",
+    "permute",
+    "read_chunks",
+    "read_texts",
+    "token_dtype",
+]

@@ -1,0 +1,253 @@
+"""Tokenizers: bytes by default, any `tokenizers` JSON by path."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from statescan.errors import DataError, MissingExtraError
+
+__all__ = ["ByteTokenizer", "JsonTokenizer", "Tokenizer", "load_tokenizer", "token_dtype"]
+
+_BYTES_FILE = "statescan_tokenizer.json"
+_JSON_FILE = "tokenizer.json"
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """A short name for people: "bytes", or the file's."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers exactly when they turn every text into the same ids."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids lie in [0, vocab_size)."""
+        ...
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id put between two documents, None where there is none."""
+        ...
+
+    def encode(self, text: str | bytes) -> NDArray[Any]:
+        """The ids of a text, in the narrowest of uint8, uint16, uint32 that holds the vocabulary."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The ids of several texts, each as `encode` gives them."""
+        ...
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        """The bytes of ids: pieces of a character too, so a stream can be put together without loss."""
+        ...
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer into a model's folder, from which `load_tokenizer` reads it."""
+        ...
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest unsigned integer that holds ids below `vocab_size`."""
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        if vocab_size <= np.iinfo(dtype).max + 1:
+            return np.dtype(dtype)
+    raise DataError(f"tokenizer: wanted at most 2**32 ids, got {vocab_size}")
+
+
+class ByteTokenizer:
+    """One id per byte: 256 of them, no file, nothing unknown. The NUL byte stands between documents."""
+
+    name = "bytes"
+    fingerprint = "bytes"
+    vocab_size = 256
+    end_of_text: int | None = 0
+
+    def encode(self, text: str | bytes) -> NDArray[np.uint8]:
+        """The bytes of a text: those of its UTF-8 form for a string, the very bytes for bytes (valid UTF-8 or not)."""
+        data = text.encode("utf-8", "replace") if isinstance(text, str) else bytes(text)
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint8]]:
+        """The bytes of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of bytes; what is no UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        """The bytes themselves."""
+        array = np.asarray(ids)
+        if array.size and (array.min() < 0 or array.max() > 255):
+            raise DataError(f"byte tokenizer: wanted ids in [0, 256), got {int(array.min())} to {int(array.max())}")
+        return array.astype(np.uint8).tobytes()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the few bytes that say "bytes" into a model's folder."""
+        _write_whole(Path(folder) / _BYTES_FILE, json.dumps({"kind": "bytes", "vocab_size": 256}) + "\n")
+
+    def __repr__(self) -> str:
+        return "ByteTokenizer()"
+
+
+class JsonTokenizer:
+    """A tokenizer of the `tokenizers` package, read from its JSON file.
+
+    Args:
+        path: the JSON file.
+
+    Raises:
+        MissingExtraError: `tokenizers` is not installed.
+        DataError: the file is missing or is no tokenizer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            import tokenizers
+        except ImportError:
+            raise MissingExtraError("a tokenizer from a JSON file", "tokenizers", "hub") from None
+        try:
+            self._json = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise DataError(f"tokenizer: '{self.path}' can't be read ({problem})") from None
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(self._json)
+        except Exception as problem:  # the package raises bare Exception for any malformed file
+            raise DataError(
+                f"tokenizer: wanted a `tokenizers` JSON file, got '{self.path}', which is none ({problem})"
+            ) from None
+        self.name = self.path.parent.name if self.path.name == _JSON_FILE else self.path.stem
+        self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._dtype = token_dtype(self.vocab_size)
+        self.end_of_text: int | None = next(
+            (id for id in map(self._tokenizer.token_to_id, _END_OF_TEXT) if id is not None), None
+        )
+
+    def encode(self, text: str | bytes) -> NDArray[Any]:
+        """The ids of a text, without special tokens added around it; bytes are decoded as UTF-8 first."""
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=self._dtype)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The ids of several texts, encoded in parallel."""
+        batch = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self._dtype) for encoding in batch]
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of ids, special tokens included."""
+        return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        """The bytes of ids: exact for byte-level vocabularies; else the UTF-8 of the decoded text."""
+        if self._bytes_of_id is None:
+            return self.decode(ids).encode()
+        try:
+            return b"".join(self._bytes_of_id[int(id)] for id in ids)
+        except KeyError as problem:
+            raise DataError(f"tokenizer {self.name}: wanted ids in its vocabulary, got {problem}") from None
+
+    @functools.cached_property
+    def _bytes_of_id(self) -> dict[int, bytes] | None:
+        """The bytes of each id of a byte-level vocabulary; None for other kinds."""
+        if '"ByteLevel"' not in json.dumps(json.loads(self._json).get("decoder")):
+            return None
+        byte_of = _byte_level_alphabet()
+        added = {id: token.content for id, token in self._tokenizer.get_added_tokens_decoder().items()}
+        table = {}
+        for token, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if id in added:
+                table[id] = added[id].encode()
+            elif all(character in byte_of for character in token):
+                table[id] = bytes(byte_of[character] for character in token)
+            else:
+                return None
+        return table
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json into a model's folder."""
+        _write_whole(Path(folder) / _JSON_FILE, self._json)
+
+    def __repr__(self) -> str:
+        return f"JsonTokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
+
+
+@functools.cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one character: itself where printable, else 256 + a running number."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet.update({chr(256 + number): byte for number, byte in enumerate(others)})
+    return alphabet
+
+
+def load_tokenizer(source: str | os.PathLike[str] | None = None) -> ByteTokenizer | JsonTokenizer:
+    """A tokenizer by name or path.
+
+    Args:
+        source: None or "bytes" for the byte tokenizer; else a `tokenizers` JSON file, or a folder that holds
+            tokenizer.json or what `ByteTokenizer.save` wrote (a model's folder).
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        DataError: the path does not exist, or holds no tokenizer.
+        MissingExtraError: a JSON file was named and `tokenizers` is not installed.
+    """
+    if source is None or str(source) == "bytes":
+        return ByteTokenizer()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / _JSON_FILE).is_file():
+            return JsonTokenizer(path / _JSON_FILE)
+        if (path / _BYTES_FILE).is_file():
+            return ByteTokenizer()
+        raise DataError(
+            f"tokenizer: wanted {_JSON_FILE} or {_BYTES_FILE} in the folder '{path}', got neither; "
+            "name a tokenizer with --tokenizer PATH or --tokenizer bytes"
+        )
+    if not path.exists():
+        raise DataError(
+            f"tokenizer: wanted 'bytes' or an existing file or folder, got '{source}', which does not exist"
+        )
+    return ByteTokenizer() if path.name == _BYTES_FILE else JsonTokenizer(path)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

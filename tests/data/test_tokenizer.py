@@ -1,0 +1,100 @@
+import sys
+
+import numpy as np
+import pytest
+
+from statescan.data import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, token_dtype
+from statescan.errors import DataError, MissingExtraError
+
+TEXT = "Call me Ishmael. Größe 大きさ 🙂\r\n\ttabs  and   spaces" * 3
+
+
+@pytest.fixture(scope="module")
+def bpe_path(tmp_path_factory):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "small.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_bytes_there_and_back():
+    tokenizer = load_tokenizer()
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert isinstance(tokenizer, Tokenizer)
+    ids = tokenizer.encode(TEXT)
+    assert ids.dtype == np.uint8
+    assert tokenizer.decode(ids) == TEXT
+    everything = bytes(range(256))
+    assert tokenizer.decode_bytes(tokenizer.encode(everything)) == everything
+    assert tokenizer.decode([0xE5, 0xA4]) == "\ufffd"
+    with pytest.raises(DataError, match=r"wanted ids in \[0, 256\), got 1 to 256"):
+        tokenizer.decode([1, 256])
+
+
+def test_json_there_and_back(bpe_path):
+    tokenizer = load_tokenizer(bpe_path)
+    assert isinstance(tokenizer, Tokenizer)
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("small", 300, 0)
+    ids = tokenizer.encode(TEXT)
+    assert ids.dtype == np.uint16
+    assert len(ids) < len(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.decode_bytes(ids) == TEXT.encode()
+    # Ids may end inside a character: only bytes can be put together piece by piece.
+    assert b"".join(tokenizer.decode_bytes([id]) for id in ids) == TEXT.encode()
+    assert tokenizer.decode_bytes([0]) == b"<|endoftext|>"
+    batch = tokenizer.encode_batch([TEXT, "me", ""])
+    assert [list(ids) for ids in batch] == [list(tokenizer.encode(text)) for text in (TEXT, "me", "")]
+    with pytest.raises(DataError, match="wanted ids in its vocabulary"):
+        tokenizer.decode_bytes([300])
+
+
+def test_other_kinds_of_vocabulary_decode_through_text(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"call": 0, "me": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(tmp_path / "words.json")
+    assert tokenizer.decode_bytes(tokenizer.encode("call me")) == b"call me"
+    assert tokenizer.end_of_text is None
+
+
+def test_saved_into_a_folder_and_read_from_it(bpe_path, tmp_path):
+    for number, tokenizer in enumerate((ByteTokenizer(), JsonTokenizer(bpe_path))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tokenizer.save(folder)
+        again = load_tokenizer(folder)
+        assert type(again) is type(tokenizer)
+        assert again.fingerprint == tokenizer.fingerprint
+        assert list(again.encode(TEXT)) == list(tokenizer.encode(TEXT))
+        assert len(list(folder.iterdir())) == 1, "no temporary file stays"
+
+
+def test_bad_sources_are_named(tmp_path, monkeypatch):
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(DataError, match="wanted a `tokenizers` JSON file, got .*bad.json"):
+        load_tokenizer(tmp_path / "bad.json")
+    with pytest.raises(DataError, match="which does not exist"):
+        load_tokenizer(tmp_path / "none.json")
+    with pytest.raises(DataError, match=r"wanted tokenizer.json or statescan_tokenizer.json in the folder"):
+        load_tokenizer(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'statescan\[hub\]'"):
+        load_tokenizer(tmp_path / "bad.json")
+
+
+def test_token_dtype_is_the_narrowest():
+    assert [token_dtype(size) for size in (1, 256, 257, 65536, 65537)] == [
+        np.dtype(d) for d in ("u1", "u1", "u2", "u2", "u4")
+    ]
