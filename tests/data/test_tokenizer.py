@@ -83,7 +83,7 @@ def test_saved_into_a_folder_and_read_from_it(bpe_path, tmp_path):
 
 def test_bad_sources_are_named(tmp_path, monkeypatch):
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(DataError, match="wanted a `tokenizers` JSON file, got .*bad.json"):
+    with pytest.raises(DataError, match=r"wanted a `tokenizers` JSON file, got .*bad.json"):
         load_tokenizer(tmp_path / "bad.json")
     with pytest.raises(DataError, match="which does not exist"):
         load_tokenizer(tmp_path / "none.json")

@@ -331,6 +331,9 @@ def _read_stream(
                 yield from _read_stream(
                     inner, member.name, f"{label}:{member.name}", False, field, chunk_bytes, skipped
                 )
+        # A tar ends before its compressed stream does, whose checksum comes last.
+        while stream.read(_CHUNK_BYTES):
+            pass
     elif suffix in {".jsonl", ".ndjson"}:
         yield from _read_json_lines(stream, label, field)
     else:
