@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from statescan.errors import ConfigError, DataError
 
-__all__ = ["NGramModel", "xz_bits_per_byte"]
+__all__ = ["NGramModel", "ngram_bits_per_byte", "xz_bits_per_byte"]
 
 _XZ_PRESET = 9 | lzma.PRESET_EXTREME
 
@@ -18,8 +18,8 @@ _XZ_PRESET = 9 | lzma.PRESET_EXTREME
 def xz_bits_per_byte(train: bytes, held_out: bytes) -> float:
     """Bits that xz needs for a byte of `held_out` when it has `train` to refer to.
 
-    ``8 (size(xz(train + held_out)) - size(xz(train))) / len(held_out)``, at preset 9 extreme, whose dictionary of 64 MiB
-    sees the whole of a text up to that length.
+    ``8 (size(xz(train + held_out)) - size(xz(train))) / len(held_out)``, at preset 9 extreme, whose dictionary of 64
+    MiB sees the whole of a text up to that length.
 
     Args:
         train: what the other models were trained on; may be empty.
@@ -34,6 +34,20 @@ def xz_bits_per_byte(train: bytes, held_out: bytes) -> float:
     return 8 * (both - alone) / len(held_out)
 
 
+def ngram_bits_per_byte(train: bytes, held_out: bytes, order: int = 5) -> float:
+    """Bits that an `NGramModel` of `train` needs for a byte of `held_out`, taken to follow it.
+
+    Args:
+        train: at least `order` bytes.
+        held_out: at least one byte.
+        order: 1 to 7. Default 5.
+
+    Raises:
+        ConfigError, DataError: as `NGramModel` does.
+    """
+    return NGramModel(order).fit(train).bits_per_byte(held_out, context=train)
+
+
 class _Level(NamedTuple):
     """Counts of the n-grams of one length: sorted keys, and what their contexts sum up to."""
 
@@ -44,17 +58,17 @@ class _Level(NamedTuple):
 
 
 class NGramModel:
-    """A model of bytes from the bytes before: modified Kneser-Ney smoothing, interpolated down to the uniform distribution.
+    """Predicts bytes from the bytes before: modified Kneser-Ney smoothing, interpolated down to the uniform.
 
-    ``p_k(w | c) = (N(c w) - D(N(c w))) / N(c) + backoff(c) p_{k-1}(w | c without its first byte)``; an unseen context hands
-    over to the shorter one whole. The longest order counts occurrences, the shorter ones the different bytes seen before.
-    Everything is arrays: keys are sorted and looked up by bisection, 1 MB takes about a second.
+    ``p_k(w | c) = (N(c w) - D(N(c w))) / N(c) + backoff(c) p_{k-1}(w | c without its first byte)``; an unseen context
+    hands over to the shorter one whole. The longest order counts occurrences, the shorter ones the different bytes seen
+    before. Everything is arrays: keys are sorted and looked up by bisection, 1 MB takes a fraction of a second.
 
     Args:
         order: longest n-gram, 1 to 7 (a context of order - 1 bytes). Default 5.
 
-    Source: Chen and Goodman, An Empirical Study of Smoothing Techniques for Language Modeling (1998), section 3; discounts
-        from its equation 17, here kept within (0, count).
+    Source: Chen and Goodman, An Empirical Study of Smoothing Techniques for Language Modeling (1998), section 3;
+        discounts from its equation 17, here kept within (0, count).
     """
 
     def __init__(self, order: int = 5) -> None:
@@ -156,7 +170,8 @@ def _discounts(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.5
     out = np.zeros(4)
     for c in (1, 2, 3):
-        # Small or odd texts leave an estimate outside (0, c): absolute discounting by y, within the same bounds, instead.
+        # Small or odd texts leave an estimate outside (0, c): absolute discounting by y, within the same bounds,
+        # instead.
         estimate = c - (c + 1) * y * n[c + 1] / n[c] if n[c] else y
         out[c] = estimate if 0 < estimate < c else min(y, 0.5)
     return out
@@ -170,4 +185,3 @@ def _interpolate(level: _Level, keys: NDArray[np.uint64], shorter: NDArray[np.fl
     direct = look_up(level.keys, level.discounted, keys, 0.0)
     weight = look_up(level.contexts, level.backoff, keys >> np.uint64(8), 1.0)
     return direct + weight * shorter
-
