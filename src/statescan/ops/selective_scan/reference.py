@@ -57,6 +57,7 @@ def selective_scan(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
         initial_state = u.new_zeros(sequences, d_inner, A.shape[1], dtype=state_dtype)
+    owner = first = None
     if cu_seqlens is not None:
         # The sequence each position belongs to: the number of sequences that have ended by then.
         positions = torch.arange(length, device=u.device, dtype=torch.int32)
@@ -74,8 +75,8 @@ def selective_scan(
         strict=True,
     )
     for t, (u_t, dt_t, B_t, C_t) in enumerate(steps):
-        if cu_seqlens is not None:
-            h = torch.where(first[t], initial_state[owner[t]].unsqueeze(0), h)
+        if first is not None and owner is not None:
+            h = torch.where(first[t], initial_state.index_select(0, owner[t : t + 1]), h)
         h = torch.exp(dt_t.unsqueeze(-1) * A) * h + (dt_t * u_t).unsqueeze(-1) * B_t
         y_t = (C_t * h).sum(-1)
         outputs.append(2 * y_t.real if y_t.is_complex() else y_t)

@@ -151,7 +151,7 @@ def selective_scan(
     batch, length, d_inner = u.shape
     count = -(-length // CHUNK)
 
-    def pieces(value: Tensor | None, fixed: bool = False) -> tuple[Tensor | None, ...]:
+    def pieces(value: Tensor | None, fixed: bool = False) -> tuple[Any, ...]:
         # split, not slices: its gradient is one concatenation, where each slice's would be as long as the sequence
         return (value,) * count if value is None or fixed else value.split(CHUNK, dim=1)
 

@@ -24,7 +24,7 @@ __all__ = ["UpdateArguments", "settle", "validate"]
 
 
 class UpdateArguments(NamedTuple):
-    """The tensors as a backend gets them: B, C as (batch, groups, d_state) or fixed, parameters in the state's dtype."""
+    """The tensors as a backend gets them: B, C (batch, groups, d_state) or fixed, parameters in the state's dtype."""
 
     u: Tensor
     dt: Tensor

@@ -1,0 +1,515 @@
+"""The scan on NVIDIA GPUs: kernels in scan_forward.cu and scan_backward.cu, compiled at first use.
+
+Where batch x channels fill the chip time is walked in one pass; where they don't it is cut into chunks: end states of
+every chunk, a small scan over chunks, then the chunks again from the right state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statescan.ops import _cuda
+from statescan.ops._cuda import i32
+from statescan.ops._dispatch import Facts
+
+__all__ = ["Plan", "plan", "refuses", "selective_scan"]
+
+_FORWARD = Path(__file__).with_name("scan_forward.cu")
+_BACKWARD = Path(__file__).with_name("scan_backward.cu")
+_IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_SHARED_BYTES = 48 * 1024
+
+
+def refuses(facts: Facts) -> str | None:
+    """CUDA devices, real A, d_state up to 256."""
+    if facts.device != "cuda":
+        return f"it runs on CUDA devices, the inputs are on '{facts.device}'"
+    if facts.complex_A:
+        return "its kernels take real A only; complex A runs on backend='torch'"
+    if facts.d_state > 256:
+        return (
+            f"its kernels hold up to 256 states a channel in registers, d_state is {facts.d_state}; use backend='torch'"
+        )
+    return _cuda.unavailable_reason()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is cut: threads, lanes a channel, tile, and chunks of time (1: one pass)."""
+
+    lanes: int
+    states: int
+    channels_forward: int
+    channels_backward: int
+    channels_each: int
+    tile: int
+    history: int
+    chunks_forward: int
+    chunks_backward: int
+    chunk_len_forward: int
+    chunk_len_backward: int
+
+
+_NT_FORWARD, _NT_BACKWARD = 256, 128
+
+
+def _chunks(blocks: int, wanted: int, length: int, tile: int) -> tuple[int, int]:
+    """(chunks, their length): one where the grid already fills the chip, else as many as fill it, of whole tiles."""
+    if blocks >= wanted * 3 // 8 or length < 8 * tile:
+        return 1, max(length, 1)
+    count = min(math.ceil(wanted / blocks), length // (4 * tile), 128)
+    each = math.ceil(math.ceil(length / count) / tile) * tile
+    return math.ceil(length / each), each
+
+
+def plan(batch: int, length: int, d_inner: int, d_state: int, groups: int, multiprocessors: int, wide: bool) -> Plan:
+    """Cuts a call of this shape for a chip with this many multiprocessors; `wide`: float64 arithmetic."""
+    lanes = max(4, min(32, 1 << math.ceil(math.log2(max(1, math.ceil(d_state / 4))))))
+    states = 4 if d_state <= 128 else 8
+    each = 2 if states == 4 else 1
+    channels_backward = _NT_BACKWARD // lanes * each
+    channels_forward = _NT_FORWARD // lanes
+    size = 8 if wide else 4
+    padded = lanes * states
+
+    def shared(tile: int, history: int) -> int:
+        kept = tile // history * each * states * _NT_BACKWARD
+        sums = _NT_BACKWARD // 32 * history * 2 * padded
+        return size * (3 * tile * channels_backward + 2 * tile * padded + kept + sums) + 8 * tile
+
+    options = [(t, h) for t in (32, 16, 8, 4) for h in (8, 4, 2) if h <= t]
+    tile, history = next((t, h) for t, h in options if shared(t, h) + 1 <= _SHARED_BYTES)
+    group_channels = d_inner // groups
+    forward_blocks = batch * groups * math.ceil(group_channels / channels_forward)
+    backward_blocks = batch * groups * math.ceil(group_channels / channels_backward)
+    forward = _chunks(forward_blocks, 4 * multiprocessors, length, max(tile, 32))
+    backward = _chunks(backward_blocks, 2 * multiprocessors, length, tile)
+    return Plan(
+        lanes,
+        states,
+        channels_forward,
+        channels_backward,
+        each,
+        tile,
+        history,
+        forward[0],
+        backward[0],
+        forward[1],
+        backward[1],
+    )
+
+
+def _rows(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+    return (x, 0, 0) if x is None else (x, x.stride(0), x.stride(1))
+
+
+def _grouped(x: Tensor, fixed: bool) -> tuple[Tensor | None, int, int, int]:
+    if fixed:
+        return None, 0, 0, 0
+    return x, x.stride(0), x.stride(1), x.stride(2) if x.dim() == 4 else 0
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    for x in tensors:
+        if x is None:
+            continue
+        unit = 16 // x.element_size()
+        if x.data_ptr() % 16 or any(s % unit for s in x.stride()[:-1]):
+            return False
+    return True
+
+
+def _contiguous_last(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@dataclass
+class _Call:
+    """What forward and backward share: tensors made ready, the plan, and the argument lists."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    bias: Tensor | None
+    softplus: bool
+    initial: Tensor | None
+    starts: Tensor | None
+    ends: Tensor | None
+    plan: Plan
+    groups: int
+
+    @property
+    def real(self) -> torch.dtype:
+        return torch.float64 if self.u.dtype == torch.float64 else torch.float32
+
+    @property
+    def varlen(self) -> bool:
+        return self.starts is not None
+
+    @property
+    def fixed_B(self) -> bool:
+        return self.B.dim() == 2
+
+    @property
+    def fixed_C(self) -> bool:
+        return self.C.dim() == 2
+
+    def options(self, **more: int) -> dict[str, int]:
+        p = self.plan
+        return {
+            "IN": _IN[self.u.dtype],
+            "G": p.lanes,
+            "NS": p.states,
+            "VARLEN": int(self.varlen),
+            "FIXB": int(self.fixed_B),
+            "FIXC": int(self.fixed_C),
+            "HASZ": int(self.z is not None),
+            **more,
+        }
+
+    def inputs(self) -> list[Any]:
+        fixed_B = self.B.to(self.real).contiguous() if self.fixed_B else None
+        fixed_C = self.C.to(self.real).contiguous() if self.fixed_C else None
+        self._held = (fixed_B, fixed_C)
+        return [
+            *_rows(self.u),
+            *_rows(self.dt),
+            *_rows(self.z),
+            *_grouped(self.B, self.fixed_B),
+            *_grouped(self.C, self.fixed_C),
+            self.A,
+            fixed_B,
+            fixed_C,
+            self.D,
+            self.bias,
+            self.initial,
+            self.starts,
+            self.ends,
+        ]
+
+    def flags(self, *outputs: Tensor | None) -> int:
+        vec = _aligned(self.u, self.dt, self.z) and (self.u.shape[2] // self.groups) % 8 == 0
+        out = (self.u.shape[2] // self.groups) % 8 == 0 and _aligned(*outputs)
+        return int(vec) | 2 * int(self.softplus) | 4 * int(out)
+
+    def grid(self, channels: int, chunks: int) -> tuple[tuple[int, int, int], int]:
+        per_group = math.ceil(self.u.shape[2] // self.groups / channels)
+        return (self.groups * per_group, self.u.shape[0], chunks), per_group
+
+
+def _prepare(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> _Call:
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    batch, length, d_inner = u.shape
+    groups = max(x.shape[2] if x.dim() == 4 else 1 for x in (B, C))
+    if groups > 1:  # an operand without groups is the same for each
+        B = B.unsqueeze(2).expand(-1, -1, groups, -1) if B.dim() == 3 else B
+        C = C.unsqueeze(2).expand(-1, -1, groups, -1) if C.dim() == 3 else C
+    u, dt, z, B, C = (_contiguous_last(x) for x in (u, dt, z, B, C))  # type: ignore[assignment]
+    starts = ends = None
+    if cu_seqlens is not None:
+        begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        number = torch.arange(1, len(begin) + 1, dtype=torch.int32, device=u.device)
+        filled = end > begin
+        # One slot past the end takes what empty sequences would write.
+        starts = torch.zeros(length + 1, dtype=torch.int32, device=u.device)
+        ends = torch.zeros(length + 1, dtype=torch.int32, device=u.device)
+        starts[torch.where(filled, begin, length)] = number
+        ends[torch.where(filled, end - 1, length)] = number
+    multiprocessors = torch.cuda.get_device_properties(u.device).multi_processor_count
+    cut = plan(batch, length, d_inner, A.shape[1], groups, multiprocessors, real == torch.float64)
+
+    def of(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(real).contiguous()
+
+    return _Call(
+        u, dt, A.to(real).contiguous(), B, C, of(D), z, of(bias), softplus, of(initial), starts, ends, cut, groups
+    )
+
+
+def _states(c: _Call, chunks: int) -> tuple[Tensor, Tensor]:
+    batch, _, d_inner = c.u.shape
+    return (
+        torch.empty(batch, chunks, d_inner, c.A.shape[1], dtype=c.real, device=c.u.device),
+        torch.empty(batch, chunks, d_inner, dtype=c.real, device=c.u.device),
+    )
+
+
+def _forward(
+    c: _Call, cu_seqlens: Tensor | None, want_final: bool, want_checkpoints: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, d_inner = c.u.shape
+    n, p, device = c.A.shape[1], c.plan, c.u.device
+    y = torch.empty(batch, length, d_inner, dtype=c.u.dtype, device=device)
+    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    final = torch.empty(0, dtype=c.real, device=device)
+    if want_final:
+        shape = (rows, d_inner, n)
+        if c.varlen or length == 0:  # empty sequences keep what they had
+            final = torch.zeros(shape, dtype=c.real, device=device) if c.initial is None else c.initial.clone()
+        else:
+            final = torch.empty(shape, dtype=c.real, device=device)
+    checkpoints = torch.empty(0, dtype=c.real, device=device)
+    if want_checkpoints:
+        checkpoints = torch.empty(batch, math.ceil(length / p.tile), d_inner, n, dtype=c.real, device=device)
+    tile = min(p.tile, 16 if c.real == torch.float64 else 32)
+    while (
+        4
+        * (2 if c.real == torch.float64 else 1)
+        * (2 * tile * p.channels_forward + 2 * tile * p.lanes * p.states + tile * (p.channels_forward + 8))
+        + 8 * tile
+        > _SHARED_BYTES
+    ):
+        tile //= 2
+    states = sums = None
+    if p.chunks_forward > 1:
+        states, sums = _states(c, p.chunks_forward)
+
+    def launch(part: int, chunks: int) -> None:
+        grid, per_group = c.grid(p.channels_forward, chunks)
+        options = c.options(PASS=part, TILE=tile, NT=_NT_FORWARD)
+        run = _cuda.kernel(_FORWARD, "scan_forward", options, _NT_FORWARD, device.index or 0)
+        run(
+            grid,
+            *c.inputs(),
+            y,
+            final if want_final else None,
+            checkpoints if want_checkpoints else None,
+            states,
+            sums,
+            *(i32(v) for v in (length, d_inner, n, d_inner // c.groups, per_group, p.chunk_len_forward)),
+            *(i32(v) for v in (p.chunks_forward, p.tile, c.flags(y))),
+        )
+
+    if states is not None and sums is not None:
+        launch(1, p.chunks_forward - 1)
+        options = c.options(PASS=1, TILE=tile, NT=_NT_FORWARD)
+        combine = _cuda.kernel(_FORWARD, "scan_combine", options, 128, device.index or 0)
+        first = None if c.varlen else c.initial
+        sizes = (i32(d_inner), i32(n), i32(p.chunks_forward))
+        combine((math.ceil(d_inner * n / 128), batch, 1), states, sums, c.A, first, *sizes)
+    launch(0, p.chunks_forward)
+    return y, final, checkpoints
+
+
+def _backward(
+    c: _Call, cu_seqlens: Tensor | None, dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; an empty tensor for an input that isn't there."""
+    batch, length, d_inner = c.u.shape
+    n, p, device = c.A.shape[1], c.plan, c.u.device
+    dy = dy.contiguous()
+    gu, gdt = (torch.empty(batch, length, d_inner, dtype=c.u.dtype, device=device) for _ in range(2))
+    none = torch.empty(0, dtype=c.real, device=device)
+    gz = torch.empty_like(gu) if c.z is not None else none
+    chunks = p.chunks_backward
+    grid, per_group = c.grid(p.channels_backward, chunks)
+
+    def real(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=c.real, device=device)
+
+    gA = real(batch, chunks, d_inner, n)
+    gB = real(batch, chunks, d_inner, n) if c.fixed_B else real(grid[0], batch, length, n)
+    gC = real(batch, chunks, d_inner, n) if c.fixed_C else real(grid[0], batch, length, n)
+    gD, gbias = real(batch, chunks, d_inner), real(batch, chunks, d_inner)
+    ginit = none
+    if c.initial is not None:
+        # An empty sequence hands its final state's gradient through.
+        if c.varlen:
+            ginit = torch.zeros_like(c.initial) if dfinal is None else dfinal.to(c.real).clone()
+        else:
+            ginit = torch.empty_like(c.initial)
+    if dfinal is not None:
+        dfinal = dfinal.to(c.real).contiguous()
+    states = sums = None
+    if chunks > 1:
+        states, sums = _states(c, chunks)
+
+    def launch(part: int) -> None:
+        options = c.options(PASS=part, TILE=p.tile, HT=p.history, NT=_NT_BACKWARD, CPT=p.channels_each)
+        run = _cuda.kernel(_BACKWARD, "scan_backward", options, _NT_BACKWARD, device.index or 0)
+        run(
+            grid,
+            *c.inputs(),
+            dy,
+            dfinal,
+            checkpoints,
+            gu,
+            gdt,
+            gz if c.z is not None else None,
+            gA,
+            gB,
+            gC,
+            gD,
+            gbias,
+            ginit if c.initial is not None else None,
+            states,
+            sums,
+            *(i32(v) for v in (length, d_inner, n, d_inner // c.groups, per_group, p.chunk_len_backward)),
+            *(i32(v) for v in (chunks, c.flags(dy, gu, gdt))),
+        )
+
+    if states is not None and sums is not None:
+        launch(1)
+        options = c.options(PASS=1, TILE=p.tile, HT=p.history, NT=_NT_BACKWARD, CPT=p.channels_each)
+        combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", options, 128, device.index or 0)
+        last = None if c.varlen else dfinal
+        sizes = (i32(d_inner), i32(n), i32(chunks))
+        combine((math.ceil(d_inner * n / 128), batch, 1), states, sums, c.A, last, *sizes)
+    launch(0)
+
+    def shared(partial: Tensor, like: Tensor, fixed: bool) -> Tensor:
+        if fixed:
+            return partial.sum((0, 1))
+        total = partial.view(c.groups, per_group, batch, length, n).sum(1).permute(1, 2, 0, 3)
+        return total if like.dim() == 4 else total.sum(2)
+
+    return (
+        gu,
+        gdt,
+        gA.sum((0, 1)),
+        shared(gB, c.B, c.fixed_B),
+        shared(gC, c.C, c.fixed_C),
+        gD.sum((0, 1)) if c.D is not None else none,
+        gz,
+        gbias.sum((0, 1)) if c.bias is not None else none,
+        ginit,
+    )
+
+
+_SCHEMA = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
+    "Tensor? initial_state, Tensor? cu_seqlens"
+)
+_LIBRARY = torch.library.Library("statescan", "FRAGMENT")
+_LIBRARY.define(f"selective_scan_cuda({_SCHEMA}, bool want_final, bool want_checkpoints) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    f"selective_scan_cuda_backward({_SCHEMA}, Tensor dy, Tensor? dfinal, Tensor checkpoints) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward_op(*a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device(a[0].device):
+        return _forward(_prepare(*a[:11]), a[10], a[11], a[12])
+
+
+def _backward_op(*a: Any) -> tuple[Tensor, ...]:
+    with torch.cuda.device(a[0].device):
+        g = _backward(_prepare(*a[:11]), a[10], a[11], a[12], a[13])
+    B, C = a[3], a[4]
+    return (*g[:3], *(_ungroup(x, y) for x, y in zip(g[3:5], (B, C), strict=True)), *g[5:])
+
+
+def _ungroup(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient of an operand that was the same for every group is the sum over groups."""
+    if like.dim() == 3 and gradient.dim() == 4:
+        gradient = gradient.sum(2)
+    return gradient.to(like.dtype).contiguous()
+
+
+_LIBRARY.impl("selective_scan_cuda", _forward_op, "CUDA")
+_LIBRARY.impl("selective_scan_cuda_backward", _backward_op, "CUDA")
+
+
+@torch.library.register_fake("statescan::selective_scan_cuda", lib=_LIBRARY)
+def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, want_final, want_checkpoints):  # type: ignore[no-untyped-def]
+    batch, length, d_inner = u.shape
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n = A.shape[1]
+    cut = plan(1, 1, 8, n, 1, 1, real == torch.float64)
+    final = u.new_empty((rows, d_inner, n) if want_final else (0,), dtype=real)
+    tiles = (length + cut.tile - 1) // cut.tile
+    kept = u.new_empty((batch, tiles, d_inner, n) if want_checkpoints else (0,), dtype=real)
+    return u.new_empty(u.shape), final, kept
+
+
+@torch.library.register_fake("statescan::selective_scan_cuda_backward", lib=_LIBRARY)
+def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, dy, dfinal, checkpoints):  # type: ignore[no-untyped-def]
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+
+    def like(x, dtype=None):  # type: ignore[no-untyped-def]
+        return u.new_empty((0,), dtype=real) if x is None else u.new_empty(x.shape, dtype=dtype or real)
+
+    gz = like(z, u.dtype)
+    return (
+        u.new_empty(u.shape),
+        u.new_empty(u.shape),
+        like(A),
+        like(B, B.dtype),
+        like(C, C.dtype),
+        like(D),
+        gz,
+        like(dt_bias),
+        like(initial_state),
+    )
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, want_final):  # type: ignore[no-untyped-def, override]
+        inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+        y, final, checkpoints = torch.ops.statescan.selective_scan_cuda(*inputs, want_final, True)
+        ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints)
+        ctx.softplus, ctx.want_final = dt_softplus, want_final
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
+        inputs = (u, dt, A, B, C, D, z, dt_bias, ctx.softplus, initial_state, cu_seqlens)
+        dy = torch.zeros_like(u) if dy is None else dy
+        g = torch.ops.statescan.selective_scan_cuda_backward(
+            *inputs, dy, dfinal if ctx.want_final else None, checkpoints
+        )
+        given = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+        gradients = [None if x is None else v.to(x.dtype) for x, v in zip(given, g, strict=True)]
+        return (*gradients[:8], None, gradients[8], None, None)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The scan as described in api.py; its gradients are exact and once differentiable."""
+    inputs = (u, dt, A, B, C, D, z, dt_bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state)):
+        y, final = _Scan.apply(*inputs, dt_softplus, initial_state, cu_seqlens, return_final_state)  # type: ignore[misc]
+    else:
+        y, final, _ = torch.ops.statescan.selective_scan_cuda(
+            *inputs, dt_softplus, initial_state, cu_seqlens, return_final_state, False
+        )
+    return y, final if return_final_state else None

@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from statescan.testing import refusal
+
+
+@pytest.fixture
+def require_backend() -> Callable[..., None]:
+    """A function that skips the test, with the backend's own words, where a backend refuses the call.
+
+    STATESCAN_TEST_REQUIRE=cpu turns the skip into a failure, except for what the backend leaves out by design
+    (complex A): a build whose kernels went missing must not pass for green.
+    """
+
+    def require(op: str, backend: str, **facts: Any) -> None:
+        reason = refusal(op, backend, **facts)
+        if reason is None:
+            return
+        if backend in os.environ.get("STATESCAN_TEST_REQUIRE", "").split(",") and not facts.get("complex_A"):
+            pytest.fail(f"{op}: backend '{backend}' is required here and refuses: {reason}")
+        pytest.skip(f"{backend}: {reason}")
+
+    return require
