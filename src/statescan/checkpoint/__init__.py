@@ -1,1 +1,21 @@
+"""Model folders: config.json and model.safetensors, written whole or not at all. Knows files and names, no model class."""
 
+from statescan.checkpoint.atomic import atomic_file
+from statescan.checkpoint.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_config,
+    load_tensors,
+    save_folder,
+    tensor_shapes,
+)
+
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "atomic_file",
+    "load_config",
+    "load_tensors",
+    "save_folder",
+    "tensor_shapes",
+]

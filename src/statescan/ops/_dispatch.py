@@ -19,17 +19,18 @@ __all__ = ["BACKENDS", "Explanation", "Facts", "choose", "explain"]
 
 # op -> backend -> module inside the op's folder, in the order that "auto" reads.
 BACKENDS: dict[str, dict[str, str]] = {
-    "selective_scan": {"cpu": "cpu", "torch": "torch_scan", "reference": "reference"},
+    "selective_scan": {"cpu": "cpu", "cuda": "cuda", "torch": "torch_scan", "reference": "reference"},
     "selective_state_update": {"cpu": "cpu", "torch": "torch_update", "reference": "reference"},
     "causal_conv1d": {"cpu": "cpu", "torch": "torch_conv", "reference": "reference"},
     "causal_conv1d_update": {"cpu": "cpu", "torch": "torch_conv", "reference": "reference"},
     "add_rms_norm": {"cpu": "cpu", "torch": "torch_norm", "reference": "reference"},
     "packed_linear": {"cpu": "cpu", "torch": "torch_linear", "reference": "reference"},
+    "linear_cross_entropy": {"torch": "torch_chunked", "reference": "reference"},
     "mamba_step": {"cpu": "cpu", "torch": "torch_step", "reference": "reference"},
 }
 
 # op -> folder, where it isn't the op's own name.
-_FOLDER = {"causal_conv1d_update": "causal_conv1d", "add_rms_norm": "add_norm"}
+_FOLDER = {"causal_conv1d_update": "causal_conv1d", "add_rms_norm": "add_norm", "linear_cross_entropy": "cross_entropy"}
 
 
 @dataclass(frozen=True, slots=True)

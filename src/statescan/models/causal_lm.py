@@ -1,0 +1,526 @@
+"""The Mamba language model: embedding, blocks of norm and mixer around a residual stream, head."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from statescan import checkpoint as files
+from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.models import counters
+from statescan.models.config import MambaConfig
+from statescan.nn import Mamba, MambaState, Packing, RMSNorm, pack
+from statescan.ops import linear_cross_entropy
+
+__all__ = ["Backbone", "BackboneOutput", "Block", "CausalLM", "CausalLMOutput"]
+
+_IGNORED = -100
+_ARCHITECTURE = "CausalLM"
+# Rows of logits that a head of unknown kind makes at once.
+_HEAD_CHUNK = 256
+
+
+class BackboneOutput(NamedTuple):
+    """hidden: (batch, length, d_model) after the last norm; state: one a layer after the last token, or None."""
+
+    hidden: Tensor
+    state: tuple[MambaState, ...] | None
+
+
+class CausalLMOutput(NamedTuple):
+    """logits: (batch, kept, vocabulary), or None where only a loss was wanted; loss: a scalar or None; state: or None."""
+
+    logits: Tensor | None
+    loss: Tensor | None
+    state: tuple[MambaState, ...] | None
+
+
+class Block(nn.Module):
+    """One layer of the residual stream: add, norm, mix.
+
+    Recurrence over layers::
+
+        residual = residual + x
+        x        = mixer(norm(residual))
+
+    Args:
+        config: of the model.
+        backend: as in `statescan.ops`. Default "auto".
+        device: where parameters are made. Default: torch's.
+        dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.recompute = config.recompute
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.d_model, config.norm_epsilon, backend=backend, device=device, dtype=dtype)
+        self.mixer = Mamba(
+            config.d_model,
+            d_state=config.d_state,
+            d_conv=config.d_conv,
+            expand=config.expand,
+            dt_rank=config.dt_rank,
+            dt_min=config.dt_min,
+            dt_max=config.dt_max,
+            dt_init=config.dt_init,
+            dt_scale=config.dt_scale,
+            dt_init_floor=config.dt_init_floor,
+            conv_bias=config.conv_bias,
+            bias=config.bias,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, state: MambaState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, MambaState | None]:
+        """Runs the block over (batch, length, d_model); gives (x, residual, state after the last token)."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._run(x, residual, state, cu_seqlens)
+        if self.recompute == "block":
+            return checkpoint(self._run, x, residual, state, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+        normed, residual = self.norm(x, residual, self._residual_dtype(x, residual))
+        # in_proj keeps its input for its weight's gradient: that is the normed residual, which is quick to make again
+        # from the residual, and that is kept in any case.
+        with torch.autograd.graph.saved_tensors_hooks(*self._forget(normed, residual)):
+            output = self.mixer(normed, state, cu_seqlens=cu_seqlens, recompute=True)
+        return output.output, residual, output.state
+
+    def step(self, x: Tensor, residual: Tensor | None, state: MambaState) -> tuple[Tensor, Tensor, MambaState | None]:
+        """Runs the block over one token, (batch, d_model)."""
+        normed, residual = self.norm(x, residual, self._residual_dtype(x, residual))
+        output = self.mixer.step(normed, state)
+        return output.output, residual, output.state
+
+    def _run(
+        self, x: Tensor, residual: Tensor | None, state: MambaState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, MambaState | None]:
+        normed, residual = self.norm(x, residual, self._residual_dtype(x, residual))
+        output = self.mixer(normed, state, cu_seqlens=cu_seqlens)
+        return output.output, residual, output.state
+
+    def _residual_dtype(self, x: Tensor, residual: Tensor | None) -> torch.dtype | None:
+        return residual_dtype(self.residual_in_fp32, x, residual)
+
+    def _forget(self, normed: Tensor, residual: Tensor) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+        """Hooks that keep, instead of the normed tensor, its shape, and make it again from the residual."""
+        norm, stream, dtype = self.norm, residual.detach(), normed.dtype
+        place, numbers = normed.data_ptr(), normed.numel()
+
+        def keep(tensor: Tensor) -> Any:
+            whole = tensor.is_contiguous() and tensor.numel() == numbers and tensor.dtype == dtype
+            return tensor.shape if whole and tensor.data_ptr() == place else tensor
+
+        def give(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            with torch.no_grad():
+                # The kernel computes in the stream's precision and rounds once, so going by way of the stream's dtype
+                # gives the same bits.
+                return norm(stream).output.to(dtype).view(kept)
+
+        return keep, give
+
+
+def residual_dtype(in_fp32: bool, x: Tensor, residual: Tensor | None) -> torch.dtype | None:
+    """The dtype of the residual stream after x is added, None for what the op takes by itself."""
+    if not in_fp32:
+        return None
+    return torch.promote_types(x.dtype if residual is None else residual.dtype, torch.float32)
+
+
+class Backbone(nn.Module):
+    """Everything but the head: embedding, blocks, last norm.
+
+    Args:
+        config: of the model.
+        backend: as in `statescan.ops`. Default "auto".
+        device: where parameters are made. Default: torch's.
+        dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            Block(config, backend=backend, device=device, dtype=dtype) for _ in range(config.n_layer)
+        )
+        self.norm_f = RMSNorm(config.d_model, config.norm_epsilon, backend=backend, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: tuple[MambaState, ...] | None = None,
+    ) -> BackboneOutput:
+        """Hidden states after the last norm; arguments as in `CausalLM.forward`."""
+        x = self.embed("CausalLM.forward", input_ids, inputs_embeds, 2)
+        packing, cu_seqlens = read_layout(x, mask, cu_seqlens)
+        if packing is None:
+            return self.run(x, cu_seqlens, state)
+        if packing.tokens == 0:
+            return BackboneOutput(torch.zeros_like(x), state)
+        output = self.run(packing.pack(x), packing.cu_seqlens, state)
+        return BackboneOutput(packing.unpack(output.hidden), output.state)
+
+    def run(self, x: Tensor, cu_seqlens: Tensor | None, state: tuple[MambaState, ...] | None) -> BackboneOutput:
+        """Hidden states for embeddings without padding, (batch, length, d_model)."""
+        self._check_state("CausalLM.forward", state)
+        residual = None
+        after = []
+        for i, layer in enumerate(self.layers):
+            x, residual, one = layer(x, residual, None if state is None else state[i], cu_seqlens)
+            after.append(one)
+        hidden = self.norm_f(x, residual, residual_dtype(self.residual_in_fp32, x, residual)).output
+        return BackboneOutput(hidden, None if state is None else tuple(after))
+
+    def step(self, input_ids: Tensor, state: tuple[MambaState, ...]) -> BackboneOutput:
+        """Hidden state of one more token a row: input_ids (batch,), hidden (batch, d_model)."""
+        x = self.embed("CausalLM.step", input_ids, None, 1)
+        self._check_state("CausalLM.step", state)
+        residual = None
+        after = []
+        for layer, one in zip(self.layers, state, strict=True):
+            x, residual, one = layer.step(x, residual, one)  # type: ignore[operator]
+            after.append(one)
+        hidden = self.norm_f(x, residual, residual_dtype(self.residual_in_fp32, x, residual)).output
+        return BackboneOutput(hidden, tuple(after))
+
+    def embed(self, caller: str, input_ids: Tensor | None, inputs_embeds: Tensor | None, dims: int) -> Tensor:
+        """Checks the ids (or the embeddings that stand for them) and looks them up."""
+        weight = self.embedding.weight
+        if (input_ids is None) == (inputs_embeds is None):
+            both = "both" if input_ids is not None else "neither"
+            raise ConfigError(
+                f"{caller}: exactly one of input_ids and inputs_embeds must be given, got {both}; pass one"
+            )
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != weight.shape[1] or 0 in inputs_embeds.shape:
+                raise ShapeError(
+                    f"{caller}: inputs_embeds must be (batch, length >= 1, d_model) with d_model {weight.shape[1]}, got "
+                    f"{tuple(inputs_embeds.shape)}; features come last"
+                )
+            if not inputs_embeds.is_floating_point():
+                raise DTypeError(
+                    f"{caller}: inputs_embeds must be float, got {inputs_embeds.dtype}; ids go to input_ids"
+                )
+            return inputs_embeds
+        assert input_ids is not None
+        meaning = "(batch, length >= 1)" if dims == 2 else "(batch,)"
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise DTypeError(
+                f"{caller}: input_ids must be int64 or int32, got {input_ids.dtype}; pass input_ids.long()"
+            )
+        if input_ids.ndim != dims or 0 in input_ids.shape:
+            raise ShapeError(
+                f"{caller}: input_ids must be {meaning}, got {tuple(input_ids.shape)}; "
+                "give at least one token, and a batch dimension even for one row"
+            )
+        if input_ids.device != weight.device:
+            raise ShapeError(
+                f"{caller}: input_ids must be on {weight.device}, where the model is, got {input_ids.device}; "
+                f"pass input_ids.to('{weight.device}')"
+            )
+        # On other devices looking would wait for them, and while tracing there are no values.
+        if input_ids.device.type == "cpu" and type(input_ids) is Tensor and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            if low < 0 or high >= weight.shape[0]:
+                raise ShapeError(
+                    f"{caller}: input_ids must be in [0, {weight.shape[0]}), got {low} to {high}; "
+                    "the text was read with a tokenizer of another vocabulary"
+                )
+        return self.embedding(input_ids)
+
+    def _check_state(self, caller: str, state: tuple[MambaState, ...] | None) -> None:
+        if state is not None and len(state) != len(self.layers):
+            raise ShapeError(
+                f"{caller}: state must have one entry a layer, {len(self.layers)}, got {len(state)}; "
+                "make it with init_state(batch)"
+            )
+
+
+def read_layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Packing | None, Tensor | None]:
+    """What mask and cu_seqlens say about embeddings (batch, length, d_model): (packing or None, int32 cu_seqlens)."""
+    if mask is not None and cu_seqlens is not None:
+        raise ConfigError(
+            "CausalLM.forward: mask and cu_seqlens exclude each other, got both; packed tokens need no mask"
+        )
+    if mask is not None:
+        return pack("CausalLM.forward", mask, x.shape[0], x.shape[1], x.device), None
+    return None, None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+
+
+class CausalLM(nn.Module):
+    """A Mamba language model: predicts each next token from all before it, in time linear in their number.
+
+    Args:
+        config: what it is made of; see `MambaConfig` and `statescan.models.PRESETS`.
+        backend: as in `statescan.ops`, for every op inside. Default "auto".
+        device: where parameters are made; "meta" makes none, `reset_parameters` after `to_empty` fills them.
+        dtype: of the parameters. Default: torch's.
+
+    Source: Gu and Dao (2023), section 4.2 and appendix E.2; names, shapes and initial values as in its published code.
+    """
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, backend=backend, device=device, dtype=dtype)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
+        self.tie_weights()
+        self._reset_for_depth()
+
+    def tie_weights(self) -> None:
+        """Makes lm_head share the embedding's weight where the configuration says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    def reset_parameters(self) -> None:
+        """Draws all initial values anew; also fills a model that was made on the meta device and moved by `to_empty`."""
+        self.tie_weights()
+        for layer in self.backbone.layers:
+            layer.norm.reset_parameters()  # type: ignore[union-attr, operator]
+            layer.mixer.reset_parameters()  # type: ignore[union-attr, operator]
+        self.backbone.norm_f.reset_parameters()
+        if not self.config.tie_embeddings:
+            self.lm_head.reset_parameters()
+        self._reset_for_depth()
+
+    @torch.no_grad()
+    def _reset_for_depth(self) -> None:
+        """What the model sets beyond its layers' own initial values, as GPT-2 did."""
+        nn.init.normal_(self.backbone.embedding.weight, std=self.config.initializer_range)
+        for layer in self.backbone.layers:
+            mixer: Any = layer.mixer
+            for projection in (mixer.in_proj, mixer.out_proj):
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+            if self.config.rescale_prenorm_residual:
+                # n_layer sums along the residual stream would otherwise raise its variance n_layer times.
+                mixer.out_proj.weight /= math.sqrt(self.config.n_layer)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: tuple[MambaState, ...] | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """Runs the model over whole sequences, from a state if one is given.
+
+        Args:
+            input_ids: (batch, length) int64 or int32.
+            inputs_embeds: (batch, length, d_model), instead of input_ids.
+            labels: (batch, length), the ids again: position t is judged on labels[t + 1]. Or (batch, length + 1), a
+                window of which the first `length` entries are the inputs, so that the last position is judged too.
+                -100 is ignored. Default: no loss.
+            mask: (batch, length) bool or integer, 1 at real tokens, 0 at padding, on either side or in between; real
+                tokens give exactly what they give alone. Padding has logits of a zero hidden state, and neither it nor a
+                token whose next one is padding is judged. Default: all are real.
+            cu_seqlens: (sequences + 1,) int32 or int64, from 0 to length, where packed sequences start; batch is 1. The
+                last token of a sequence is not judged. Default: each row is one sequence.
+            state: one `MambaState` a layer, from `init_state` or an earlier output, one row a sequence. Default: none.
+            logits_to_keep: give logits of the last so many positions alone. Default 0: of all positions, or of none where
+                there are labels.
+
+        Returns:
+            CausalLMOutput(logits, loss, state): loss is the mean over judged tokens in float32 (0 where there is none);
+            a state comes out where one went in.
+
+        Raises:
+            ShapeError: a shape or device does not fit, or an id is outside of the vocabulary.
+            DTypeError: a dtype is not taken.
+            ConfigError: arguments that exclude each other.
+        """
+        x = self.backbone.embed("CausalLM.forward", input_ids, inputs_embeds, 2)
+        batch, length, _ = x.shape
+        if logits_to_keep < 0:
+            raise ConfigError(f"CausalLM.forward: logits_to_keep must be >= 0, got {logits_to_keep}; 0 keeps all")
+        packing, cu_seqlens = read_layout(x, mask, cu_seqlens)
+        if packing is not None and packing.tokens == 0:
+            hidden, after, packing = torch.zeros_like(x), state, None
+        elif packing is not None:
+            hidden, after = self.backbone.run(packing.pack(x), packing.cu_seqlens, state)
+        else:
+            hidden, after = self.backbone.run(x, cu_seqlens, state)
+        loss = None
+        if labels is not None:
+            targets = next_token_targets(labels, batch, length, mask, cu_seqlens)
+            if packing is not None:
+                targets = packing.pack(targets)
+            loss = self._loss(hidden, targets)
+        logits = None
+        if labels is None or logits_to_keep > 0:
+            kept = hidden if packing is None else packing.unpack(hidden)
+            logits = self.lm_head(kept[:, -logits_to_keep:] if logits_to_keep else kept)
+        return CausalLMOutput(logits, loss, after)
+
+    def step(self, input_ids: Tensor, state: tuple[MambaState, ...]) -> CausalLMOutput:
+        """Takes one more token a row; changes nothing in place and is differentiable.
+
+        Args:
+            input_ids: (batch,) int64 or int32.
+            state: the state after the tokens before.
+
+        Returns:
+            CausalLMOutput: logits (batch, vocabulary) of the next token, and the state after this one.
+        """
+        hidden, after = self.backbone.step(input_ids, state)
+        return CausalLMOutput(self.lm_head(hidden), None, after)
+
+    def init_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[MambaState, ...]:
+        """The state before the first token, one entry a layer; see `statescan.nn.Mamba.init_state`."""
+        return tuple(layer.mixer.init_state(batch, device, dtype) for layer in self.backbone.layers)  # type: ignore
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head = self.lm_head
+        # Nobody may stand between the weight and its use: an adapter, a quantised layer or a hook gets called.
+        if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
+            return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, ignore_index=_IGNORED)
+        rows, aims = hidden.flatten(0, 1), targets.flatten()
+        total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+        for h, aim in zip(rows.split(_HEAD_CHUNK), aims.split(_HEAD_CHUNK), strict=True):
+            total = total + checkpoint(self._loss_of_chunk, h, aim, use_reentrant=False)
+        return total / (aims != _IGNORED).sum().clamp(min=1)
+
+    def _loss_of_chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets.long(), ignore_index=_IGNORED, reduction="sum")
+
+    def undecayed_parameters(self) -> frozenset[str]:
+        """Names of the parameters that weight decay must leave alone: A_log, D, norms and biases."""
+        return frozenset(
+            name
+            for name, _ in self.named_parameters()
+            if name.rsplit(".", 1)[-1] in ("A_log", "D", "bias") or ".norm." in f".{name}" or ".norm_f." in f".{name}"
+        )
+
+    def parameter_count(self) -> int:
+        """Number of parameters, a tied embedding counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> counters.Flops:
+        """Operations a token, forward and training; see `statescan.models.flops_per_token`."""
+        return counters.flops_per_token(self.config)
+
+    def state_bytes(self, batch: int = 1, dtype: torch.dtype | None = None) -> int:
+        """Bytes of the state of `batch` sequences with activations of `dtype` (default: the weights')."""
+        return counters.state_bytes(self.config, batch, dtype or self.backbone.embedding.weight.dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes config.json and model.safetensors into a folder, whole or not at all; a tied head is not written.
+
+        Raises:
+            CheckpointError: the system refused to write; what stood there before is unharmed.
+        """
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if name in self._saved_names()}
+        config = {"architecture": _ARCHITECTURE, **self.config.to_dict()}
+        return files.save_folder(folder, config, tensors)
+
+    def _saved_names(self) -> set[str]:
+        names = set(self.state_dict())
+        return names - {"lm_head.weight"} if self.config.tie_embeddings else names
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> CausalLM:
+        """Reads a model that `save_pretrained` wrote.
+
+        Args:
+            folder: with config.json and model.safetensors.
+            device: where the model shall be. Default: the CPU.
+            dtype: of the parameters in memory; A_log and D stay float32 below it. Default: torch's.
+            backend: as in `statescan.ops`. Default "auto".
+
+        Raises:
+            CheckpointError: a file is missing, cut short or of another shape.
+            ConfigError: config.json has an unknown field or a value out of range.
+        """
+        fields = files.load_config(folder)
+        architecture = fields.pop("architecture", _ARCHITECTURE)
+        if architecture != _ARCHITECTURE:
+            raise ConfigError(
+                f"from_pretrained: {Path(folder) / files.CONFIG_FILE} must have architecture '{_ARCHITECTURE}', got "
+                f"{architecture!r}; open it with that class"
+            )
+        config = MambaConfig.from_dict(fields)
+        model = cls(config, backend=backend, device="meta", dtype=dtype)
+        saved = model._saved_names()
+        wanted = {n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items() if n in saved}
+        tensors = files.load_tensors(folder, wanted, device or "cpu")
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()
+        return model
+
+
+def next_token_targets(
+    labels: Tensor, batch: int, length: int, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """What each position is judged on, (batch, length), -100 where it is not; see `CausalLM.forward`."""
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise DTypeError(f"CausalLM.forward: labels must be int64 or int32, got {labels.dtype}; pass labels.long()")
+    if labels.shape == (batch, length):
+        targets = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+    elif labels.shape == (batch, length + 1):
+        targets = labels[:, 1:]
+    else:
+        raise ShapeError(
+            f"CausalLM.forward: labels must be (batch, length) = ({batch}, {length}) or (batch, length + 1), got "
+            f"{tuple(labels.shape)}; pass the input ids themselves, or the window that they begin"
+        )
+    if mask is not None:
+        real = mask != 0
+        real = real & F.pad(real[:, 1:], (0, 1), value=True)
+        targets = torch.where(real, targets, _IGNORED)
+    if cu_seqlens is not None:
+        # An empty sequence's offset minus one is some other sequence's end (or -1, the end of the last): harmless.
+        targets = targets.index_fill(1, cu_seqlens[1:].long() - 1, _IGNORED)
+    return targets

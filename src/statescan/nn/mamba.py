@@ -1,0 +1,416 @@
+"""The selective state space layer (S6), as published: names, shapes and initial values of every parameter."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.nn.packing import pack
+from statescan.ops import (
+    ConvOutput,
+    ConvUpdateOutput,
+    causal_conv1d,
+    causal_conv1d_update,
+    selective_scan,
+    selective_state_update,
+)
+
+__all__ = ["CausalConv1d", "LayerOutput", "Mamba", "MambaState", "StepProjection"]
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class MambaState(NamedTuple):
+    """All that a `Mamba` layer keeps of the tokens it has seen; its size does not grow with their number.
+
+    conv: (batch, d_conv - 1, d_inner), the convolution's last inputs, oldest first.
+    ssm: (batch, d_inner, d_state), float32 (float64 for a float64 layer).
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class LayerOutput(NamedTuple):
+    """What a layer gives: output, shaped as its input; state after the last token, None unless a state went in."""
+
+    output: Tensor
+    state: MambaState | None
+
+
+class StepProjection(nn.Linear):
+    """A linear map from the low-rank step to one step size a channel that leaves its own bias out.
+
+    The bias is a parameter here, named and shaped as published, but the scan adds it, in float32 and right before the
+    softplus: that is where the smallest steps (0.001 and less) would be lost to bfloat16. A module that wraps this one
+    (a low-rank adapter) is called like any other.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight)
+
+
+class CausalConv1d(nn.Conv1d):
+    """A depthwise causal convolution over (batch, length, channels), with the parameters of a grouped `nn.Conv1d`.
+
+    Args:
+        channels: number of channels, each with its own filter.
+        width: filter length, >= 1.
+        bias: add one number a channel. Default True.
+        backend: as in `statescan.ops.causal_conv1d`. Default "auto".
+        device: where parameters are made. Default: torch's.
+        dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        bias: bool = True,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            channels, channels, width, groups=channels, padding=width - 1, bias=bias, device=device, dtype=dtype
+        )
+        self.backend = backend
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        activation: str | None = None,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_final_state: bool = False,
+    ) -> ConvOutput:
+        """See `statescan.ops.causal_conv1d`; input (batch, length, channels)."""
+        return causal_conv1d(
+            input,
+            self.weight.squeeze(1),
+            self.bias,
+            activation=activation,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state,
+            backend=self.backend,
+        )
+
+    def step(self, input: Tensor, state: Tensor, activation: str | None = None) -> ConvUpdateOutput:
+        """See `statescan.ops.causal_conv1d_update`; input (batch, channels)."""
+        return causal_conv1d_update(
+            input, state, self.weight.squeeze(1), self.bias, activation=activation, backend=self.backend
+        )
+
+
+class Mamba(nn.Module):
+    """The Mamba layer: a gated causal convolution and a selective scan between two projections.
+
+    For every token, with x and z of d_inner channels::
+
+        x, z   = in_proj(input)
+        x      = silu(conv1d(x))
+        dt,B,C = x_proj(x);   dt = softplus(dt_proj(dt))
+        h      = exp(dt A) h + dt B x,      A = -exp(A_log)
+        y      = (C . h + D x) * silu(z)
+        output = out_proj(y)
+
+    Args:
+        d_model: features of input and output.
+        d_state: numbers of state a channel. Default 16.
+        d_conv: width of the convolution. Default 4.
+        expand: d_inner = expand * d_model. Default 2.
+        dt_rank: rank of the step projection, or "auto" for ceil(d_model / 16). Default "auto".
+        dt_min: smallest initial step size. Default 0.001.
+        dt_max: largest initial step size. Default 0.1.
+        dt_init: initial dt_proj.weight, "random" (uniform) or "constant". Default "random".
+        dt_scale: factor on its size, dt_rank^-0.5. Default 1.
+        dt_init_floor: initial step sizes are at least this. Default 1e-4.
+        conv_bias: the convolution has a bias. Default True.
+        bias: in_proj and out_proj have biases. Default False.
+        backend: backend of the convolution and the scan, as in `statescan.ops`. Default "auto".
+        device: where parameters are made. Default: torch's.
+        dtype: of the parameters; A_log and D stay float32 below it. Default: torch's.
+
+    Raises:
+        ConfigError: an argument is out of range.
+
+    Numerics: A, the step's bias and softplus, and the state are float32 (float64 in a float64 layer) whatever the
+    activations are.
+
+    Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), figure 3, algorithm 2
+    and section 3.6 (initialisation); parameter names and shapes as in its published code and checkpoints.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"Mamba: {name} must be an integer >= 1, got {value!r}; the published layer has 16 and 4"
+                )
+        if not expand > 0 or int(expand * d_model) < 1:
+            raise ConfigError(f"Mamba: expand must be > 0 with expand * d_model >= 1, got {expand!r}; 2 is published")
+        if dt_rank != "auto" and (not isinstance(dt_rank, int) or dt_rank < 1):
+            raise ConfigError(f"Mamba: dt_rank must be 'auto' or an integer >= 1, got {dt_rank!r}; use 'auto'")
+        if dt_init not in ("random", "constant"):
+            raise ConfigError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}; use 'random'")
+        if not 0 < dt_min <= dt_max or not dt_init_floor > 0 or not dt_scale > 0:
+            raise ConfigError(
+                "Mamba: step sizes must satisfy 0 < dt_min <= dt_max, dt_init_floor > 0, dt_scale > 0, got "
+                f"dt_min={dt_min!r}, dt_max={dt_max!r}, dt_init_floor={dt_init_floor!r}, dt_scale={dt_scale!r}; "
+                "0.001, 0.1, 1e-4 and 1 are published"
+            )
+        self.d_model = d_model
+        self.d_state = d_state
+        self.d_conv = d_conv
+        self.expand = expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.dt_init, self.dt_scale, self.dt_init_floor = dt_init, dt_scale, dt_init_floor
+        self.backend = backend
+
+        where = {"device": device, "dtype": dtype}
+        exact = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
+        self.conv1d = CausalConv1d(self.d_inner, d_conv, bias=conv_bias, backend=backend, **where)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **where)
+        self.dt_proj = StepProjection(self.dt_rank, self.d_inner, bias=True, **where)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **exact))
+        self.D = nn.Parameter(torch.empty(self.d_inner, **exact))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
+        self._reset_own_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all initial values anew; also fills a layer that was made on the meta device and moved by `to_empty`."""
+        for module in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
+            module.reset_parameters()
+        self._reset_own_parameters()
+
+    @torch.no_grad()
+    def _reset_own_parameters(self) -> None:
+        spread = self.dt_rank**-0.5 * self.dt_scale
+        if self.dt_init == "constant":
+            nn.init.constant_(self.dt_proj.weight, spread)
+        else:
+            nn.init.uniform_(self.dt_proj.weight, -spread, spread)
+        # Step sizes spread evenly in their logarithm; the bias is what softplus turns into them.
+        exact = {"device": self.A_log.device, "dtype": self.A_log.dtype}
+        dt = torch.rand(self.d_inner, **exact) * (math.log(self.dt_max) - math.log(self.dt_min)) + math.log(self.dt_min)
+        dt = dt.exp().clamp(min=self.dt_init_floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        # S4D-Real: the n-th number of every channel's state decays n times as fast as the first.
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, **exact).log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    def init_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        """The state before the first token: zeros.
+
+        Args:
+            batch: rows (sequences, where tokens will come packed).
+            device: Default: the layer's.
+            dtype: of the activations, and so of the convolution's part; the scan's part is float32, or float64 with it.
+                Default: the layer's.
+        """
+        if batch < 1:
+            raise ShapeError(f"Mamba.init_state: batch must be >= 1, got {batch}; give one row a sequence")
+        device = self.A_log.device if device is None else torch.device(device)
+        dtype = self.conv1d.weight.dtype if dtype is None else dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        return MambaState(
+            torch.zeros(batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
+            torch.zeros(batch, self.d_inner, self.d_state, device=device, dtype=exact),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        recompute: bool = False,
+    ) -> LayerOutput:
+        """Runs the layer over whole sequences, from a state if one is given.
+
+        Args:
+            x: (batch, length, d_model), length >= 1.
+            state: what `init_state`, `forward` or `step` gave, one row a sequence. Default: none, start from zeros.
+            mask: (batch, length) bool or integer, 1 at real tokens, 0 at padding, which may stand on either side or in
+                between: the real tokens give exactly what they give alone. Default: all are real.
+            cu_seqlens: (sequences + 1,) int32 or int64, from 0 to length, where packed sequences start; batch is 1.
+                Default: each row is one sequence.
+            recompute: keep in_proj's output alone for the backward pass, and compute the convolution, the small
+                projections and the scan again there. The gradients are the same to the bit. Default False.
+
+        Returns:
+            LayerOutput(output, state): output (batch, length, d_model), zeros at padding; state after each sequence's
+            last real token if a state went in, else None. Differentiable through both, several tokens at a time as
+            well as one.
+
+        Raises:
+            ShapeError: a shape or device does not fit.
+            DTypeError: a dtype is not taken.
+            ConfigError: mask and cu_seqlens together.
+        """
+        self._check("Mamba.forward", x, 3)
+        batch, length, _ = x.shape
+        if mask is not None:
+            if cu_seqlens is not None:
+                raise ConfigError(
+                    "Mamba.forward: mask and cu_seqlens exclude each other, got both; packed tokens need no mask"
+                )
+            packing = pack("Mamba.forward", mask, batch, length, x.device)
+            if packing is not None:
+                if packing.tokens == 0:
+                    return LayerOutput(torch.zeros_like(x), state)
+                inner = self.forward(packing.pack(x), state, cu_seqlens=packing.cu_seqlens, recompute=recompute)
+                return LayerOutput(packing.unpack(inner.output), inner.state)
+        rows = batch
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(torch.int32)
+            rows = cu_seqlens.shape[0] - 1
+        self._check_state("Mamba.forward", state, rows)
+        xz = self.in_proj(x)
+        if recompute and torch.is_grad_enabled():
+            output, after = checkpoint(
+                self._after_in_proj, xz, state, cu_seqlens, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            output, after = self._after_in_proj(xz, state, cu_seqlens)
+        return LayerOutput(output, after)
+
+    def step(self, x: Tensor, state: MambaState) -> LayerOutput:
+        """Runs the layer over one more token a row; changes nothing in place and is differentiable.
+
+        Args:
+            x: (batch, d_model).
+            state: the state after the tokens before.
+
+        Returns:
+            LayerOutput(output, state): output (batch, d_model), and the state after this token.
+        """
+        self._check("Mamba.step", x, 2)
+        self._check_state("Mamba.step", state, x.shape[0])
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        conv = self.conv1d.step(u, state.conv.to(u.dtype), activation="silu")
+        dt, B, C = self._select(conv.y)
+        update = selective_state_update(
+            state.ssm.to(self._state_dtype(dt)),
+            conv.y,
+            dt,
+            self._A(),
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            backend=self.backend,
+        )
+        return LayerOutput(self.out_proj(update.y), MambaState(conv.state, update.state))
+
+    def _after_in_proj(
+        self, xz: Tensor, state: MambaState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, MambaState | None]:
+        # Both halves stay views of in_proj's output; the ops read them in place.
+        u, z = xz.chunk(2, dim=-1)
+        conv = self.conv1d(
+            u,
+            activation="silu",
+            initial_state=None if state is None else state.conv.to(u.dtype),
+            cu_seqlens=cu_seqlens,
+            return_final_state=state is not None,
+        )
+        dt, B, C = self._select(conv.y)
+        scan = selective_scan(
+            conv.y,
+            dt,
+            self._A(),
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            initial_state=None if state is None else state.ssm.to(self._state_dtype(dt)),
+            cu_seqlens=cu_seqlens,
+            return_final_state=state is not None,
+            backend=self.backend,
+        )
+        after = None if state is None else MambaState(conv.final_state, scan.final_state)
+        return self.out_proj(scan.y), after
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes before their bias, and B and C, as functions of the input: what makes the layer selective."""
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return self.dt_proj(dt), B, C
+
+    def _A(self) -> Tensor:
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    @staticmethod
+    def _state_dtype(activation: Tensor) -> torch.dtype:
+        return torch.promote_types(activation.dtype, torch.float32)
+
+    def _check(self, caller: str, x: Tensor, dims: int) -> None:
+        meaning = "(batch, length >= 1, d_model)" if dims == 3 else "(batch, d_model)"
+        if x.ndim != dims or x.shape[-1] != self.d_model or 0 in x.shape:
+            raise ShapeError(
+                f"{caller}: x must be {meaning} with d_model {self.d_model}, got {tuple(x.shape)}; "
+                "features come last, and there is at least one token"
+            )
+        if x.dtype not in _FLOATS:
+            raise DTypeError(f"{caller}: x must be a float tensor, got {x.dtype}; pass embeddings, not token ids")
+        if x.device != self.A_log.device:
+            raise ShapeError(
+                f"{caller}: x must be on {self.A_log.device}, where the layer is, got {x.device}; "
+                f"pass x.to('{self.A_log.device}')"
+            )
+
+    def _check_state(self, caller: str, state: MambaState | None, rows: int) -> None:
+        if state is None:
+            return
+        wanted = (("conv", (rows, self.d_conv - 1, self.d_inner)), ("ssm", (rows, self.d_inner, self.d_state)))
+        for (name, shape), tensor in zip(wanted, state, strict=True):
+            if tuple(tensor.shape) != shape:
+                raise ShapeError(
+                    f"{caller}: state.{name} must be {shape}, got {tuple(tensor.shape)}; "
+                    f"make it with init_state({rows}), one row a sequence"
+                )
+            if tensor.device != self.A_log.device:
+                raise ShapeError(
+                    f"{caller}: state.{name} must be on {self.A_log.device}, where the layer is, got {tensor.device}; "
+                    f"make it with init_state({rows})"
+                )
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}"
