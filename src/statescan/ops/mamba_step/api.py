@@ -1,0 +1,76 @@
+"""The public function mamba_step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from statescan.ops._checks import without_autocast
+from statescan.ops._dispatch import choose
+from statescan.ops.mamba_step.validation import BlockWeights, check_step
+
+__all__ = ["BlockWeights", "MambaStepOutput", "mamba_step"]
+
+
+class MambaStepOutput(NamedTuple):
+    """What `mamba_step` returns: the mixer's output (batch, d_model); the residual stream (batch, d_model)."""
+
+    output: Tensor
+    residual: Tensor
+
+
+def mamba_step(
+    x: Tensor,
+    residual: Tensor | None,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    weights: BlockWeights,
+    *,
+    backend: str = "auto",
+) -> MambaStepOutput:
+    """Takes a whole Mamba block one token further, from packed weights; the CPU backend does it in one call.
+
+    For each row of the batch::
+
+        residual = x + residual
+        u, z     = in_proj(norm(residual))
+        u        = silu(conv(u))                       the convolution's state moves on by u
+        dt, B, C = x_proj(u);  dt = softplus(dt_proj(dt) + dt_bias)
+        h        = exp(dt A) h + dt B u                in place
+        y        = (C . h + D u) * silu(z)
+        output   = out_proj(y)
+
+    Args:
+        x: output of the block before (or the embedding), (batch, d_model); float32, or float64 off the cpu backend.
+        residual: the residual stream before x is added, shape and dtype of x; None for the first block.
+        conv_state: the last width-1 inputs of the convolution, oldest first, (batch, width - 1, d_inner), contiguous;
+            updated in place.
+        ssm_state: h, (batch, d_inner, d_state), contiguous; updated in place.
+        weights: `BlockWeights`; its vectors and A in x's dtype.
+        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        `MambaStepOutput` (output, residual), new tensors. The next block adds the two.
+
+    Raises:
+        ShapeError, DTypeError: an argument is not as described.
+        ConfigError: a gradient is asked for; this op has none (`statescan.nn.Mamba.step` does).
+        BackendUnavailableError: the named backend can't run this call.
+
+    Numerics: everything in float32; the products as `packed_linear` says. On the cpu backend a row's results are the
+        same, bit for bit, whatever other rows come with it and however many threads run.
+
+    Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, figure 3, algorithm 2.
+    """
+    check_step(x, residual, conv_state, ssm_state, weights)
+    name = choose("mamba_step", backend, x.device.type, x.dtype, False, weights.d_state, weights.width)
+    with without_autocast(x.device.type):
+        if name == "cpu":
+            from statescan.ops.mamba_step.cpu import mamba_step as run
+        elif name == "torch":
+            from statescan.ops.mamba_step.torch_step import mamba_step as run
+        else:
+            from statescan.ops.mamba_step.reference import mamba_step as run
+        output, residual = run(x, residual, conv_state, ssm_state, weights)
+    return MambaStepOutput(output, residual)
