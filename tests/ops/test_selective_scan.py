@@ -323,8 +323,12 @@ def test_packed_never_leaks(
 def test_rows_do_not_depend_on_their_batch(
     backend: str, dtype: torch.dtype, short_chunks: int, require_backend: Callable[..., None]
 ) -> None:
+    """To the bit. PyTorch's own elementwise CPU kernels round the last numel % 32 elements of a tensor with another
+    exponential than the rest, so the backends made of them can hold this only where no such rest exists.
+    """
     require_backend("selective_scan", backend, dtype=dtype)
-    case = ScanCase(batch=5, length=29, d_inner=33, d_state=16, D=True, z=True, dt_bias=True, dt_softplus=True,
+    d_inner = 32 if backend in ("torch", "reference") else 33
+    case = ScanCase(batch=5, length=29, d_inner=d_inner, d_state=16, D=True, z=True, dt_bias=True, dt_softplus=True,
                     initial_state=True)  # fmt: skip
     problem = scan_problem(case, dtype)
     together = derivatives(running(backend), problem)
@@ -419,9 +423,9 @@ def test_only_some_inputs_need_gradients(backend: str, require_backend: Callable
     for name in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"):
         one = {key: value.detach() if isinstance(value, Tensor) else value for key, value in problem.items()}
         one[name].requires_grad_()
-        outputs = running(backend)(**one)
-        (gradient,) = torch.autograd.grad(outputs, one[name], [cotangents[key] for key in OUTPUTS])
-        one[name].requires_grad_(False)
+        outputs = zip(OUTPUTS, running(backend)(**one), strict=True)
+        heads = {key: value for key, value in outputs if value.requires_grad}  # the final state knows no C, D, z
+        (gradient,) = torch.autograd.grad(tuple(heads.values()), one[name], [cotangents[key] for key in heads])
         # a sum may be taken in another order where less is asked for, so not to the bit
         torch.testing.assert_close(gradient, whole[f"d {name}"])
 

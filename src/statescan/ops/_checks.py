@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
-ACTIVATION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACTIVATION_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -48,12 +48,19 @@ def check_tensor(op: str, argument: str, value: Any) -> None:
         )
 
 
-def check_shape(op: str, argument: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
+def _transposed(argument: str, value: Tensor, wanted: tuple[int, ...]) -> str | None:
+    """The call that mends a shape whose last two sizes are swapped."""
+    if len(wanted) >= 2 and wanted[-1] != wanted[-2] and tuple(value.shape) == (*wanted[:-2], wanted[-1], wanted[-2]):
+        return f"pass {argument}.transpose(-1, -2)"
+    return None
+
+
+def check_shape(
+    op: str, argument: str, value: Tensor, wanted: tuple[int, ...], meaning: str, cure: str = "give it that shape"
+) -> None:
     """Raises ShapeError unless `value` has the wanted shape; `meaning` names its dimensions, ``"(batch, length)"``."""
     if tuple(value.shape) != wanted:
-        cure = "transpose or reshape it"
-        if len(wanted) == 3 and tuple(value.shape) == (wanted[0], wanted[2], wanted[1]):
-            cure = f"pass {argument}.transpose(1, 2)"
+        cure = _transposed(argument, value, wanted) or cure
         raise ShapeError(f"{op}: {argument} must have shape {meaning} = {wanted}, got {tuple(value.shape)}; {cure}")
 
 
@@ -128,14 +135,14 @@ def check_parameters(op: str, u: Tensor, A: Tensor, D: Tensor | None, dt_bias: T
     if A.dim() != 2 or A.shape[0] != d_inner or A.shape[1] < 1:
         raise ShapeError(
             f"{op}: A must have shape (d_inner, d_state) = ({d_inner}, d_state >= 1), got {tuple(A.shape)}; "
-            "transpose or reshape it"
+            f"{_transposed('A', A, (d_inner, A.shape[0])) or 'give it a row for each channel of u'}"
         )
     for name, value in (("D", D), ("dt_bias", dt_bias)):
         if value is not None:
             check_tensor(op, name, value)
             check_dtype(op, name, value, ACTIVATION_DTYPES)
             check_device(op, name, value, u, "u")
-            check_shape(op, name, value, (d_inner,), "(d_inner,)")
+            check_shape(op, name, value, (d_inner,), "(d_inner,)", "give it a number for each channel of u")
 
 
 def check_projection(op: str, name: str, value: Tensor, u: Tensor, A: Tensor, leading: tuple[int, ...]) -> None:
@@ -159,7 +166,13 @@ def check_projection(op: str, name: str, value: Tensor, u: Tensor, A: Tensor, le
         lead = ", ".join(str(size) for size in leading)
         raise ShapeError(
             f"{op}: {name} must have shape ({lead}, {d_state}), ({lead}, groups, {d_state}) or, the same at every "
-            f"position, ({d_inner}, {d_state}), got {tuple(value.shape)}; transpose or reshape it"
+            f"position, ({d_inner}, {d_state}), got {tuple(value.shape)}; "
+            f"{_transposed(name, value, (*leading, d_state)) or 'its last size is the d_state of A'}"
+        )
+    if value.is_complex() and not A.is_complex():
+        raise DTypeError(
+            f"{op}: {name} must be real where A is, got {str(value.dtype).removeprefix('torch.')}; "
+            f"pass {name}.real, or a complex A"
         )
     wanted = (u.dtype,) if per_position else ACTIVATION_DTYPES
     why = "the dtype of u" if per_position else ""
@@ -172,7 +185,8 @@ def check_state(op: str, name: str, state: Tensor, u: Tensor, A: Tensor, rows: i
     """Checks a state: (rows, d_inner, d_state) in the state's dtype."""
     check_tensor(op, name, state)
     check_device(op, name, state, u, "u")
-    check_shape(op, name, state, (rows, *A.shape), f"({meaning}, d_inner, d_state)")
+    cure = "give it one state for each sequence" if meaning == "sequences" else "give it one state for each row of u"
+    check_shape(op, name, state, (rows, *A.shape), f"({meaning}, d_inner, d_state)", cure)
     complex_too = " and complex A" if A.is_complex() else ""
     why = f"the state's dtype for {str(u.dtype).removeprefix('torch.')} inputs{complex_too}"
     check_dtype(op, name, state, (state_dtypes(u.dtype, A.is_complex())[1],), why)

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils import deterministic
-from torch.utils._pytree import tree_map_only
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from statescan.ops._dispatch import explain
 
 __all__ = ["RecordedCall", "check_registration", "poisoned_memory", "recorded_calls", "refusal"]
+
+# its one attribute is put there by a property of the module's class, which type checkers don't see
+_fill: Any = torch.utils.deterministic
 
 RecordedCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -54,11 +56,11 @@ def check_registration(calls: list[RecordedCall]) -> None:
 def poisoned_memory() -> Iterator[None]:
     """Inside, memory that torch.empty hands out is full of NaN, so that an output nobody wrote shows."""
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-    fill = deterministic.fill_uninitialized_memory
+    fill = _fill.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
+    _fill.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        deterministic.fill_uninitialized_memory = fill
+        _fill.fill_uninitialized_memory = fill

@@ -127,7 +127,8 @@ def _chunk(
         y = y + D * u
     if z is not None:
         y = y * F.silu(z.to(real))
-    return y.to(dtype), states[:, -1], None if ends is None else states[0, ends]
+    # a copy: a view of the last state would keep all the others of the chunk alive
+    return y.to(dtype), states[:, -1].clone(), None if ends is None else states[0, ends]
 
 
 def selective_scan(

@@ -65,7 +65,7 @@ def validate(
         if name == "dt" or value is not None:
             check_tensor(op, name, value)
             assert value is not None
-            check_shape(op, name, value, (batch, length, d_inner), "(batch, length, d_inner)")
+            check_shape(op, name, value, (batch, length, d_inner), "(batch, length, d_inner)", "give it u's shape")
             check_dtype(op, name, value, (u.dtype,), "the dtype of u")
             check_device(op, name, value, u, "u")
     check_parameters(op, u, A, D, dt_bias)

@@ -62,7 +62,7 @@ def validate(
         if name == "dt" or value is not None:
             check_tensor(op, name, value)
             assert value is not None
-            check_shape(op, name, value, (batch, d_inner), "(batch, d_inner)")
+            check_shape(op, name, value, (batch, d_inner), "(batch, d_inner)", "give it u's shape")
             check_dtype(op, name, value, (u.dtype,), "the dtype of u")
             check_device(op, name, value, u, "u")
     check_parameters(op, u, A, D, dt_bias)
@@ -70,7 +70,8 @@ def validate(
     check_projection(op, "C", C, u, A, (batch,))
     check_state(op, "state", state, u, A, batch, "batch")
     if inplace and torch.is_grad_enabled():
-        for name, value in (("state", state), ("u", u), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z)):
+        named = {"state": state, "u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+        for name, value in named.items():
             if value is not None and value.requires_grad:
                 raise ConfigError(
                     f"{op}: inplace=True is not differentiable: wanted no argument that requires a gradient, "
