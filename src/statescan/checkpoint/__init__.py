@@ -1,4 +1,4 @@
-"""Model folders: config.json and model.safetensors, written whole or not at all. Knows files and names, no model class."""
+"""Model folders: config.json and model.safetensors, written whole or not at all; this room knows no model class."""
 
 from statescan.checkpoint.atomic import atomic_file
 from statescan.checkpoint.folder import (

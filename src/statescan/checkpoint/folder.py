@@ -147,8 +147,8 @@ def load_tensors(
         One tensor a name, in memory of its own (never a view of the file).
 
     Raises:
-        CheckpointError: the file is missing or cut short, lacks a name, has one too many, or a shape differs. Everything
-            is checked before the first tensor is read.
+        CheckpointError: the file is missing or cut short, lacks a name, has one too many, or a shape differs. All is
+            checked before the first tensor is read.
     """
     folder = Path(folder)
     path = folder / WEIGHTS_FILE

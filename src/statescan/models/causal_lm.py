@@ -36,7 +36,7 @@ class BackboneOutput(NamedTuple):
 
 
 class CausalLMOutput(NamedTuple):
-    """logits: (batch, kept, vocabulary), or None where only a loss was wanted; loss: a scalar or None; state: or None."""
+    """logits: (batch, kept, vocabulary), None where only a loss was wanted; loss: a scalar or None; state: or None."""
 
     logits: Tensor | None
     loss: Tensor | None
@@ -96,25 +96,25 @@ class Block(nn.Module):
             return self._run(x, residual, state, cu_seqlens)
         if self.recompute == "block":
             return checkpoint(self._run, x, residual, state, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
-        normed, residual = self.norm(x, residual, self._residual_dtype(x, residual))
+        normed, stream = self.norm(x, residual, self._residual_dtype(x, residual))
         # in_proj keeps its input for its weight's gradient: that is the normed residual, which is quick to make again
         # from the residual, and that is kept in any case.
-        with torch.autograd.graph.saved_tensors_hooks(*self._forget(normed, residual)):
+        with torch.autograd.graph.saved_tensors_hooks(*self._forget(normed, stream)):
             output = self.mixer(normed, state, cu_seqlens=cu_seqlens, recompute=True)
-        return output.output, residual, output.state
+        return output.output, stream, output.state
 
     def step(self, x: Tensor, residual: Tensor | None, state: MambaState) -> tuple[Tensor, Tensor, MambaState | None]:
         """Runs the block over one token, (batch, d_model)."""
-        normed, residual = self.norm(x, residual, self._residual_dtype(x, residual))
+        normed, stream = self.norm(x, residual, self._residual_dtype(x, residual))
         output = self.mixer.step(normed, state)
-        return output.output, residual, output.state
+        return output.output, stream, output.state
 
     def _run(
         self, x: Tensor, residual: Tensor | None, state: MambaState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, MambaState | None]:
-        normed, residual = self.norm(x, residual, self._residual_dtype(x, residual))
+        normed, stream = self.norm(x, residual, self._residual_dtype(x, residual))
         output = self.mixer(normed, state, cu_seqlens=cu_seqlens)
-        return output.output, residual, output.state
+        return output.output, stream, output.state
 
     def _residual_dtype(self, x: Tensor, residual: Tensor | None) -> torch.dtype | None:
         return residual_dtype(self.residual_in_fp32, x, residual)
@@ -225,8 +225,8 @@ class Backbone(nn.Module):
         if inputs_embeds is not None:
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != weight.shape[1] or 0 in inputs_embeds.shape:
                 raise ShapeError(
-                    f"{caller}: inputs_embeds must be (batch, length >= 1, d_model) with d_model {weight.shape[1]}, got "
-                    f"{tuple(inputs_embeds.shape)}; features come last"
+                    f"{caller}: inputs_embeds must be (batch, length >= 1, d_model) with d_model {weight.shape[1]}, "
+                    f"got {tuple(inputs_embeds.shape)}; features come last"
                 )
             if not inputs_embeds.is_floating_point():
                 raise DTypeError(
@@ -311,7 +311,7 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.backbone.embedding.weight
 
     def reset_parameters(self) -> None:
-        """Draws all initial values anew; also fills a model that was made on the meta device and moved by `to_empty`."""
+        """Draws all initial values anew; also fills a model made on the meta device and moved by `to_empty`."""
         self.tie_weights()
         for layer in self.backbone.layers:
             layer.norm.reset_parameters()  # type: ignore[union-attr, operator]
@@ -354,13 +354,13 @@ class CausalLM(nn.Module):
                 window of which the first `length` entries are the inputs, so that the last position is judged too.
                 -100 is ignored. Default: no loss.
             mask: (batch, length) bool or integer, 1 at real tokens, 0 at padding, on either side or in between; real
-                tokens give exactly what they give alone. Padding has logits of a zero hidden state, and neither it nor a
-                token whose next one is padding is judged. Default: all are real.
+                tokens give exactly what they give alone. Padding has logits of a zero hidden state; neither it nor
+                a token whose next one is padding is judged. Default: all are real.
             cu_seqlens: (sequences + 1,) int32 or int64, from 0 to length, where packed sequences start; batch is 1. The
                 last token of a sequence is not judged. Default: each row is one sequence.
             state: one `MambaState` a layer, from `init_state` or an earlier output, one row a sequence. Default: none.
-            logits_to_keep: give logits of the last so many positions alone. Default 0: of all positions, or of none where
-                there are labels.
+            logits_to_keep: give logits of the last so many positions. Default 0: of all, or of none where there are
+                labels.
 
         Returns:
             CausalLMOutput(logits, loss, state): loss is the mean over judged tokens in float32 (0 where there is none);

@@ -41,9 +41,9 @@ class MambaConfig:
         tie_embeddings: lm_head shares the embedding's weight. Default True.
         initializer_range: standard deviation of the initial embedding. Default 0.02.
         rescale_prenorm_residual: divide each out_proj's initial weight by sqrt(n_layer). Default True.
-        recompute: what the backward pass computes again instead of keeping: "none"; "cheap", all that is no large matrix
-            product (norms, convolution, small projections, scan); "block", everything but each block's input. Gradients
-            are the same to the bit. Default "none".
+        recompute: what the backward pass computes again instead of keeping: "none"; "cheap", all that is no large
+            matrix product (norms, convolution, small projections, scan); "block", everything but each block's input.
+            Gradients are the same to the bit. Default "none".
 
     Raises:
         ConfigError: a field is out of range or of the wrong kind.

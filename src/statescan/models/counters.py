@@ -25,7 +25,7 @@ def parameter_count(config: MambaConfig) -> int:
 
         in_proj 2di, conv1d iw (+ i), x_proj i(r + 2n), dt_proj ri + i, A_log in, D i, out_proj id, norm d
 
-    (+ 2i + d with bias); around the layers stand the embedding, padded_vocab_size * d, norm_f, d, and lm_head if untied.
+    (+ 2i + d with bias); around the layers stand the embedding, padded_vocab_size * d, norm_f, d, an untied lm_head.
     """
     d, i, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank_size
     layer = 2 * d * i + i * config.d_conv + i * (r + 2 * n) + r * i + i + i * n + i + i * d + d

@@ -208,7 +208,7 @@ class Mamba(nn.Module):
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws all initial values anew; also fills a layer that was made on the meta device and moved by `to_empty`."""
+        """Draws all initial values anew; also fills a layer made on the meta device and moved by `to_empty`."""
         for module in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
             module.reset_parameters()
         self._reset_own_parameters()
@@ -366,7 +366,9 @@ class Mamba(nn.Module):
             return_final_state=state is not None,
             backend=self.backend,
         )
-        after = None if state is None else MambaState(conv.final_state, scan.final_state)
+        after = None
+        if conv.final_state is not None and scan.final_state is not None:
+            after = MambaState(conv.final_state, scan.final_state)
         return self.out_proj(scan.y), after
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,28 +15,28 @@ __all__ = ["Packing", "pack"]
 class Packing(NamedTuple):
     """Where the real tokens of a padded batch lie.
 
-    index: (tokens,) int64, the positions of real tokens in the flattened (batch * length) grid, row after row.
+    places: (tokens,) int64, the positions of real tokens in the flattened (batch * length) grid, row after row.
     cu_seqlens: (batch + 1,) int32, where each row's tokens start in the packed line.
     grid: (batch, length) of the padded batch.
     """
 
-    index: Tensor
+    places: Tensor
     cu_seqlens: Tensor
     grid: tuple[int, int]
 
     @property
     def tokens(self) -> int:
         """How many tokens are real."""
-        return self.index.shape[0]
+        return self.places.shape[0]
 
     def pack(self, x: Tensor) -> Tensor:
         """(batch, length, ...) -> (1, tokens, ...), the real tokens alone, in order."""
-        return x.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+        return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(1, tokens, ...) -> (batch, length, ...), zeros where there is padding."""
         batch, length = self.grid
-        flat = x.new_zeros(batch * length, *x.shape[2:]).index_copy(0, self.index, x[0])
+        flat = x.new_zeros(batch * length, *x.shape[2:]).index_copy(0, self.places, x[0])
         return flat.unflatten(0, (batch, length))
 
 

@@ -100,8 +100,8 @@ class _Reduced(torch.autograd.Function):
         scale = counted.to(wide)
         # float16 can't hold a probability over the number of tokens: there the mean is taken after the products.
         late = None
+        count = scale.sum().clamp(min=1)
         if mean:
-            count = scale.sum().clamp(min=1)
             if compute == torch.float16:
                 late = 1 / count
             else:
@@ -131,8 +131,8 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        parts = [None if part is None else part * grad.to(part.dtype) for part in ctx.saved_tensors]
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parts = [None if part is None else part * grads[0].to(part.dtype) for part in ctx.saved_tensors]
         return (*parts, None, None, None, None, None)
 
 
@@ -156,12 +156,12 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, targets = ctx.saved_tensors
         wide = accumulate_dtype(ctx.compute)
         counted = targets != ctx.ignore_index
         aim = torch.where(counted, targets, 0).long()
-        scale = torch.where(counted, grad, 0).to(wide)
+        scale = torch.where(counted, grads[0], 0).to(wide)
         with without_autocast(hidden.device.type):
             w = weight.to(ctx.compute)
             b = None if bias is None else bias.to(wide)
@@ -174,7 +174,7 @@ class _PerToken(torch.autograd.Function):
         return (
             gradients.hidden,
             None if gradients.of_weight is None else gradients.of_weight.to(weight.dtype),
-            None if gradients.of_bias is None else gradients.of_bias.to(bias.dtype),
+            None if gradients.of_bias is None or bias is None else gradients.of_bias.to(bias.dtype),
             None,
             None,
             None,

@@ -14,7 +14,7 @@ _OP = "linear_cross_entropy"
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the softmax, the losses and the gradients' sums: float64 for float64, float32 for everything else."""
+    """The dtype of the softmax, the losses and the gradients' sums: float64 for float64, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -49,9 +49,9 @@ def check_linear_cross_entropy(
             f"{_OP}: hidden must be (..., d) and weight (vocabulary >= 1, d), got {tuple(hidden.shape)} and "
             f"{tuple(weight.shape)}; weight is laid out as nn.Linear's"
         )
-    check_shape(_OP, "targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
+    check_shape(_OP, "targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]", "give one target a token")
     if bias is not None:
-        check_shape(_OP, "bias", bias, (weight.shape[0],), "(vocabulary,)")
+        check_shape(_OP, "bias", bias, (weight.shape[0],), "(vocabulary,)", "give one number a row of weight")
     if targets.dtype not in (torch.int64, torch.int32):
         raise DTypeError(f"{_OP}: targets must be int64 or int32, got {targets.dtype}; pass targets.long()")
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
