@@ -1,15 +1,213 @@
-"""The residual addition and RMS norm on the C++ library."""
+"""The residual addition and RMS norm on the C++ library: one pass over memory each way."""
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from statescan.ops import _native
 from statescan.ops._dispatch import Facts
+from statescan.ops.add_norm.validation import compute_dtype
 
-__all__ = ["refuses"]
+__all__ = ["add_rms_norm", "refuses"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def refuses(facts: Facts) -> str | None:
-    """Why the C++ kernel does not take this call."""
+    """Why the C++ kernel does not take this call, with the cure; None if it does."""
     if facts.device != "cpu":
-        return f"it runs on the CPU, the inputs are on {facts.device}"
-    return _native.unavailable_reason() or "the installed C++ library has no such kernel; reinstall statescan"
+        return f"it runs on the CPU, the inputs are on {facts.device}; use backend='torch'"
+    reason = _native.unavailable_reason()
+    if reason is None and not hasattr(_native.library().lib, "ss_add_rms_norm"):
+        reason = f"the C++ library {_native.library().path} is older than this package; reinstall statescan"
+    return reason
+
+
+class _Args(ctypes.Structure):
+    """Mirrors ss_norm_args in csrc/add_norm.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("wide", "x_dtype", "residual_dtype", "stream_dtype")),
+        ("x", ctypes.c_void_p),
+        ("x_row", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        ("residual_row", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("rstd", ctypes.c_void_p),
+        ("grad_output", ctypes.c_void_p),
+        ("grad_output_row", ctypes.c_int64),
+        ("grad_stream", ctypes.c_void_p),
+        ("grad_stream_row", ctypes.c_int64),
+        ("grad_x", ctypes.c_void_p),
+        ("grad_residual", ctypes.c_void_p),
+        ("grad_weight", ctypes.c_void_p),
+    )
+
+
+def _compute(x_dtype: torch.dtype, stream: torch.dtype) -> torch.dtype:
+    return torch.float64 if stream == torch.float64 else compute_dtype(x_dtype)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(rows, d) with the last axis contiguous: a view wherever the strides allow one."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _call(function: str, args: _Args) -> None:
+    code = getattr(_native.library().lib, function)(ctypes.byref(args))
+    if code == -3:
+        raise MemoryError("add_rms_norm: no memory left for the kernel's scratch; make the batch or the length smaller")
+    assert code == 0, f"{function} returned {code}"
+
+
+def _forward(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, total, rstd = _forward_fake(x, weight, residual, eps, stream)
+    rows, weight = _as_rows(x), weight.to(rstd.dtype).contiguous()
+    args = _Args(
+        rows=rows.shape[0],
+        features=rows.shape[1],
+        eps=eps,
+        wide=rstd.dtype == torch.float64,
+        x_dtype=_DTYPES[x.dtype],
+        stream_dtype=_DTYPES[stream],
+        x=rows.data_ptr(),
+        x_row=rows.stride(0),
+        weight=weight.data_ptr(),
+        output=output.data_ptr(),
+        rstd=rstd.data_ptr(),
+    )
+    if residual is not None:
+        residual = _as_rows(residual)
+        args.residual, args.residual_row = residual.data_ptr(), residual.stride(0)
+        args.residual_dtype = _DTYPES[residual.dtype]
+    if total.numel():
+        args.stream = total.data_ptr()
+    _call("ss_add_rms_norm", args)
+    return output, total, rstd
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    del weight, eps
+    same = residual is None and stream == x.dtype  # the sum is x itself: nothing to write
+    total = x.new_empty(0 if same else x.shape, dtype=stream)
+    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1], dtype=_compute(x.dtype, stream))
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_residual, grad_weight = _backward_fake(grad_output, grad_total, total, rstd, weight, residual_dtype)
+    rows, grads, wide_weight = _as_rows(total), _as_rows(grad_output), weight.to(rstd.dtype).contiguous()
+    rstd = rstd.contiguous()
+    sums = torch.empty(weight.shape, dtype=rstd.dtype)
+    args = _Args(
+        rows=rows.shape[0],
+        features=rows.shape[1],
+        wide=rstd.dtype == torch.float64,
+        x_dtype=_DTYPES[grad_output.dtype],
+        stream_dtype=_DTYPES[total.dtype],
+        x=rows.data_ptr(),
+        x_row=rows.stride(0),
+        weight=wide_weight.data_ptr(),
+        rstd=rstd.data_ptr(),
+        grad_output=grads.data_ptr(),
+        grad_output_row=grads.stride(0),
+        grad_x=grad_x.data_ptr(),
+        grad_weight=sums.data_ptr(),
+    )
+    if grad_total is not None:
+        grad_total = _as_rows(grad_total)
+        args.grad_stream, args.grad_stream_row = grad_total.data_ptr(), grad_total.stride(0)
+    if grad_residual.numel():
+        args.grad_residual, args.residual_dtype = grad_residual.data_ptr(), _DTYPES[grad_residual.dtype]
+    _call("ss_add_rms_norm_backward", args)
+    return grad_x, grad_residual, sums.to(grad_weight.dtype)
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    del grad_total, rstd
+    # Where both have one dtype x and the residual have one gradient; it is written once.
+    apart = residual_dtype is not None and residual_dtype != grad_output.dtype
+    grad_residual = total.new_empty(total.shape if apart else 0, dtype=residual_dtype or total.dtype)
+    return grad_output.new_empty(total.shape), grad_residual, weight.new_empty(weight.shape)
+
+
+torch.library.define(
+    "statescan::add_rms_norm_cpu",
+    "(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType stream) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "statescan::add_rms_norm_cpu_backward",
+    "(Tensor grad_output, Tensor? grad_total, Tensor total, Tensor rstd, Tensor weight, ScalarType? residual_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("statescan::add_rms_norm_cpu", "CPU", _forward)
+torch.library.impl("statescan::add_rms_norm_cpu_backward", "CPU", _backward)
+torch.library.register_fake("statescan::add_rms_norm_cpu", _forward_fake)
+torch.library.register_fake("statescan::add_rms_norm_cpu_backward", _backward_fake)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    """Saves the sum, which goes on anyway, and one number a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        output, total, rstd = torch.ops.statescan.add_rms_norm_cpu(x, weight, residual, eps, stream)
+        same = residual is None and stream == x.dtype
+        ctx.save_for_backward(x if same else total, rstd, weight)
+        ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return output, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, rstd, weight = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = torch.zeros_like(total, dtype=ctx.x_dtype)
+        grad_x, grad_residual, grad_weight = torch.ops.statescan.add_rms_norm_cpu_backward(
+            grad_output, grad_total, total, rstd, weight, ctx.residual_dtype
+        )
+        if ctx.residual_dtype is None:
+            return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, grad_residual if grad_residual.numel() else grad_x, None, None
+
+
+def add_rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See `statescan.ops.add_rms_norm`; `stream` is the dtype of the residual stream."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
+        output, total = _AddRMSNorm.apply(x, weight, residual, eps, stream)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        output, total, _ = torch.ops.statescan.add_rms_norm_cpu(x, weight, residual, eps, stream)
+    return output, x if residual is None and stream == x.dtype else total
