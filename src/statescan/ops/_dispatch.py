@@ -1,6 +1,6 @@
 """Which backend runs a call, and why each other one does not.
 
-Every op has a literal table here, read top down: the first backend that does not refuse the call runs it. A backend is a
+Every op has a literal table here, read top down: the first backend that doesn't refuse the call runs it. A backend is a
 module ``statescan.ops.<op>.<module>`` with a function ``refuses(facts) -> str | None`` that names what it lacks and the
 cure, or returns None. A backend named by the caller runs or raises; only ``"auto"`` moves on to the next one.
 """
@@ -80,7 +80,6 @@ def _refusal(op: str, backend: str, facts: Facts) -> str | None:
     return module.refuses(facts)
 
 
-@torch.compiler.assume_constant_result
 def choose(
     op: str, backend: str, device: str, dtype: torch.dtype, complex_A: bool = False, d_state: int = 0, width: int = 0
 ) -> str:
@@ -103,6 +102,11 @@ def choose(
     if refusal is not None:
         raise BackendUnavailableError(f"{op}: backend '{backend}' can't run this call: {refusal}")
     return backend
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports all of torch._dynamo and so doubles the
+# time that `import statescan.ops` takes.
+choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def explain(op: str, facts: Facts | None = None, **given: Any) -> Explanation:
