@@ -2,7 +2,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "add_norm.h"
+#include "causal_conv1d.h"
 #include "parallel.h"
+#include "selective_scan.h"
 #include "statescan.h"
 
 #if defined(SS_HAVE_avx2) && defined(_MSC_VER)
@@ -122,3 +125,10 @@ SS_API void ss_set_parallel_for(void* fn) { ss::g_parallel_for = reinterpret_cas
 
 // ---- ops, one line each (declare argument structs in their own header under csrc/) ----
 SS_DISPATCH(ss_selftest, (int32_t x), (x))
+SS_DISPATCH(ss_selective_scan, (const ss_scan_args* args), (args))
+SS_DISPATCH(ss_selective_scan_backward, (const ss_scan_args* args), (args))
+SS_DISPATCH(ss_selective_state_update, (const ss_update_args* args), (args))
+SS_DISPATCH(ss_causal_conv1d, (const ss_conv_args* a), (a))
+SS_DISPATCH(ss_causal_conv1d_backward, (const ss_conv_args* a), (a))
+SS_DISPATCH(ss_add_rms_norm, (const ss_norm_args* a), (a))
+SS_DISPATCH(ss_add_rms_norm_backward, (const ss_norm_args* a), (a))
