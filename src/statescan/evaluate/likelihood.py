@@ -158,7 +158,8 @@ def evaluate_tokens(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # Not inference_mode: the parameters of a sharded model (FSDP2) can't be gathered there.
+        with torch.no_grad():
             for number, starts, length in _stretches(judged, context, carry_state, lanes):
                 rows = [number + row for row in range(len(starts))]
                 for offset, bits in _bits(model, tokens, starts, length, context if carry_state else length, where):
