@@ -124,7 +124,6 @@ SS_API void ss_set_parallel_for(void* fn) { ss::g_parallel_for = reinterpret_cas
   }
 
 // ---- ops, one line each (declare argument structs in their own header under csrc/) ----
-SS_DISPATCH(ss_selftest, (int32_t x), (x))
 SS_DISPATCH(ss_selective_scan, (const ss_scan_args* args), (args))
 SS_DISPATCH(ss_selective_scan_backward, (const ss_scan_args* args), (args))
 SS_DISPATCH(ss_selective_state_update, (const ss_update_args* args), (args))

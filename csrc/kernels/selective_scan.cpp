@@ -1,0 +1,602 @@
+// The selective scan, forward and backward.
+//
+//   h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,   y_t = C_t . h_t + D u_t,   y_t *= silu(z_t)
+//
+// A vector holds W neighbouring channels. A task is one block of up to 64 channels of one sequence; it walks time in
+// chunks: first the chunk's rows are read, converted and prepared into small buffers (whole cache lines at a time), then
+// each vector of channels runs through the chunk with its states in registers, then the rows are finished and written.
+// In training the state before each chunk is kept; the backward walks the chunks from the last to the first, makes the
+// chunk's states again into a buffer that fits the second-level cache, and runs the adjoint recurrence over it.
+//
+// Every sum is cut by shape alone, never by the number of threads: gradients of B and C are summed over the channels of a
+// block, then over blocks in order; those of A, D, dt_bias over a fixed number of groups of sequences, then over groups.
+#include "selective_scan.h"
+
+#include <cstdlib>
+
+#include "parallel.h"
+#include "simd.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define SS_UNROLL _Pragma("GCC unroll 16")
+#elif defined(__clang__)
+#define SS_UNROLL _Pragma("unroll")
+#else
+#define SS_UNROLL
+#endif
+
+namespace {
+using namespace ss;
+
+constexpr int64_t kBlock = 64;      // channels of a task
+constexpr int64_t kSlots = 16;      // groups of sequences whose gradients of A, D, dt_bias are summed apart
+constexpr int kStates = SS_VECTOR_REGISTERS == 32 ? 16 : 8;  // states of a vector of channels that registers hold
+// Vectors of channels that the adjoint handles at once: their parts of dB and dC are added in registers.
+#if defined(SS_ISA_avx512) || defined(SS_ISA_neon)
+constexpr int kTogether = 4;
+#elif defined(SS_ISA_avx2)
+constexpr int kTogether = 2;
+#else
+constexpr int kTogether = 1;
+#endif
+
+// Memory of one thread, kept between calls; grows to the largest request.
+class Workspace {
+ public:
+  ~Workspace() { std::free(raw_); }
+  char* get(size_t bytes) {
+    if (bytes > size_) {
+      std::free(raw_);
+      raw_ = static_cast<char*>(std::malloc(bytes + 64));
+      size_ = raw_ ? bytes : 0;
+    }
+    return raw_ ? raw_ + (64 - reinterpret_cast<uintptr_t>(raw_) % 64) % 64 : nullptr;
+  }
+
+ private:
+  char* raw_ = nullptr;
+  size_t size_ = 0;
+};
+thread_local Workspace t_workspace;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A run of neighbouring channels that share their groups of B and C.
+struct Block {
+  int64_t begin, width, b_group, c_group;
+};
+
+// Cuts the channels every kBlock and wherever a group of B or C ends. Returns the number of blocks.
+int64_t cut(const ss_scan_args& p, Block* blocks) {
+  int64_t b_width = p.channels / p.b_groups, c_width = p.channels / p.c_groups, count = 0;
+  for (int64_t c = 0; c < p.channels;) {
+    int64_t bg = c / b_width, cg = c / c_width, end = c + kBlock;
+    if ((bg + 1) * b_width < end) end = (bg + 1) * b_width;
+    if ((cg + 1) * c_width < end) end = (cg + 1) * c_width;
+    if (p.channels < end) end = p.channels;
+    if (blocks) blocks[count] = {c, end - c, bg, cg};
+    ++count;
+    c = end;
+  }
+  return count;
+}
+
+struct Sequence {
+  int64_t row, begin, length, checkpoint;  // batch row, first position, positions, first checkpoint's slot
+};
+
+Sequence sequence(const ss_scan_args& p, int64_t s) {
+  if (!p.cu_seqlens) return {s, 0, p.length, s * divide_up(p.length, p.chunk)};
+  // Sequence s owns the slots from cu[s] / chunk + s: never fewer than it needs, found without a sum over sequences.
+  int64_t begin = p.cu_seqlens[s], end = p.cu_seqlens[s + 1];
+  return {0, begin, end - begin, begin / p.chunk + s};
+}
+
+// Tasks that one thread should at least take: about 64K exponentials are worth waking another.
+int64_t grain(const ss_scan_args& p) {
+  int64_t width = p.channels < kBlock ? p.channels : kBlock;
+  int64_t work = divide_up(p.batch * p.length, p.sequences > 0 ? p.sequences : 1) * width * p.states;
+  return divide_up(65536, work > 0 ? work : 1);
+}
+
+// Sums of W rows of W lanes: lane i of the result is the sum of row i.
+template <class V> SS_INLINE V sum_rows(const typename V::scalar* rows) {
+  typename V::scalar sums[V::W];
+  for (int i = 0; i < V::W; ++i) sums[i] = sum(V::load(rows + i * V::W));
+  return V::load(sums);
+}
+#if defined(SS_ISA_avx512)
+SS_INLINE F32 sum_four_rows(const float* rows) {
+  __m512 a = _mm512_loadu_ps(rows), b = _mm512_loadu_ps(rows + 16), c = _mm512_loadu_ps(rows + 32), d = _mm512_loadu_ps(rows + 48);
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return {_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee))};
+}
+template <> SS_INLINE F32 sum_rows<F32>(const float* rows) {
+  F32 p0 = sum_four_rows(rows), p1 = sum_four_rows(rows + 64), p2 = sum_four_rows(rows + 128), p3 = sum_four_rows(rows + 192);
+  __m512 q01 = _mm512_add_ps(_mm512_shuffle_f32x4(p0.v, p1.v, 0x44), _mm512_shuffle_f32x4(p0.v, p1.v, 0xee));
+  __m512 q23 = _mm512_add_ps(_mm512_shuffle_f32x4(p2.v, p3.v, 0x44), _mm512_shuffle_f32x4(p2.v, p3.v, 0xee));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(q01, q23, 0x88), _mm512_shuffle_f32x4(q01, q23, 0xdd))};
+}
+#endif
+
+// softplus and its slope from one exponential.
+template <class V> SS_INLINE V softplus_with_slope(V x, V* slope) {
+  V e = exp(V::zero() - abs(x)), one = V::set(1), twenty = V::set(20);
+  V r = one / (one + e);
+  *slope = select_lt(twenty, x, one, select_lt(x, V::zero(), e * r, r));
+  return select_lt(twenty, x, x, max(V::zero(), x) + log1p_unit(e));
+}
+
+// The buffers of one task. Rows of `pitch` channels (kBlock rounded up to vectors).
+template <class R> struct Buffers {
+  R *A, *h, *b_fixed, *c_fixed;        // [states][pitch]; A times DecayRange::scale
+  R *D, *bias;                         // [pitch]
+  R *dt, *dtu, *y;                     // [chunk][pitch]
+  R *B, *C;                            // [chunk][states]
+  R *slope, *dyz, *s, *ddt;            // [chunk][pitch], backward
+  R *states, *decays;                  // [chunk + 1][states][pitch], [chunk][states][pitch], backward
+  R *dh, *dA, *db_fixed, *dc_fixed;    // [states][pitch], backward
+  R *dD, *dbias;                       // [pitch], backward
+  R *db_lanes, *dc_lanes;              // [states rounded up to W][W], backward
+};
+
+constexpr int64_t kPitch = kBlock;  // a multiple of every W
+
+// Lays the buffers out from `base`; returns the bytes taken (base may be null to measure).
+template <class R> size_t lay_out(Buffers<R>& w, const ss_scan_args& p, bool backward, char* base) {
+  size_t at = 0;
+  auto take = [&](R*& pointer, int64_t count) {
+    pointer = base ? reinterpret_cast<R*>(base + at) : nullptr;
+    at += (size_t(count) * sizeof(R) + 63) / 64 * 64;
+  };
+  int64_t n = p.states, k = p.chunk, rows = n * kPitch, tile = k * kPitch;
+  take(w.A, rows), take(w.h, rows), take(w.b_fixed, rows), take(w.c_fixed, rows);
+  take(w.D, kPitch), take(w.bias, kPitch);
+  take(w.dt, tile), take(w.dtu, tile), take(w.y, tile);
+  take(w.B, k * n), take(w.C, k * n);
+  if (backward) {
+    take(w.slope, tile), take(w.dyz, tile), take(w.s, tile), take(w.ddt, tile);
+    take(w.states, (k + 1) * rows), take(w.decays, k * rows);
+    take(w.dh, rows), take(w.dA, rows), take(w.db_fixed, rows), take(w.dc_fixed, rows);
+    take(w.dD, kPitch), take(w.dbias, kPitch);
+    take(w.db_lanes, (n + 16) * 16), take(w.dc_lanes, (n + 16) * 16);
+  }
+  return at;
+}
+
+// (channels, states) of one block -> [states][pitch], zeros beyond the width; null gives zeros.
+template <class R> void turn_in(const void* from, const Block& b, int64_t states, R scale, R* to) {
+  const R* f = static_cast<const R*>(from);
+  for (int64_t n = 0; n < states; ++n)
+    for (int64_t c = 0; c < kPitch; ++c) to[n * kPitch + c] = f && c < b.width ? f[(b.begin + c) * states + n] * scale : R(0);
+}
+template <class R> void turn_out(const R* from, const Block& b, int64_t states, void* to) {
+  R* t = static_cast<R*>(to);
+  for (int64_t c = 0; c < b.width; ++c)
+    for (int64_t n = 0; n < states; ++n) t[(b.begin + c) * states + n] = from[n * kPitch + c];
+}
+
+// What a run of the recurrence over one chunk needs of one vector of channels.
+template <class R> struct Run {
+  int64_t steps, states;
+  const R *A, *b_fixed, *c_fixed, *dt, *dtu, *B, *C;
+  R *h, *y, *kept_states, *kept_decays;
+};
+
+// The recurrence for N states from n0 on. Any: arguments of exp may leave its range. Fixed: B or C belong to channels, not
+// positions. Keep: every state and decay is stored for the adjoint. Out: y is wanted.
+template <class V, int N, bool Any, bool Fixed, bool Keep, bool Out>
+SS_NOINLINE void recur(const Run<typename V::scalar>& r, int64_t n0) {
+  using R = typename V::scalar;
+  V h[N];
+  const R* SS_RESTRICT A = r.A + n0 * kPitch;
+  SS_UNROLL
+  for (int n = 0; n < N; ++n) h[n] = V::load(r.h + (n0 + n) * kPitch);
+  for (int64_t t = 0; t < r.steps; ++t) {
+    const R* SS_RESTRICT B = r.B + t * r.states + n0;
+    const R* SS_RESTRICT C = r.C + t * r.states + n0;
+    V dt = V::load(r.dt + t * kPitch), dtu = V::load(r.dtu + t * kPitch);
+    V y = Out ? V::load(r.y + t * kPitch) : V::zero();
+    R* SS_RESTRICT hs = Keep ? r.kept_states + ((t + 1) * r.states + n0) * kPitch : nullptr;
+    R* SS_RESTRICT as = Keep ? r.kept_decays + (t * r.states + n0) * kPitch : nullptr;
+    SS_UNROLL
+    for (int n = 0; n < N; ++n) {
+      V x = dt * V::load(A + n * kPitch);
+      V a = Any ? exp_decay_any(x) : exp_decay(x);
+      V b = Fixed && r.b_fixed ? V::load(r.b_fixed + (n0 + n) * kPitch) : V::set(B[n]);
+      h[n] = fma(a, h[n], dtu * b);
+      if (Out) {
+        V c = Fixed && r.c_fixed ? V::load(r.c_fixed + (n0 + n) * kPitch) : V::set(C[n]);
+        y = fma(c, h[n], y);
+      }
+      if (Keep) {
+        h[n].store(hs + n * kPitch);
+        a.store(as + n * kPitch);
+      }
+    }
+    if (Out) y.store(r.y + t * kPitch);
+  }
+  SS_UNROLL
+  for (int n = 0; n < N; ++n) h[n].store(r.h + (n0 + n) * kPitch);
+}
+
+template <class V, bool Any, bool Fixed, bool Keep, bool Out> void recur_all(const Run<typename V::scalar>& r) {
+  int64_t n = 0;
+  for (; n + kStates <= r.states; n += kStates) recur<V, kStates, Any, Fixed, Keep, Out>(r, n);
+  if (kStates > 8 && n + 8 <= r.states) recur<V, 8, Any, Fixed, Keep, Out>(r, n), n += 8;
+  if (n + 4 <= r.states) recur<V, 4, Any, Fixed, Keep, Out>(r, n), n += 4;
+  if (n + 2 <= r.states) recur<V, 2, Any, Fixed, Keep, Out>(r, n), n += 2;
+  if (n < r.states) recur<V, 1, Any, Fixed, Keep, Out>(r, n);
+}
+
+// Runs the block's vectors through a chunk of `steps` positions.
+template <class R, bool Keep, bool Out> void recur_block(const Buffers<R>& w, int64_t steps, int64_t states, int64_t width, bool b_fixed, bool c_fixed) {
+  using V = typename VectorOf<R>::type;
+  for (int64_t v = 0; v < width; v += V::W) {
+    // One look decides for the whole chunk whether the fast exponential may be used. max may drop a nan: 0 * nan keeps it.
+    V top = V::zero(), steepest = V::zero(), doubt = V::zero();
+    for (int64_t t = 0; t < steps; ++t) {
+      V dt = abs(V::load(w.dt + t * kPitch + v));
+      top = max(top, dt), doubt = fma(dt, V::zero(), doubt);
+    }
+    for (int64_t n = 0; n < states; ++n) {
+      V a = abs(V::load(w.A + n * kPitch + v));
+      steepest = max(steepest, a), doubt = fma(a, V::zero(), doubt);
+    }
+    bool fits = all_lt(fma(top, steepest, doubt), V::set(-DecayRange<V>::low));
+    Run<R> r{steps, states, w.A + v, b_fixed ? w.b_fixed + v : nullptr, c_fixed ? w.c_fixed + v : nullptr, w.dt + v, w.dtu + v,
+             w.B, w.C, w.h + v, w.y + v, Keep ? w.states + v : nullptr, Keep ? w.decays + v : nullptr};
+    bool fixed = b_fixed || c_fixed;
+    if (fits)
+      fixed ? recur_all<V, false, true, Keep, Out>(r) : recur_all<V, false, false, Keep, Out>(r);
+    else
+      fixed ? recur_all<V, true, true, Keep, Out>(r) : recur_all<V, true, false, Keep, Out>(r);
+  }
+}
+
+// One group's rows of B or C of a chunk, converted.
+template <class R, class S> void read_rows(const S* from, int64_t step, int64_t steps, int64_t states, R* to) {
+  using V = typename VectorOf<R>::type;
+  for (int64_t t = 0; t < steps; ++t, from += step, to += states)
+    for (int64_t n = 0; n < states; n += V::W) {
+      int64_t left = states - n;
+      left >= V::W ? V::load(from + n).store(to + n) : V::load(from + n, left).store(to + n, left);
+    }
+}
+
+// A vector of a row, or what the row still holds of it.
+template <class V, class S> SS_INLINE V read(const S* p, int64_t left) { return left >= V::W ? V::load(p) : V::load(p, left); }
+template <class V, class S> SS_INLINE void write(V v, S* p, int64_t left) { left >= V::W ? v.store(p) : v.store(p, left); }
+
+
+// The adjoint of one position for G vectors of channels side by side, over all states:
+//   dh += C g;  dC += h g;  dB += dh dtu;  s += dh B;  dh *= a;  q = dh h_{t-1};  ddt += q A;  dA += q dt
+template <class V, int G, bool Fixed>
+SS_INLINE void step_back(const Buffers<typename V::scalar>& w, int64_t t, int64_t v, int64_t states, bool b_fixed, bool c_fixed, bool first) {
+  using R = typename V::scalar;
+  const int64_t o = t * kPitch + v;
+  V g[G], dtu[G], dt[G], s[G], ddt[G];
+  SS_UNROLL
+  for (int i = 0; i < G; ++i) {
+    g[i] = V::load(w.dyz + o + i * V::W), dtu[i] = V::load(w.dtu + o + i * V::W), dt[i] = V::load(w.dt + o + i * V::W);
+    s[i] = ddt[i] = V::zero();
+  }
+  const R* SS_RESTRICT B = w.B + t * states;
+  const R* SS_RESTRICT C = w.C + t * states;
+  const R* SS_RESTRICT before = w.states + t * states * kPitch + v;
+  const R* SS_RESTRICT after = before + states * kPitch;
+  const R* SS_RESTRICT decays = w.decays + t * states * kPitch + v;
+  R* SS_RESTRICT dh_row = w.dh + v;
+  R* SS_RESTRICT dA_row = w.dA + v;
+  const R* SS_RESTRICT A_row = w.A + v;
+  for (int64_t n = 0; n < states; ++n) {
+    V db = V::zero(), dc = V::zero();
+    V b = V::set(Fixed && b_fixed ? R(0) : B[n]), c = V::set(Fixed && c_fixed ? R(0) : C[n]);
+    SS_UNROLL
+    for (int i = 0; i < G; ++i) {
+      const int64_t at = n * kPitch + i * V::W;
+      if (Fixed && b_fixed) b = V::load(w.b_fixed + v + at);
+      if (Fixed && c_fixed) c = V::load(w.c_fixed + v + at);
+      V dh = fma(c, g[i], V::load(dh_row + at));
+      if (Fixed && c_fixed)
+        fma(V::load(after + at), g[i], V::load(w.dc_fixed + v + at)).store(w.dc_fixed + v + at);
+      else
+        dc = fma(V::load(after + at), g[i], dc);
+      if (Fixed && b_fixed)
+        fma(dh, dtu[i], V::load(w.db_fixed + v + at)).store(w.db_fixed + v + at);
+      else
+        db = fma(dh, dtu[i], db);
+      s[i] = fma(dh, b, s[i]);
+      dh = dh * V::load(decays + at);
+      dh.store(dh_row + at);
+      V q = dh * V::load(before + at);
+      ddt[i] = fma(q, V::load(A_row + at), ddt[i]);
+      fma(q, dt[i], V::load(dA_row + at)).store(dA_row + at);
+    }
+    R* db_lane = w.db_lanes + n * V::W;
+    R* dc_lane = w.dc_lanes + n * V::W;
+    if (!first) db = db + V::load(db_lane), dc = dc + V::load(dc_lane);
+    db.store(db_lane), dc.store(dc_lane);
+  }
+  SS_UNROLL
+  for (int i = 0; i < G; ++i) s[i].store(w.s + o + i * V::W), ddt[i].store(w.ddt + o + i * V::W);
+}
+
+// The adjoint over a chunk. part_B and part_C get the sums over the block's channels, one row a position.
+template <class R, bool Fixed> SS_NOINLINE void adjoint(const Buffers<R>& w, int64_t steps, int64_t states, int64_t width, bool b_fixed, bool c_fixed, R* part_B, R* part_C) {
+  using V = typename VectorOf<R>::type;
+  for (int64_t t = steps - 1; t >= 0; --t) {
+    int64_t v = 0;
+    for (; v + (kTogether - 1) * V::W < width; v += kTogether * V::W) step_back<V, kTogether, Fixed>(w, t, v, states, b_fixed, c_fixed, v == 0);
+    for (; v < width; v += V::W) step_back<V, 1, Fixed>(w, t, v, states, b_fixed, c_fixed, v == 0);
+    for (int64_t n = 0; n < states; n += V::W) {
+      int64_t left = states - n;
+      if (!b_fixed) write(sum_rows<V>(w.db_lanes + n * V::W), part_B + t * states + n, left);
+      if (!c_fixed) write(sum_rows<V>(w.dc_lanes + n * V::W), part_C + t * states + n, left);
+    }
+  }
+}
+
+// Where the backward's tasks leave their parts of the sums.
+template <class R> struct Parts {
+  R *B, *C;                        // [blocks][batch * length][states]
+  R *A, *b_fixed, *c_fixed;        // [slots][states][channels]
+  R *D, *bias;                     // [slots][channels]
+};
+
+template <class S, class R> struct Scan {
+  using V = typename VectorOf<R>::type;
+  const ss_scan_args& p;
+
+  static const S* at(const void* base, int64_t offset) { return static_cast<const S*>(base) + offset; }
+  static S* at(void* base, int64_t offset) { return static_cast<S*>(base) + offset; }
+
+  void load_block(Buffers<R>& w, const Block& b) const {
+    turn_in<R>(p.A, b, p.states, DecayRange<V>::scale, w.A);
+    if (p.b_fixed) turn_in<R>(p.B, b, p.states, 1, w.b_fixed);
+    if (p.c_fixed) turn_in<R>(p.C, b, p.states, 1, w.c_fixed);
+    for (int64_t c = 0; c < kPitch; ++c) {
+      w.D[c] = p.D && c < b.width ? static_cast<const R*>(p.D)[b.begin + c] : R(0);
+      w.bias[c] = p.dt_bias && c < b.width ? static_cast<const R*>(p.dt_bias)[b.begin + c] : R(0);
+    }
+  }
+
+  void read_projections(Buffers<R>& w, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
+    if (!p.b_fixed) read_rows<R>(at(p.B, q.row * p.b_batch + (q.begin + t0) * p.b_step + b.b_group * p.b_group), p.b_step, steps, p.states, w.B);
+    if (!p.c_fixed) read_rows<R>(at(p.C, q.row * p.c_batch + (q.begin + t0) * p.c_step + b.c_group * p.c_group), p.c_step, steps, p.states, w.C);
+  }
+
+  // dt, dt u and what y starts from (D u), for a chunk. Slope: also the slope of softplus.
+  template <bool Slope> void prepare(Buffers<R>& w, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
+    const S* u = at(p.u, q.row * p.u_batch + (q.begin + t0) * p.u_step + b.begin);
+    const S* dt = at(p.dt, q.row * p.dt_batch + (q.begin + t0) * p.dt_step + b.begin);
+    for (int64_t t = 0; t < steps; ++t, u += p.u_step, dt += p.dt_step)
+      for (int64_t v = 0; v < b.width; v += V::W) {
+        int64_t left = b.width - v, o = t * kPitch + v;
+        V x = read<V>(u + v, left), d = read<V>(dt + v, left) + V::load(w.bias + v), slope = V::set(1);
+        if (p.softplus) d = Slope ? softplus_with_slope(d, &slope) : softplus(d);
+        d.store(w.dt + o);
+        (d * x).store(w.dtu + o);
+        (V::load(w.D + v) * x).store(w.y + o);
+        if (Slope) slope.store(w.slope + o);
+      }
+  }
+
+  void forward(Buffers<R>& w, const Block& b, int64_t s) const {
+    Sequence q = sequence(p, s);
+    int64_t state_at = s * p.channels * p.states;
+    turn_in<R>(p.initial ? static_cast<const R*>(p.initial) + state_at : nullptr, b, p.states, 1, w.h);
+    for (int64_t t0 = 0; t0 < q.length; t0 += p.chunk) {
+      int64_t steps = q.length - t0 < p.chunk ? q.length - t0 : p.chunk;
+      if (p.checkpoints) {
+        R* kept = static_cast<R*>(p.checkpoints) + (q.checkpoint + t0 / p.chunk) * p.states * p.channels + b.begin;
+        for (int64_t n = 0; n < p.states; ++n) std::memcpy(kept + n * p.channels, w.h + n * kPitch, size_t(b.width) * sizeof(R));
+      }
+      read_projections(w, b, q, t0, steps);
+      prepare<false>(w, b, q, t0, steps);
+      recur_block<R, false, true>(w, steps, p.states, b.width, p.b_fixed, p.c_fixed);
+      S* y = at(p.y, (q.row * p.length + q.begin + t0) * p.channels + b.begin);
+      const S* z = p.z ? at(p.z, q.row * p.z_batch + (q.begin + t0) * p.z_step + b.begin) : nullptr;
+      for (int64_t t = 0; t < steps; ++t, y += p.channels)
+        for (int64_t v = 0; v < b.width; v += V::W) {
+          int64_t left = b.width - v;
+          V out = V::load(w.y + t * kPitch + v);
+          if (z) out = out * silu(read<V>(z + t * p.z_step + v, left));
+          write(out, y + v, left);
+        }
+    }
+    if (p.final_state) turn_out<R>(w.h, b, p.states, static_cast<R*>(p.final_state) + state_at);
+  }
+
+  // The gradient that reaches C . h, and for the gate's own gradient nothing yet: y is known only after the recurrence.
+  void prepare_gradient(Buffers<R>& w, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
+    const S* dy = at(p.dy, q.row * p.dy_batch + (q.begin + t0) * p.dy_step + b.begin);
+    const S* z = p.z ? at(p.z, q.row * p.z_batch + (q.begin + t0) * p.z_step + b.begin) : nullptr;
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t v = 0; v < b.width; v += V::W) {
+        int64_t left = b.width - v;
+        V g = read<V>(dy + t * p.dy_step + v, left);
+        if (z) g = g * silu(read<V>(z + t * p.z_step + v, left));
+        g.store(w.dyz + t * kPitch + v);
+      }
+  }
+
+  // From the sums over states to du, ddt and dz; sums of dD and ddt_bias.
+  void finish(Buffers<R>& w, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
+    const int64_t row = q.begin + t0, out = (q.row * p.length + row) * p.channels + b.begin;
+    const S* u = at(p.u, q.row * p.u_batch + row * p.u_step + b.begin);
+    const S* dy = at(p.dy, q.row * p.dy_batch + row * p.dy_step + b.begin);
+    const S* z = p.z ? at(p.z, q.row * p.z_batch + row * p.z_step + b.begin) : nullptr;
+    for (int64_t t = steps - 1; t >= 0; --t)
+      for (int64_t v = 0; v < b.width; v += V::W) {
+        int64_t left = b.width - v, o = t * kPitch + v, to = out + t * p.channels + v;
+        V x = read<V>(u + t * p.u_step + v, left), g = V::load(w.dyz + o), s = V::load(w.s + o);
+        V du = fma(g, V::load(w.D + v), s * V::load(w.dt + o));
+        V ddt = fma(s, x, V::load(w.ddt + o) * V::set(R(1 / double(DecayRange<V>::scale)))) * V::load(w.slope + o);
+        write(du, at(p.du, to), left);
+        write(ddt, at(p.ddt, to), left);
+        fma(g, x, V::load(w.dD + v)).store(w.dD + v);
+        (ddt + V::load(w.dbias + v)).store(w.dbias + v);
+        if (z) {
+          V gate = read<V>(z + t * p.z_step + v, left), open = sigmoid(gate);
+          V slope = open * fma(gate, V::set(1) - open, V::set(1));
+          write(read<V>(dy + t * p.dy_step + v, left) * V::load(w.y + o) * slope, at(p.dz, to), left);
+        }
+      }
+  }
+
+  void backward(Buffers<R>& w, const Block& b, int64_t block, int64_t s, const Parts<R>& parts) const {
+    Sequence q = sequence(p, s);
+    int64_t state_at = s * p.channels * p.states;
+    turn_in<R>(p.dfinal ? static_cast<const R*>(p.dfinal) + state_at : nullptr, b, p.states, 1, w.dh);
+    for (int64_t chunk = divide_up(q.length, p.chunk) - 1; chunk >= 0; --chunk) {
+      int64_t t0 = chunk * p.chunk, steps = q.length - t0 < p.chunk ? q.length - t0 : p.chunk;
+      const R* kept = static_cast<const R*>(p.checkpoints) + (q.checkpoint + chunk) * p.states * p.channels + b.begin;
+      for (int64_t n = 0; n < p.states; ++n) {
+        std::memcpy(w.h + n * kPitch, kept + n * p.channels, size_t(b.width) * sizeof(R));
+        std::memset(static_cast<void*>(w.h + n * kPitch + b.width), 0, size_t(kPitch - b.width) * sizeof(R));
+      }
+      std::memcpy(w.states, w.h, size_t(p.states) * kPitch * sizeof(R));
+      read_projections(w, b, q, t0, steps);
+      prepare<true>(w, b, q, t0, steps);
+      prepare_gradient(w, b, q, t0, steps);
+      if (p.z)
+        recur_block<R, true, true>(w, steps, p.states, b.width, p.b_fixed, p.c_fixed);
+      else
+        recur_block<R, true, false>(w, steps, p.states, b.width, p.b_fixed, p.c_fixed);
+      int64_t part = ((block * p.batch + q.row) * p.length + q.begin + t0) * p.states;
+      R* part_B = p.b_fixed ? nullptr : parts.B + part;
+      R* part_C = p.c_fixed ? nullptr : parts.C + part;
+      if (p.b_fixed || p.c_fixed)
+        adjoint<R, true>(w, steps, p.states, b.width, p.b_fixed, p.c_fixed, part_B, part_C);
+      else
+        adjoint<R, false>(w, steps, p.states, b.width, false, false, part_B, part_C);
+      finish(w, b, q, t0, steps);
+    }
+    if (p.dinitial) turn_out<R>(w.dh, b, p.states, static_cast<R*>(p.dinitial) + state_at);
+  }
+
+  // Adds the blocks' rows of dB or dC, in order, group by group.
+  void gather(const R* part, const Block* blocks, int64_t count, bool of_B, int64_t groups, void* to) const {
+    const int64_t rows = p.batch * p.length;
+    parallel(rows, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t g = 0, k = 0; g < groups; ++g) {
+        int64_t from = k;
+        while (k < count && (of_B ? blocks[k].b_group : blocks[k].c_group) == g) ++k;
+        for (int64_t row = begin; row < end; ++row)
+          for (int64_t n = 0; n < p.states; n += V::W) {
+            int64_t left = p.states - n;
+            V sum = V::zero();
+            for (int64_t i = from; i < k; ++i) sum = sum + read<V>(part + (i * rows + row) * p.states + n, left);
+            write(sum, at(to, (row * groups + g) * p.states + n), left);
+          }
+      }
+    });
+  }
+};
+
+// Adds the slots' [states][channels], in order, into (channels, states).
+template <class R> void add_slots(const R* part, int64_t slots, int64_t states, int64_t channels, void* to) {
+  parallel(channels, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t n = 0; n < states; ++n) {
+        R total = 0;
+        for (int64_t i = 0; i < slots; ++i) total += part[(i * states + n) * channels + c];
+        static_cast<R*>(to)[c * states + n] = total;
+      }
+  });
+}
+
+template <class S, class R> int32_t run_forward(const ss_scan_args& p, const Block* blocks, int64_t count) {
+  Scan<S, R> scan{p};
+  parallel(count * p.sequences, grain(p), [&](int64_t begin, int64_t end) {
+    Buffers<R> w;
+    char* memory = t_workspace.get(lay_out<R>(w, p, false, nullptr));
+    lay_out<R>(w, p, false, memory);
+    // Blocks outermost: each thread gets its share of every sequence, however unequal they are.
+    for (int64_t i = begin; i < end; ++i) {
+      if (i == begin || i % p.sequences == 0) scan.load_block(w, blocks[i / p.sequences]);
+      scan.forward(w, blocks[i / p.sequences], i % p.sequences);
+    }
+  });
+  return 0;
+}
+
+template <class S, class R> int32_t run_backward(const ss_scan_args& p, const Block* blocks, int64_t count) {
+  using V = typename VectorOf<R>::type;
+  Scan<S, R> scan{p};
+  const int64_t slots = p.sequences < kSlots ? (p.sequences > 0 ? p.sequences : 1) : kSlots, matrix = p.channels * p.states;
+  const int64_t positions = count * p.batch * p.length * p.states;
+  R* memory = static_cast<R*>(std::malloc(
+      size_t((p.b_fixed ? 0 : positions) + (p.c_fixed ? 0 : positions) + slots * (3 * matrix + 2 * p.channels)) * sizeof(R)));
+  if (!memory) return -3;
+  Parts<R> parts;
+  parts.A = memory, parts.b_fixed = parts.A + slots * matrix, parts.c_fixed = parts.b_fixed + slots * matrix;
+  parts.D = parts.c_fixed + slots * matrix, parts.bias = parts.D + slots * p.channels;
+  parts.B = parts.bias + slots * p.channels, parts.C = parts.B + (p.b_fixed ? 0 : positions);
+  parallel(count * slots, grain(p), [&](int64_t begin, int64_t end) {
+    Buffers<R> w;
+    char* own = t_workspace.get(lay_out<R>(w, p, true, nullptr));
+    lay_out<R>(w, p, true, own);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i / slots, slot = i % slots;
+      const Block& b = blocks[block];
+      if (i == begin || slot == 0) scan.load_block(w, b);
+      const size_t matrix_bytes = size_t(p.states * kPitch) * sizeof(R), lane_bytes = size_t((p.states + 16) * 16) * sizeof(R);
+      std::memset(static_cast<void*>(w.dA), 0, matrix_bytes);
+      std::memset(static_cast<void*>(w.db_fixed), 0, matrix_bytes), std::memset(static_cast<void*>(w.dc_fixed), 0, matrix_bytes);
+      std::memset(static_cast<void*>(w.dD), 0, kPitch * sizeof(R)), std::memset(static_cast<void*>(w.dbias), 0, kPitch * sizeof(R));
+      std::memset(static_cast<void*>(w.db_lanes), 0, lane_bytes), std::memset(static_cast<void*>(w.dc_lanes), 0, lane_bytes);
+      for (int64_t s = slot * p.sequences / slots; s < (slot + 1) * p.sequences / slots; ++s) scan.backward(w, b, block, s, parts);
+      for (int64_t n = 0; n < p.states; ++n) {
+        const int64_t to = (slot * p.states + n) * p.channels + b.begin;
+        const size_t bytes = size_t(b.width) * sizeof(R);
+        std::memcpy(parts.A + to, w.dA + n * kPitch, bytes);
+        if (p.b_fixed) std::memcpy(parts.b_fixed + to, w.db_fixed + n * kPitch, bytes);
+        if (p.c_fixed) std::memcpy(parts.c_fixed + to, w.dc_fixed + n * kPitch, bytes);
+      }
+      std::memcpy(parts.D + slot * p.channels + b.begin, w.dD, size_t(b.width) * sizeof(R));
+      std::memcpy(parts.bias + slot * p.channels + b.begin, w.dbias, size_t(b.width) * sizeof(R));
+    }
+  });
+  if (p.b_fixed) add_slots(parts.b_fixed, slots, p.states, p.channels, p.dB);
+  else scan.gather(parts.B, blocks, count, true, p.b_groups, p.dB);
+  if (p.c_fixed) add_slots(parts.c_fixed, slots, p.states, p.channels, p.dC);
+  else scan.gather(parts.C, blocks, count, false, p.c_groups, p.dC);
+  add_slots(parts.A, slots, p.states, p.channels, p.dA);
+  if (p.dD) add_slots(parts.D, slots, 1, p.channels, p.dD);
+  if (p.ddt_bias) add_slots(parts.bias, slots, 1, p.channels, p.ddt_bias);
+  std::free(memory);
+  return 0;
+}
+
+// -2: cu_seqlens does not run from 0 to the length without falling.
+int32_t check(const ss_scan_args& p) {
+  if (!p.cu_seqlens) return 0;
+  for (int64_t s = 0; s < p.sequences; ++s)
+    if (p.cu_seqlens[s + 1] < p.cu_seqlens[s]) return -2;
+  return p.cu_seqlens[0] == 0 && p.cu_seqlens[p.sequences] == p.length ? 0 : -2;
+}
+
+template <bool Backward> int32_t run(const ss_scan_args& p) {
+  if (int32_t code = check(p)) return code;
+  const int64_t count = cut(p, nullptr);
+  Block* blocks = static_cast<Block*>(std::malloc(size_t(count) * sizeof(Block)));
+  if (!blocks) return -3;
+  cut(p, blocks);
+  int32_t code = -1;
+  switch (p.dtype) {
+    case SS_F32: code = Backward ? run_backward<float, float>(p, blocks, count) : run_forward<float, float>(p, blocks, count); break;
+    case SS_BF16: code = Backward ? run_backward<bf16, float>(p, blocks, count) : run_forward<bf16, float>(p, blocks, count); break;
+    case SS_F16: code = Backward ? run_backward<f16, float>(p, blocks, count) : run_forward<f16, float>(p, blocks, count); break;
+    case SS_F64: code = Backward ? run_backward<double, double>(p, blocks, count) : run_forward<double, double>(p, blocks, count); break;
+  }
+  std::free(blocks);
+  return code;
+}
+
+}  // namespace
+
+extern "C" int32_t SS_KERNEL(ss_selective_scan)(const ss_scan_args* args) { return run<false>(*args); }
+extern "C" int32_t SS_KERNEL(ss_selective_scan_backward)(const ss_scan_args* args) { return run<true>(*args); }
