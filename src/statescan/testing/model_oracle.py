@@ -1,4 +1,4 @@
-"""The whole Mamba language model in plain numpy, written apart from the package's own layers: the truth they are held to.
+"""The whole Mamba language model in plain numpy, written apart from the package's own layers: the truth for them.
 
 One token after the other, one equation a line, float64. It also runs on complex numbers, so that the derivative of the
 loss with respect to any one parameter is ``loss(parameter + i h).imag / h`` to the last digit (the complex step): no
