@@ -10,16 +10,19 @@ import pytest
 
 from statescan.testing import refusal
 
+# where the ops' suites put their tensors
+TEST_DEVICE = os.environ.get("STATESCAN_TEST_DEVICE", "cpu")
+
 
 @pytest.fixture
 def require_backend() -> Callable[..., None]:
     """A function that skips the test, with the backend's own words, where a backend refuses the call.
-
     STATESCAN_TEST_REQUIRE=cpu turns the skip into a failure, except for what the backend leaves out by design
     (complex A): a build whose kernels went missing must not pass for green.
     """
 
     def require(op: str, backend: str, **facts: Any) -> None:
+        facts.setdefault("device", TEST_DEVICE)
         reason = refusal(op, backend, **facts)
         if reason is None:
             return

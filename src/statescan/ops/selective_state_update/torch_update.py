@@ -61,11 +61,10 @@ def selective_state_update(
     decay = torch.exp(dt.unsqueeze(-1) * A).view(grouped)
     drive = (dt * x).view(*grouped[:3], 1) * B
     if inplace:
-        old = state.view(grouped) if state.is_contiguous() else state.reshape(grouped)
-        new = old.mul_(decay).add_(drive)
+        new = state.contiguous().view(grouped).mul_(decay).add_(drive)
         new_state = state if state.is_contiguous() else state.copy_(new.view(state.shape))
     else:
-        new = decay * state.reshape(grouped) + drive
+        new = decay * state.contiguous().view(grouped) + drive
         new_state = new.view(state.shape)
     y = (new * C).sum(-1).view(batch, d_inner)
     y = 2 * y.real if y.is_complex() else y
