@@ -8,7 +8,10 @@ import typer
 
 from statescan import __version__
 from statescan.cli import terminal
+from statescan.cli.bench import bench
 from statescan.cli.doctor import doctor
+from statescan.cli.evaluate import evaluate
+from statescan.cli.info import info
 
 __all__ = ["app"]
 
@@ -39,3 +42,6 @@ def options(
 
 
 app.command(epilog="Example: statescan doctor --json")(doctor)
+app.command(epilog="Example: statescan evaluate --model runs/whale --data packaged:moby_dick --last 0.05")(evaluate)
+app.command(epilog="Example: statescan bench scan decode --threads 2")(bench)
+app.command(epilog="Example: statescan info 130m --set d_state=32")(info)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
@@ -16,7 +17,7 @@ from statescan.errors import StatescanError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["INTERRUPTED", "command", "emit_json", "fail", "progress_console", "result_console", "set_debug"]
+__all__ = ["INTERRUPTED", "command", "emit_json", "fail", "progress", "progress_console", "result_console", "set_debug"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -87,6 +88,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def print_rows(*rows: tuple[str, str]) -> None:
+    """Prints names and values in two columns on standard output."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
 def result_console() -> Console:
     """Rich console on standard output; a pipe gets wide plain lines, so that no figure is cut.
 
@@ -105,3 +113,15 @@ def progress_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def progress(what: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error (nothing where that is no terminal); yields a function of (done, total)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = progress_console()
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
