@@ -2,6 +2,8 @@
 // cache, read again to be scaled. The backward needs of each row its sum and one number, 1/rms.
 #include "add_norm.h"
 
+#include <atomic>
+
 #include "parallel.h"
 #include "rowvec.h"
 #include "statescan.h"
@@ -53,7 +55,10 @@ inline Vec<C> sum_at(const ss_norm_args& a, const Row& r, int64_t c, int n) {
   Vec<C> v = r.residual ? add(x, load_as<C, Whole>(a.residual_dtype, r.residual, c, n)) : x;
   if (r.stream) {
     store_as<C, Whole>(a.stream_dtype, r.stream, c, v, n);
-    v = load_as<C, Whole>(a.stream_dtype, r.stream, c, n);  // what is normalised is the sum as it goes on
+    // What is normalised is the sum as it goes on. The fence keeps the compiler from reusing the unrounded value: GCC 12
+    // does that for doubles stored as floats (-O3, gone with -fno-tree-pre).
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    v = load_as<C, Whole>(a.stream_dtype, r.stream, c, n);
   }
   return v;
 }
