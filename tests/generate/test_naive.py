@@ -1,4 +1,4 @@
-"""The engine on a real model gives what running everything again gives, and in a batch what it gives alone, to the bit."""
+"""The engine on a real model: what running everything again gives, and in a batch what it gives alone, to the bit."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ def _bits(
 
 def _vocab_size(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
-    return getattr(config, "vocab_size", None)
+    return getattr(config, "padded_vocab_size", getattr(config, "vocab_size", None))
 
 
 def _count_bytes(
