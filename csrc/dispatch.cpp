@@ -4,6 +4,8 @@
 
 #include "add_norm.h"
 #include "causal_conv1d.h"
+#include "mamba_step.h"
+#include "packed_linear.h"
 #include "parallel.h"
 #include "selective_scan.h"
 #include "statescan.h"
@@ -131,3 +133,5 @@ SS_DISPATCH(ss_causal_conv1d, (const ss_conv_args* a), (a))
 SS_DISPATCH(ss_causal_conv1d_backward, (const ss_conv_args* a), (a))
 SS_DISPATCH(ss_add_rms_norm, (const ss_norm_args* a), (a))
 SS_DISPATCH(ss_add_rms_norm_backward, (const ss_norm_args* a), (a))
+SS_DISPATCH(ss_packed_linear, (const ss_linear_args* args), (args))
+SS_DISPATCH(ss_mamba_step, (const ss_step_args* args), (args))

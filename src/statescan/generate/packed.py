@@ -17,6 +17,7 @@ from statescan.ops import (
     PackedWeight,
     add_rms_norm,
     causal_conv1d,
+    explain,
     mamba_step,
     pack_weight,
     packed_linear,
@@ -30,7 +31,7 @@ __all__ = ["DecodeState", "PackedModel", "effective_linear"]
 # Positions prefilled at once: the largest temporaries are (2048, 2 d_inner), 25 MB in float32 at the 130m shape.
 _CHUNK = 2048
 # Up to so many positions of a prompt go through the decoding products, which read each weight once for all of them.
-# The choice depends on the prompt's length alone, never on the batch, so that a batch gives what each prompt alone gives.
+# The choice depends on the prompt's length alone, never on the batch: a batch gives what each prompt alone gives.
 _SHORT = 24
 
 
@@ -142,8 +143,8 @@ class PackedModel:
 
     Args:
         model: the language model; left unchanged and not kept.
-        dtype: of the large weights. ``"float32"`` shares the memory of a float32 model's weights; ``"bfloat16"`` takes 2
-            bytes a weight and ``"int8"`` 1 (x_proj and dt_proj stay bfloat16 there). A tied head is held once.
+        dtype: of the large weights. ``"float32"`` shares the memory of a float32 model's weights; ``"bfloat16"`` takes
+            2 bytes a weight and ``"int8"`` 1 (x_proj and dt_proj stay bfloat16 there). A tied head is held once.
 
     Numerics:
         Steps and prompts of up to 24 tokens compute in float32 throughout, whatever the weights are. Longer prompts
@@ -176,8 +177,17 @@ class PackedModel:
         embedding = self._embedding_weight(backbone.embedding)
         tied = embedding.shape == head_weight.shape and embedding.data_ptr() == head_weight.data_ptr()
         self.embedding = self.head if tied else pack_weight(embedding, dtype)
+        self._stack = self._native_stack()
         self._prefill: list[dict[str, Callable[[Tensor], Tensor]]] | None = None
         self._prefill_bytes = 0
+
+    def _native_stack(self) -> Any:
+        """All blocks and the head as one call of the C++ library, None where that can't run."""
+        if explain("mamba_step", device=self.device.type).backend != "cpu":
+            return None
+        from statescan.ops.mamba_step.cpu import Stack
+
+        return Stack(self.blocks, self.norm_f, self.epsilon, self.head, self.head_bias)
 
     @staticmethod
     @torch.no_grad()
@@ -241,6 +251,8 @@ class PackedModel:
         """
         self._check("step", input_ids, state, 1)
         x = self.embedding.unpack(input_ids.long())
+        if self._stack is not None:
+            return self._stack.step(x, state.conv, state.ssm)
         residual = None
         for i, block in enumerate(self.blocks):
             x, residual = mamba_step(x, residual, state.conv[i], state.ssm[i], block)
@@ -404,13 +416,13 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def _prefill_product(
     packed: PackedWeight, bias: Tensor | None, act: torch.dtype
 ) -> tuple[Callable[[Tensor], Tensor], int]:
-    """(x -> x W^T + bias in x's dtype, bytes of the weight's copy): oneDNN's own weight layout where torch offers it."""
+    """(x -> x W^T + bias in x's dtype, bytes of the weight's copy): in oneDNN's weight layout where torch offers it."""
     weight = packed.data if packed.data.dtype == act else packed.unpack(dtype=torch.float32).to(act)
     bias = None if bias is None else bias.to(act)
     shared = weight.data_ptr() == packed.data.data_ptr()
     if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
         try:
-            ordered = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), _CHUNK)
+            ordered = torch.ops.mkldnn._reorder_linear_weight(weight, _CHUNK)
             linear = torch.ops.mkldnn._linear_pointwise
 
             def onednn(x: Tensor) -> Tensor:

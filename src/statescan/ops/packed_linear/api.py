@@ -56,8 +56,8 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
 
     y_o = sum_k x_k W_ok + bias_o
 
-    Made for decoding, where 1 to 16 rows meet a weight that is read once: the CPU kernel reads it at the memory's speed.
-    Any number of rows works.
+    Made for decoding, where 1 to 16 rows meet a weight that is read once: the CPU kernel reads it at the memory's
+    speed. Any number of rows works.
 
     Args:
         x: (..., in), float64/32, bfloat16 or float16; any strides.
@@ -72,10 +72,9 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
         ShapeError, DTypeError, ConfigError, BackendUnavailableError.
 
     Numerics:
-        Sums are float32 (float64 for float64 x). bfloat16 weights are widened exactly; x is never rounded to bfloat16.
-        The cpu backend holds x as 16-bit integers against int8 weights, one scale for 256 columns of a row: the error
-        is at most 2^-16 of the largest |x| among the 256. There a row's result is the same, bit for bit, whatever
-        other rows come with it and however many threads run.
+        x and the sums are float32 (float64 for float64 x); bfloat16 and int8 weights are widened exactly, int8's scale
+        multiplies the sum. On the cpu backend a row's result is the same, bit for bit, whatever other rows come with
+        it and however many threads run: its summation order follows from the number of columns alone.
 
     Source:
         One scale a row: the symmetric case of Jacob et al. 2018, equation 1 (zero point 0).

@@ -1,4 +1,4 @@
-"""packed_linear in torch's own operators, for every device: unpacks a slice of rows at a time, so memory stays bounded."""
+"""packed_linear in torch's own operators, for every device: widens a slice of rows at a time, in bounded memory."""
 
 from __future__ import annotations
 

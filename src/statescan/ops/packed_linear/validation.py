@@ -50,7 +50,7 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def unpack(self, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as an ordinary (rows, columns) tensor; `rows` (any integer shape) picks rows, as an embedding does."""
+        """The weight as a plain (rows, columns) tensor; `rows` (integers, any shape) picks rows, as an embedding does."""
         data = self.data if rows is None else self.data[rows]
         if self.scale is None:
             return data.to(dtype)
@@ -72,7 +72,8 @@ def check_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
     """Raises what packed_linear raises."""
     if not isinstance(packed, PackedWeight):
         raise ConfigError(
-            f"packed_linear: packed must be a PackedWeight, got {type(packed).__name__}; make one with pack_weight(weight)"
+            f"packed_linear: packed must be a PackedWeight, got {type(packed).__name__}; "
+            "make one with pack_weight(weight)"
         )
     if x.dtype not in _FLOATS:
         raise DTypeError(f"packed_linear: x must be float64, float32, bfloat16 or float16, got {x.dtype}")
