@@ -11,6 +11,7 @@ __all__ = [
     "MissingExtraError",
     "ShapeError",
     "StatescanError",
+    "TrainingError",
 ]
 
 
@@ -36,6 +37,10 @@ class CheckpointError(StatescanError, RuntimeError):
 
 class DataError(StatescanError, ValueError):
     """A corpus, tokenizer or token file can't be read or is empty."""
+
+
+class TrainingError(StatescanError, RuntimeError):
+    """A run can't go on: its gradients stay infinite or are no numbers."""
 
 
 class BackendUnavailableError(StatescanError, RuntimeError):

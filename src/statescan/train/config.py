@@ -1,0 +1,380 @@
+"""What a training run is: the model, the data and the schedule, as frozen dataclasses that come from and go to JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from statescan.data import Tokenizer
+from statescan.errors import ConfigError
+from statescan.models import MambaConfig
+
+__all__ = ["DataConfig", "RunConfig", "TrainConfig", "apply_overrides"]
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read.
+
+    Args:
+        paths: files, folders, globs or packaged names (see `statescan.data.find_sources`).
+        valid_paths: the held-out text; where empty, the end of `paths` is held out.
+        valid_fraction: how much of `paths` is held out where `valid_paths` is empty; 0 for nothing.
+        tokenizer: "bytes", a `tokenizers` JSON file, or a folder that holds one.
+        field: the field of each JSON line that holds the text.
+        invalid_utf8: what a tokenizer of characters does with bytes that are no UTF-8.
+        cache: folder of the token files; None for the user's cache folder.
+    """
+
+    paths: tuple[str, ...] = ()
+    valid_paths: tuple[str, ...] = ()
+    valid_fraction: float = 0.05
+    tokenizer: str = "bytes"
+    field: str = "text"
+    invalid_utf8: Literal["error", "replace"] = "error"
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(0.0 <= self.valid_fraction < 1.0, "data.valid_fraction", "in [0, 1)", self.valid_fraction)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained. The defaults are the published recipe's where it states one.
+
+    Args:
+        steps: updates of the weights.
+        batch_size: windows per update, over all devices and all of `accumulate` together: the run's course does not
+            depend on how many devices share it (but for rounding).
+        length: ids per window.
+        accumulate: passes whose gradients make one update; batch_size must divide by it times the devices.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the cosine; `lr` itself keeps it constant.
+        warmup: updates over which the learning rate rises from 0 in a line.
+        weight_decay: AdamW's, on matrices (A_log, D, norms and biases have none).
+        betas: AdamW's.
+        eps: AdamW's.
+        clip: the largest global norm of a gradient; 0 for no clipping.
+        precision: "float32", or "bf16" for autocast with float32 weights.
+        seed: of the initial weights and of the order of the data.
+        max_nonfinite: updates in a row with a gradient that is not finite, each of them left out, that end the run.
+        evaluate_every: updates between two evaluations of the held-out text; 0 for none but the last.
+        evaluate_tokens: how much of the held-out text is judged; 0 for all of it.
+        checkpoint_every: updates between two checkpoints; 0 for none but the last.
+        keep_checkpoints: how many of the newest checkpoints stay.
+        log_every: updates between two rows of log.csv.
+        devices: processes per node, "auto" for every GPU there is.
+        num_nodes: machines.
+        strategy: "auto" (one device, or "ddp" on several), "ddp" (replicated), "fsdp" (sharded).
+        accelerator: "auto", "cpu", "cuda" or "mps".
+        recompute: activation recomputation, "none", "cheap" or "block"; None leaves it to the model's own config.
+        threads: CPU threads per process; 0 leaves it to torch.
+        compile: compile the model with torch.compile.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    length: int = 512
+    accumulate: int = 1
+    lr: float = 3e-3
+    min_lr: float = 1e-5
+    warmup: int = 50
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float = 1.0
+    precision: Literal["float32", "bf16"] = "float32"
+    seed: int = 0
+    max_nonfinite: int = 20
+    evaluate_every: int = 100
+    evaluate_tokens: int = 16384
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    devices: int | Literal["auto"] = 1
+    num_nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    recompute: Literal["none", "cheap", "block"] | None = None
+    threads: int = 0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints", "log_every", "num_nodes"):
+            _check(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
+        for name in ("warmup", "evaluate_every", "evaluate_tokens", "checkpoint_every", "threads"):
+            _check(getattr(self, name) >= 0, f"train.{name}", ">= 0", getattr(self, name))
+        for name in ("min_lr", "weight_decay", "eps", "clip"):
+            _check(0 <= getattr(self, name) < float("inf"), f"train.{name}", ">= 0 and finite", getattr(self, name))
+        _check(0 < self.lr < float("inf"), "train.lr", "> 0 and finite", self.lr)
+        _check(all(0 <= beta < 1 for beta in self.betas), "train.betas", "two numbers in [0, 1)", self.betas)
+        _check(self.max_nonfinite >= 1, "train.max_nonfinite", ">= 1", self.max_nonfinite)
+        _check(self.devices == "auto" or self.devices >= 1, "train.devices", ">= 1 or auto", self.devices)
+        _check(self.batch_size % self.accumulate == 0, "train.batch_size", "a multiple of accumulate", self.batch_size)
+        _check(0 <= self.seed < 2**63, "train.seed", "in [0, 2**63)", self.seed)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: what ``run.json`` holds, and all that `statescan.train.train` needs besides a folder.
+
+    Args:
+        model: the model's shape.
+        data: what is read.
+        train: how it is trained.
+    """
+
+    model: MambaConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def apply_overrides(self, overrides: Iterable[str]) -> RunConfig:
+        """This run with fields set, e.g. ``["train.steps=200", "model.d_state=8"]``; see `apply_overrides`."""
+        return apply_overrides(self, overrides)
+
+    def fit_vocabulary(self, tokenizer: Tokenizer) -> RunConfig:
+        """This run with the model's vocabulary of the tokenizer's size."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=tokenizer.vocab_size))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings, as JSON takes them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The run that `to_dict` gave.
+
+        Raises:
+            ConfigError: an unknown field, or a value of another type.
+        """
+        return _build(cls, values, "")
+
+    def to_json(self) -> str:
+        """The run as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> RunConfig:
+        """The run in a JSON file: one that holds `to_json`'s text, or a run.json with it under "config".
+
+        Raises:
+            ConfigError: the file can't be read, is no JSON, or holds something else.
+        """
+        try:
+            values = json.loads(Path(source).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise ConfigError(f"config: '{source}' can't be read as JSON ({problem})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"config: wanted a JSON object in '{source}', got {type(values).__name__}")
+        return cls.from_dict(values.get("config", values))
+
+
+def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """A frozen dataclass with fields set by strings, each checked against the field's type.
+
+    Args:
+        config: a dataclass, with dataclasses inside or not.
+        overrides: "field=value" or "part.field=value"; tuples as "0.9,0.95"; None as "none"; booleans as "true" or
+            "false". Later ones win.
+
+    Returns:
+        A new dataclass.
+
+    Raises:
+        ConfigError: no such field (the text names the nearest one), a value of another type, or out of range.
+    """
+    changes: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"config: wanted field=value, got '{override}'; e.g. train.steps=200")
+        changes[tuple(name.strip().split("."))] = value.strip()
+    return _replace(config, config, changes, "")
+
+
+def _replace(root: Any, config: Any, changes: dict[tuple[str, ...], str], prefix: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    new: dict[str, Any] = {}
+    inner: dict[str, dict[tuple[str, ...], str]] = {}
+    for path, value in changes.items():
+        name = prefix + ".".join(path)
+        head = path[0]
+        if head not in hints:
+            raise ConfigError(_unknown(name, _names(root)))
+        if dataclasses.is_dataclass(getattr(config, head)):
+            if len(path) == 1:
+                raise ConfigError(f"config: {name} has fields of its own; set one of them, e.g. {_example(root, name)}")
+            inner.setdefault(head, {})[path[1:]] = value
+        elif len(path) > 1:
+            raise ConfigError(_unknown(name, _names(root)))
+        else:
+            new[head] = _parse(value, hints[head], name)
+    for head, parts in inner.items():
+        new[head] = _replace(root, getattr(config, head), parts, f"{prefix}{head}.")
+    return _make(lambda: dataclasses.replace(config, **new))
+
+
+def _make(make: Any) -> Any:
+    try:
+        return make()
+    except (TypeError, ValueError) as problem:
+        raise problem if isinstance(problem, ConfigError) else ConfigError(f"config: {problem}") from problem
+
+
+def _names(config: Any, prefix: str = "") -> Iterator[str]:
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from _names(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name
+
+
+def _example(config: Any, part: str) -> str:
+    return next(f"{name}=..." for name in _names(config) if name.startswith(part + "."))
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1, 0.0)
+    # A field given without its part, or with the wrong one, is nearest to the field of that name.
+    same = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    nearest = (same or near or ["none"])[0]
+    return f"config: wanted a known field, got '{name}'; the nearest is '{nearest}'"
+
+
+def _check(good: bool, name: str, wanted: str, got: Any) -> None:
+    if not good:
+        raise ConfigError(f"config: {name}: wanted {wanted}, got {got}")
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_describe(argument) for argument in arguments)
+    if origin is tuple:
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        if Ellipsis in arguments:
+            return f"{_describe(inner[0])},{_describe(inner[0])},..."
+        return ",".join(_describe(argument) for argument in inner)
+    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _parse(text: str, hint: Any, name: str) -> Any:
+    """A string as a value of the type `hint`."""
+    try:
+        return _parse_as(text, hint)
+    except ValueError:
+        raise ConfigError(f"config: {name}: wanted {_describe(hint)}, got '{text}'") from None
+
+
+def _parse_as(text: str, hint: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        for argument in arguments:
+            if text == str(argument):
+                return argument
+        raise ValueError
+    if origin in (Union, types.UnionType):
+        # The loosest kind, a string, is tried last.
+        for argument in sorted(arguments, key=lambda kind: kind is str):
+            try:
+                return _parse_as(text, argument)
+            except ValueError:
+                continue
+        raise ValueError
+    if origin is tuple:
+        parts = [part.strip() for part in text.split(",")] if text else []
+        kinds = [arguments[0]] * len(parts) if Ellipsis in arguments else list(arguments)
+        if len(parts) != len(kinds):
+            raise ValueError
+        return tuple(_parse_as(part, kind) for part, kind in zip(parts, kinds, strict=True))
+    if hint is type(None):
+        if text.lower() in ("none", "null"):
+            return None
+        raise ValueError
+    if hint is bool:
+        if text.lower() in ("true", "1", "yes", "on"):
+            return True
+        if text.lower() in ("false", "0", "no", "off"):
+            return False
+        raise ValueError
+    if hint is int:
+        # 1e6 and 100_000 are whole numbers too.
+        try:
+            return int(text)
+        except ValueError:
+            number = float(text)
+            if number != number or number in (float("inf"), float("-inf")) or number != int(number):
+                raise ValueError from None
+            return int(number)
+    if hint is float:
+        number = float(text)
+        if number != number:
+            raise ValueError
+        return number
+    if hint is str:
+        return text
+    raise ConfigError(f"config: a field of type {hint} can't be set by a string")
+
+
+def _build(kind: Any, values: Any, prefix: str) -> Any:
+    """A dataclass from plain JSON values, checked."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config: {prefix.rstrip('.') or 'run'}: wanted an object, got {type(values).__name__}")
+    hints = typing.get_type_hints(kind)
+    made = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(_unknown(prefix + name, [prefix + known for known in hints]))
+        if dataclasses.is_dataclass(hints[name]):
+            made[name] = _build(hints[name], value, f"{prefix}{name}.")
+        else:
+            made[name] = _coerce(value, hints[name], prefix + name)
+    return _make(lambda: kind(**made))
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    try:
+        return _coerce_as(value, hint)
+    except ValueError:
+        raise ConfigError(f"config: {name}: wanted {_describe(hint)}, got {value!r}") from None
+
+
+def _coerce_as(value: Any, hint: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ValueError
+    if origin in (Union, types.UnionType):
+        for argument in arguments:
+            try:
+                return _coerce_as(value, argument)
+            except ValueError:
+                continue
+        raise ValueError
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError
+        kinds = [arguments[0]] * len(value) if Ellipsis in arguments else list(arguments)
+        if len(kinds) != len(value):
+            raise ValueError
+        return tuple(_coerce_as(part, kind) for part, kind in zip(value, kinds, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise ValueError

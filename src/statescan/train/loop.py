@@ -1,0 +1,669 @@
+"""The training loop: one device or many, replicated or sharded, interrupted and resumed to the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from statescan import __version__
+from statescan.checkpoint import atomic_file
+from statescan.data import TokenFile, Tokenizer, WindowSampler, build_token_file, load_tokenizer
+from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
+from statescan.evaluate import evaluate_tokens
+from statescan.models import CausalLM, MambaConfig
+from statescan.train.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+)
+from statescan.train.config import RunConfig, TrainConfig
+from statescan.train.logs import CsvLog, Progress, TensorBoardLog, draw_curve, read_csv
+from statescan.train.optim import GuardedAdamW, learning_rate
+
+__all__ = ["Callback", "TrainResult", "load_run", "train"]
+
+RUN_FILE = "run.json"
+_LOG_COLUMNS = ("step", "epoch", "tokens", "loss", "learning_rate", "gradient_norm", "skipped")
+_EVALUATION_COLUMNS = ("step", "tokens", "bits_per_byte")
+# What a resumed run must share with the one it goes on from: the rest may change, and is named when it does.
+_FIXED = ("seed", "batch_size", "length")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of `train`.
+
+    Args:
+        out: the run's folder: config.json, model.safetensors and the tokenizer of the last model, ``best/`` with those
+            of the best one, run.json, log.csv, evaluations.csv, loss.png, tensorboard/, checkpoints/.
+        steps: updates done, those before a resume too.
+        train_loss: mean loss in nats per token over the last row of log.csv; NaN where there is none.
+        evaluations: (step, held-out bits per byte), in order.
+        tokens_per_second: of all devices together, in this call, without evaluations and checkpoints.
+        interrupted: a signal ended it early.
+        resume_command: what goes on from here, where it was interrupted.
+    """
+
+    out: Path
+    steps: int
+    train_loss: float
+    evaluations: list[tuple[int, float]]
+    tokens_per_second: float
+    interrupted: bool
+    resume_command: str = ""
+
+
+class Callback:
+    """Hooks for code that watches a run; override what you need. Called on the first process alone."""
+
+    def on_log(self, row: dict[str, float]) -> None:
+        """A row went into log.csv."""
+
+    def on_evaluation(self, step: int, bits_per_byte: float) -> None:
+        """The held-out text was judged."""
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint is on the disk."""
+
+
+@dataclass
+class _Corpus:
+    """The ids of a run: for training, and held out."""
+
+    tokenizer: Tokenizer
+    file: TokenFile
+    train: NDArray[Any]
+    valid: NDArray[Any]
+    facts: dict[str, Any]
+
+
+def load_run(out: str | os.PathLike[str]) -> RunConfig:
+    """The configuration of the run in a folder, from its run.json.
+
+    Raises:
+        CheckpointError: no run stands there.
+    """
+    path = Path(out) / RUN_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"train: wanted a run in '{out}', got no {RUN_FILE} there; name a folder that train wrote"
+        )
+    return RunConfig.from_json(path)
+
+
+def train(
+    run: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Train a model as `run` says, and leave all of it in the folder `out`.
+
+    Interrupted by SIGINT or SIGTERM the run finishes its update, writes a checkpoint and the model, and returns; killed
+    at any moment it loses what came since the last checkpoint. A resumed run goes on to the same bits as one that was
+    never interrupted, on the same number of devices: weights, moments, random states, order of the data, log.csv.
+
+    Args:
+        run: model, data and schedule.
+        out: the run's folder; made where it is missing. Several nodes must share it.
+        resume: go on with the run in `out` (from its start where it has no checkpoint yet).
+        progress: a line of progress on standard error, where that is a terminal.
+        callbacks: told of rows, evaluations and checkpoints.
+
+    Returns:
+        The `TrainResult`.
+
+    Raises:
+        MissingExtraError: lightning-fabric is not installed.
+        ConfigError: settings that don't go together, or a run stands in `out` and `resume` is False.
+        CheckpointError: nothing to resume, a damaged checkpoint, one of another model or data, or a full disk.
+        DataError: the corpus can't be read, is empty, or is shorter than a window.
+        TrainingError: `max_nonfinite` gradients in a row were not finite.
+    """
+    out = Path(out)
+    config = run.train
+    first_here = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+    corpus = None
+    if first_here:
+        # Before any process is launched: what is wrong with the settings, the folder or the texts shows at once, and
+        # the other processes find the token files built.
+        previous = _check_folder(out, resume)
+        corpus = _read_corpus(run)
+        _check_resumable(run, corpus, previous)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    fabric = _fabric(config)
+    fabric.launch()
+    fabric.barrier()
+    if corpus is None:
+        corpus = _read_corpus(run)
+    with _Interruption(fabric) as interruption:
+        return _Trainer(run, out, corpus, fabric, resume, progress, callbacks, interruption).run()
+
+
+def _check_folder(out: Path, resume: bool) -> dict[str, Any] | None:
+    """The run.json that stands in the folder; refuses what would harm it."""
+    path = out / RUN_FILE
+    if path.exists():
+        if not resume:
+            raise ConfigError(
+                f"train: wanted a folder without a run, got '{out}', which holds one; go on with it by --resume "
+                "(resume=True), or name another folder"
+            )
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise CheckpointError(f"resume: '{path}' can't be read ({problem})") from None
+    if resume:
+        raise CheckpointError(
+            f"resume: wanted a run in '{out}', got no {RUN_FILE} there; leave --resume out to start one"
+        )
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"train: wanted a folder, got the file '{out}'; name another path")
+    for name in ("model.safetensors", "config.json"):
+        if (out / name).exists():
+            raise ConfigError(
+                f"train: wanted a folder without a model, got '{out}', which holds {name}; name another one"
+            )
+    return None
+
+
+def _read_corpus(run: RunConfig) -> _Corpus:
+    data, length = run.data, run.train.length
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise ConfigError(
+            f"train: wanted model.vocab_size of at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {run.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
+        )
+
+    def build(paths: tuple[str, ...]) -> TokenFile:
+        return build_token_file(paths, tokenizer, field=data.field, invalid_utf8=data.invalid_utf8, cache=data.cache)
+
+    file = build(data.paths)
+    facts = {"digest": file.digest, "tokens": len(file), "bytes_per_token": file.bytes_per_token}
+    if data.valid_paths:
+        held_out = build(data.valid_paths)
+        train_ids, valid_ids = file.tokens, held_out.tokens
+        facts["valid_digest"] = held_out.digest
+    else:
+        train_ids, valid_ids = file.split(data.valid_fraction)
+    if len(train_ids) < length + 1:
+        raise DataError(
+            f"train: wanted a training text of at least train.length + 1 = {length + 1} ids, got {len(train_ids)}; "
+            "take a longer text or a smaller train.length"
+        )
+    facts |= {"train_tokens": len(train_ids), "valid_tokens": len(valid_ids), "tokenizer": tokenizer.name}
+    return _Corpus(tokenizer, file, train_ids, valid_ids, facts)
+
+
+def _check_resumable(run: RunConfig, corpus: _Corpus, previous: dict[str, Any] | None) -> None:
+    """A run may go on with another schedule or on other devices, not with another model, data or order of the data."""
+    if previous is None:
+        return
+    before, now = RunConfig.from_dict(previous["config"]), run
+    for entry in dataclasses.fields(now.model):
+        if entry.name != "recompute":
+            _want_same(f"model.{entry.name}", getattr(before.model, entry.name), getattr(now.model, entry.name))
+    for name in _FIXED:
+        _want_same(f"train.{name}", getattr(before.train, name), getattr(now.train, name))
+    for name in ("digest", "valid_digest", "train_tokens"):
+        if previous["data"].get(name) != corpus.facts.get(name):
+            raise CheckpointError(
+                f"resume: wanted the texts, tokenizer and held-out part that the run began with, got others ({name} "
+                "differs); name the same data, or start a new run in another folder"
+            )
+
+
+def _want_same(name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise CheckpointError(
+            f"resume: wanted {name} = {before}, with which the run began, got {now}; leave it as it was, or start a "
+            "new run in another folder"
+        )
+
+
+def _fabric(config: TrainConfig) -> Any:
+    """A Fabric for the devices, the strategy and the precision of `config`."""
+    try:
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+    except ImportError:
+        raise MissingExtraError("training", "lightning_fabric", "train") from None
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    devices = config.devices
+    if devices == "auto":
+        devices = max(1, torch.cuda.device_count()) if config.accelerator in ("auto", "cuda") else 1
+    processes = devices * config.num_nodes
+    parts = processes * config.accumulate
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"train: wanted train.batch_size to be a multiple of devices x accumulate = {parts}, "
+            f"got {config.batch_size}; set train.batch_size={parts}"
+        )
+    strategy: Any = config.strategy
+    if strategy == "auto":
+        strategy = "ddp" if processes > 1 else "auto"
+    elif strategy == "fsdp":
+        strategy = ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
+    try:
+        return Fabric(
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=config.num_nodes,
+            strategy=strategy,
+            precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        )
+    except (ValueError, RuntimeError, TypeError) as problem:
+        raise ConfigError(f"train: these devices can't be used: {' '.join(str(problem).split())}") from problem
+
+
+def _shard(model: Any, mesh: Any) -> nn.Module:
+    """FSDP2: every block is a unit that is gathered when it runs; the embedding, last norm and head are one more."""
+    from torch.distributed.fsdp import fully_shard
+
+    # A block's output is a view, and nothing adds to it in place: the next op makes a new residual.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for block in model.backbone.layers:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give the gathered parameters back: after a forward pass without a backward one, FSDP2 keeps the outermost."""
+    for module in model.modules():
+        if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+class _Interruption:
+    """SIGINT and SIGTERM as a wish to stop, which all processes learn of at the same update."""
+
+    def __init__(self, fabric: Any) -> None:
+        self._wished = False
+        self._before: dict[int, Any] = {}
+        self._group = None
+        if fabric.world_size > 1:
+            # By way of the CPUs, so that asking never waits for the devices.
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def __enter__(self) -> _Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._wish)
+        return self
+
+    def _wish(self, number: int, frame: Any) -> None:
+        self._wished = True
+        # A second signal of the kind does what it did before: there is a way out of an update that hangs.
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wished(self) -> bool:
+        """Whether any process was asked to stop; all of them must ask together."""
+        if self._group is None:
+            return self._wished
+        flag = torch.tensor(int(self._wished))
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+
+@dataclass
+class _Clock:
+    """Time spent on updates, without evaluations and checkpoints."""
+
+    spent: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def now(self) -> float:
+        return self.spent + time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self.spent = self.now()
+        try:
+            yield
+        finally:
+            self.started = time.perf_counter()
+
+
+class _Trainer:
+    """One call of `train` after its processes are launched."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        out: Path,
+        corpus: _Corpus,
+        fabric: Any,
+        resume: bool,
+        progress: bool,
+        callbacks: Sequence[Callback],
+        interruption: _Interruption,
+    ) -> None:
+        self.run_config = run
+        self.config = run.train
+        self.out = out
+        self.corpus = corpus
+        self.fabric = fabric
+        self.interruption = interruption
+        self.first = fabric.global_rank == 0
+        self.callbacks = list(callbacks) if self.first else []
+        self.model_config: MambaConfig = run.model
+        if self.config.recompute is not None:
+            self.model_config = dataclasses.replace(run.model, recompute=self.config.recompute)
+
+        fabric.seed_everything(self.config.seed % 2**32, verbose=False)
+        # Every process draws the same initial weights, so that sharding or replicating starts from the same model.
+        self.raw = CausalLM(self.model_config)
+        self.raw.train()
+        compiled = torch.compile(self.raw) if self.config.compile else self.raw
+        self.model = fabric.setup_module(compiled)
+        self.guarded = GuardedAdamW(self.raw, self.config)
+        self.sampler = WindowSampler(
+            corpus.train, self.config.length, self.config.seed, rank=fabric.global_rank, world=fabric.world_size
+        )
+        self.device = fabric.device
+        self.done = 0
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.in_window = 0
+        self.norm = torch.zeros((), device=self.device)
+        self.train_loss = math.nan
+        self.evaluations: list[tuple[int, float]] = []
+        self.saved_at = -1
+        # Each process goes its own way from here: what it draws must not be what its neighbour draws.
+        torch.manual_seed(self.config.seed + fabric.global_rank)
+
+        checkpoint = self._agreed_checkpoint() if resume else None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.started_at = self.done
+        self.progress = Progress(self.config.steps, self.done, progress and self.first)
+        if self.first:
+            self._open_logs(resume, checkpoint)
+        fabric.barrier()
+
+    # -- starting and going on ------------------------------------------------------------------------------------
+
+    def _agreed_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint, as the first process sees it."""
+        found = latest_checkpoint(self.out) if self.first else None
+        place = self.fabric.broadcast(None if found is None else (str(found.path), found.step), src=0)
+        return None if place is None else Checkpoint(Path(place[0]), place[1])
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        mine = load_checkpoint(checkpoint, self.raw, self.guarded.optimizer)
+        state = checkpoint.trainer_state()
+        self.done = state["step"]
+        self.sampler.load_state_dict(state["sampler"])
+        self.evaluations = [(step, value) for step, value in state["evaluations"]]
+        self.train_loss = state["train_loss"]
+        self.in_window = state["in_window"]
+        self.guarded.skipped.fill_(state["skipped"])
+        self.guarded.skipped_in_row.fill_(state["skipped_in_row"])
+        self.norm = torch.tensor(state["norm"], device=self.device)
+        self.saved_at = self.done
+        same_world = mine is not None and state["world_size"] == self.fabric.world_size
+        self.loss_sum.fill_(mine["loss_sum"] if mine is not None and same_world else state["mean_loss_sum"])
+        if mine is not None and same_world:
+            set_random_states(mine["random"])
+
+    def _open_logs(self, resume: bool, checkpoint: Checkpoint | None) -> None:
+        keep = self.done if resume else None
+        self.out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._note_changes(checkpoint)
+        self._write_run("running")
+        self.log = CsvLog(self.out / "log.csv", _LOG_COLUMNS, keep)
+        self.evaluation_log = CsvLog(self.out / "evaluations.csv", _EVALUATION_COLUMNS, keep)
+        self.board = TensorBoardLog(self.out / "tensorboard", self.done)
+        if not self.board.available:
+            self.progress.note("note: no TensorBoard events, since tensorboard is not installed (statescan[train])")
+
+    def _note_changes(self, checkpoint: Checkpoint | None) -> None:
+        before, now = load_run(self.out), self.run_config
+        changed = [
+            f"train.{entry.name} = {getattr(now.train, entry.name)} (was {getattr(before.train, entry.name)})"
+            for entry in dataclasses.fields(now.train)
+            if getattr(now.train, entry.name) != getattr(before.train, entry.name)
+        ]
+        origin = "from the start, since it has no checkpoint" if checkpoint is None else f"from step {self.done}"
+        self.progress.note(f"resuming {self.out} {origin}" + (f" with {', '.join(changed)}" if changed else ""))
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        """Train to the end or to an interruption."""
+        config = self.config
+        interrupted = False
+        try:
+            if self.done == 0 and config.evaluate_every:
+                self._evaluate()
+            self.clock = _Clock()
+            self.logged_time, self.logged_step = 0.0, self.done
+            while self.done < config.steps:
+                self._update()
+                self.progress.step(self.done)
+                last = self.done == config.steps
+                if self.done % config.log_every == 0 or last:
+                    self._log()
+                if last or (config.evaluate_every and self.done % config.evaluate_every == 0):
+                    with self.clock.paused():
+                        self._evaluate()
+                interrupted = self.interruption.wished() and not last
+                if last or interrupted or (config.checkpoint_every and self.done % config.checkpoint_every == 0):
+                    with self.clock.paused():
+                        self._save()
+                if interrupted:
+                    break
+            seconds = self.clock.now()
+            return self._finish(interrupted, seconds)
+        finally:
+            self.progress.close()
+            if self.first:
+                self.board.close()
+
+    def _update(self) -> None:
+        """One update: `accumulate` passes forward and backward, then a guarded step."""
+        config = self.config
+        windows = torch.from_numpy(self.sampler.next_batch(config.batch_size // self.fabric.world_size))
+        if self.device.type == "cuda":
+            windows = windows.pin_memory().to(self.device, non_blocking=True)
+        else:
+            windows = windows.to(self.device)
+        passes = windows.chunk(config.accumulate)
+        loss_sum = torch.zeros((), device=self.device)
+        for number, window in enumerate(passes):
+            with self.fabric.no_backward_sync(self.model, enabled=number < len(passes) - 1):
+                loss = self.model(window[:, :-1], labels=window).loss / len(passes)
+                self.fabric.backward(loss)
+            loss_sum += loss.detach().float()
+        self.norm = self.guarded.step(learning_rate(self.done, config))
+        self.loss_sum += loss_sum
+        self.in_window += 1
+        self.done += 1
+
+    @property
+    def _tokens(self) -> int:
+        return self.done * self.config.batch_size * self.config.length
+
+    def _log(self) -> None:
+        """One row; the only place at which the host waits for the device."""
+        total = self.fabric.all_reduce(self.loss_sum, reduce_op="mean")
+        loss = float(total) / self.in_window
+        in_row, skipped, norm = int(self.guarded.skipped_in_row), int(self.guarded.skipped), float(self.norm)
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.in_window = 0
+        self.train_loss = loss
+        now = self.clock.now()
+        per_step = self.config.batch_size * self.config.length
+        speed = (self.done - self.logged_step) * per_step / max(now - self.logged_time, 1e-9)
+        self.logged_time, self.logged_step = now, self.done
+        if self.first:
+            row = {
+                "step": self.done,
+                "epoch": self.sampler.epoch,
+                "tokens": self._tokens,
+                "loss": loss,
+                "learning_rate": learning_rate(self.done - 1, self.config),
+                "gradient_norm": norm,
+                "skipped": skipped,
+            }
+            self.log.append(**row)
+            self.board.add(
+                self.done,
+                train__loss=loss,
+                train__learning_rate=row["learning_rate"],
+                train__gradient_norm=norm,
+                train__tokens_per_second=speed,
+            )
+            self.progress.show(loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
+            for callback in self.callbacks:
+                callback.on_log(row)
+        if in_row >= self.config.max_nonfinite:
+            raise TrainingError(
+                f"train: the last {in_row} gradients up to step {self.done} were infinite or no numbers, and were left "
+                "out; lower train.lr, lengthen train.warmup, or look at the data, then go on with resume"
+            )
+
+    def _evaluate(self) -> None:
+        """Judge the held-out text; every process does, since a sharded model needs all of them."""
+        if len(self.corpus.valid) < 2:
+            return
+        count = self.config.evaluate_tokens
+        ids = self.corpus.valid[: count + 1] if count else self.corpus.valid
+        with self.fabric.autocast():
+            evaluation = evaluate_tokens(
+                self.raw, np.asarray(ids), tokenizer=self.corpus.tokenizer, context=self.config.length
+            )
+        _reshard(self.raw)
+        bits = evaluation.bits_per_byte
+        best = min((value for _, value in self.evaluations), default=math.inf)
+        self.evaluations.append((self.done, bits))
+        if self.done and bits < best:
+            self._export(self.out / "best")
+        if self.first:
+            self.evaluation_log.append(step=self.done, tokens=self._tokens, bits_per_byte=bits)
+            self.board.add(self.done, held_out__bits_per_byte=bits)
+            self.progress.show(held_out=f"{bits:.3f}")
+            for callback in self.callbacks:
+                callback.on_evaluation(self.done, bits)
+
+    # -- what stays -----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.saved_at == self.done:
+            return
+        state = {
+            "step": self.done,
+            "sampler": self.sampler.state_dict(),
+            "evaluations": self.evaluations,
+            "train_loss": self.train_loss,
+            "in_window": self.in_window,
+            "mean_loss_sum": float(self.fabric.all_reduce(self.loss_sum.clone(), reduce_op="mean")),
+            "norm": float(self.norm),
+            "skipped": float(self.guarded.skipped),
+            "skipped_in_row": float(self.guarded.skipped_in_row),
+            "world_size": self.fabric.world_size,
+        }
+        path = save_checkpoint(
+            self.out,
+            self.done,
+            self.raw,
+            self.guarded.optimizer,
+            trainer=state,
+            rank_state={"random": random_states(), "loss_sum": float(self.loss_sum)},
+            keep=self.config.keep_checkpoints,
+        )
+        self.saved_at = self.done
+        for callback in self.callbacks:
+            callback.on_checkpoint(self.done, path)
+
+    def _export(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and the tokenizer; a sharded model is put together first."""
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in self.raw.parameters())
+        model = self.raw
+        if sharded:
+            whole = {name: parameter.full_tensor().cpu() for name, parameter in self.raw.named_parameters()}  # type: ignore[operator]
+            if not self.first:
+                return
+            model = CausalLM(self.model_config, device="meta")
+            model.load_state_dict(whole, strict=False, assign=True)
+            model.tie_weights()
+        if self.first:
+            model.save_pretrained(folder)
+            self.corpus.tokenizer.save(folder)
+
+    def _finish(self, interrupted: bool, seconds: float) -> TrainResult:
+        updates = self.done - self.started_at
+        speed = updates * self.config.batch_size * self.config.length / seconds if updates else 0.0
+        self._export(self.out)
+        command = _resume_command(self.out) if interrupted else ""
+        if self.first:
+            self._write_run("interrupted" if interrupted else "finished", tokens_per_second=speed)
+            rows = read_csv(self.out / "log.csv")
+            if not draw_curve(self.out / "loss.png", rows, self.evaluations, self.corpus.file.bytes_per_token):
+                self.progress.note("note: no loss.png, since matplotlib is not installed (statescan[plot])")
+            if interrupted:
+                self.progress.note(f"interrupted after step {self.done}, which is saved; go on with: {command}")
+        self.fabric.barrier()
+        return TrainResult(self.out, self.done, self.train_loss, list(self.evaluations), speed, interrupted, command)
+
+    def _write_run(self, status: str, **results: Any) -> None:
+        best = min(self.evaluations[1:] or self.evaluations, key=lambda entry: entry[1], default=None)
+        facts = {
+            "status": status,
+            "steps": self.done,
+            "config": self.run_config.to_dict(),
+            "data": self.corpus.facts,
+            "parameters": self.raw.parameter_count(),
+            "train_loss": self.train_loss if math.isfinite(self.train_loss) else None,
+            "evaluations": self.evaluations,
+            "best": best,
+            "devices": self.fabric.world_size,
+            "device": self.device.type,
+            "versions": {"statescan": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            **results,
+        }
+        with atomic_file(self.out / RUN_FILE) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _resume_command(out: Path) -> str:
+    """The line that goes on with this run: the one it was started with, and --resume."""
+    program = Path(sys.argv[0])
+    if program.stem == "statescan" or program.name == "__main__.py":
+        start = "statescan" if program.stem == "statescan" else f"{Path(sys.executable).name} -m statescan"
+        arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+        return f"{start} {shlex.join(arguments)} --resume"
+    return f"statescan.train.train(run, {str(out)!r}, resume=True)"

@@ -1,0 +1,134 @@
+"""AdamW with the published parameter groups, warm-up and cosine, and an update that clips and guards on the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from statescan.train.config import TrainConfig
+
+__all__ = ["GuardedAdamW", "learning_rate", "parameter_groups"]
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of an update.
+
+    ``lr (step + 1) / warmup`` while step < warmup, then
+    ``min_lr + (lr - min_lr) (1 + cos(pi t)) / 2`` with t from 0 to 1 at the last update.
+
+    Args:
+        step: the update, from 0.
+        config: steps, warmup, lr, min_lr.
+
+    Returns:
+        The learning rate.
+
+    Source: Gu and Dao 2023, appendix E.2 (linear warm-up, cosine to 1e-5).
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    span = config.steps - 1 - config.warmup
+    progress = min(1.0, (step - config.warmup) / span) if span > 0 else 1.0
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in two groups: with weight decay, and without.
+
+    Without: A_log, D, biases, and the weights of norms: whatever has fewer than two dimensions, is marked
+    ``_no_weight_decay``, or is called A_log. With: every matrix, the convolutions' kernels and the embedding, which is
+    the head's matrix too where the two are tied.
+
+    Args:
+        model: the model; a parameter that two names share is taken once.
+        weight_decay: of the first group.
+
+    Returns:
+        Two groups for a torch optimiser; an empty one is left out.
+
+    Source: state-spaces/mamba marks A_log, D and the step's bias; Gu and Dao 2023, appendix E.2 (decay 0.1).
+    """
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = (
+            parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False) or name.rpartition(".")[2] == "A_log"
+        )
+        (plain if exempt else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class GuardedAdamW:
+    """AdamW whose update clips by the global norm and leaves a gradient that is not finite out, on the device.
+
+    ``norm = |g|_2`` over all parameters; ``g <- g * min(1, clip / (norm + 1e-6))``; then AdamW, except where the norm
+    is not finite: the weights, both moments and the step count stay as they are. With torch's fused kernel the division
+    and the exception happen inside the update (its ``grad_scale`` and ``found_inf``), so that the host never waits for
+    the norm and no extra pass runs over the gradients.
+
+    Args:
+        model: whose parameters are trained; already sharded where they are to be.
+        config: lr, betas, eps, weight_decay, clip.
+
+    Attributes:
+        optimizer: the torch.optim.AdamW inside.
+        skipped: () float32, how many updates were left out.
+        skipped_in_row: () float32, how many of them end the sequence so far.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self._clip = config.clip
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        device = self._parameters[0].device
+        self._fused = device.type in {"cpu", "cuda", "mps"}
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=self._fused,
+        )
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_in_row = torch.zeros((), device=device)
+
+    def step(self, lr: float) -> Tensor:
+        """Update the weights by their gradients, which are dropped then.
+
+        Args:
+            lr: the learning rate.
+
+        Returns:
+            () float32: the global norm before clipping, on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = global_norm([p.grad for p in self._parameters if p.grad is not None])
+        bad = (~torch.isfinite(norm)).float()
+        divisor = (norm + 1e-6) / self._clip if self._clip else torch.ones_like(norm)
+        divisor = torch.where(bad > 0, 1.0, divisor.clamp(min=1.0))
+        if self._fused:
+            self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bool(bad):
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(divisor)
+            self.optimizer.step()
+        self.skipped += bad
+        self.skipped_in_row = (self.skipped_in_row + 1) * bad
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, () float32; of the whole gradients where they are sharded."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # type: ignore[operator]
+    return norm.float()
