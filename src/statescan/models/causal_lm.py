@@ -275,7 +275,9 @@ def read_layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tu
         )
     if mask is not None:
         return pack("CausalLM.forward", mask, x.shape[0], x.shape[1], x.device), None
-    return None, None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+    if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    return None, cu_seqlens
 
 
 class CausalLM(nn.Module):

@@ -296,7 +296,8 @@ class Mamba(nn.Module):
                 return LayerOutput(packing.unpack(inner.output), inner.state)
         rows = batch
         if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.to(torch.int32)
+            # Any other dtype but these two goes on to the ops, which name it.
+            cu_seqlens = cu_seqlens.to(torch.int32) if cu_seqlens.dtype == torch.int64 else cu_seqlens
             rows = cu_seqlens.shape[0] - 1
         self._check_state("Mamba.forward", state, rows)
         xz = self.in_proj(x)
