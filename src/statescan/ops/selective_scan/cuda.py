@@ -23,7 +23,8 @@ __all__ = ["Plan", "plan", "refuses", "selective_scan"]
 _FORWARD = Path(__file__).with_name("scan_forward.cu")
 _BACKWARD = Path(__file__).with_name("scan_backward.cu")
 _IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_SHARED_BYTES = 48 * 1024
+_SHARED_BYTES = 48 * 1024  # what a block has without asking
+_SHARED_LIMIT = 99 * 1024  # what it can ask for on every architecture from 8.0 on
 
 
 def refuses(facts: Facts) -> str | None:
@@ -35,6 +36,10 @@ def refuses(facts: Facts) -> str | None:
     if facts.d_state > 256:
         return (
             f"its kernels hold up to 256 states a channel in registers, d_state is {facts.d_state}; use backend='torch'"
+        )
+    if facts.dtype == torch.float64 and facts.d_state > 128:
+        return (
+            f"in float64 its kernels take up to 128 states a channel, d_state is {facts.d_state}; use backend='torch'"
         )
     return _cuda.unavailable_reason()
 
@@ -50,6 +55,7 @@ class Plan:
     channels_each: int
     tile: int
     history: int
+    shared: int
     chunks_forward: int
     chunks_backward: int
     chunk_len_forward: int
@@ -57,22 +63,27 @@ class Plan:
 
 
 _NT_FORWARD, _NT_BACKWARD = 256, 128
+_RESIDENT_FORWARD, _RESIDENT_BACKWARD = 3, 2  # blocks that a multiprocessor holds at once
+_HISTORY = (8, 4, 2)
 
 
 def _chunks(blocks: int, wanted: int, length: int, tile: int) -> tuple[int, int]:
     """(chunks, their length): one where the grid already fills the chip, else as many as fill it, of whole tiles."""
     if blocks >= wanted * 3 // 8 or length < 8 * tile:
         return 1, max(length, 1)
-    count = min(math.ceil(wanted / blocks), length // (4 * tile), 128)
+    count = max(1, min(wanted // blocks, length // (4 * tile), 128))
     each = math.ceil(math.ceil(length / count) / tile) * tile
     return math.ceil(length / each), each
 
 
-def plan(batch: int, length: int, d_inner: int, d_state: int, groups: int, multiprocessors: int, wide: bool) -> Plan:
-    """Cuts a call of this shape for a chip with this many multiprocessors; `wide`: float64 arithmetic."""
+def plan(
+    batch: int, length: int, d_inner: int, d_state: int, groups: int, multiprocessors: int, wide: bool, packed: bool
+) -> Plan:
+    """Cuts a call of this shape for a chip with this many multiprocessors; `wide`: float64 arithmetic;
+    `packed`: with cu_seqlens."""
     lanes = max(4, min(32, 1 << math.ceil(math.log2(max(1, math.ceil(d_state / 4))))))
     states = 4 if d_state <= 128 else 8
-    each = 2 if states == 4 else 1
+    each = 2
     channels_backward = _NT_BACKWARD // lanes * each
     channels_forward = _NT_FORWARD // lanes
     size = 8 if wide else 4
@@ -80,16 +91,16 @@ def plan(batch: int, length: int, d_inner: int, d_state: int, groups: int, multi
 
     def shared(tile: int, history: int) -> int:
         kept = tile // history * each * states * _NT_BACKWARD
-        sums = _NT_BACKWARD // 32 * history * 2 * padded
-        return size * (3 * tile * channels_backward + 2 * tile * padded + kept + sums) + 8 * tile
+        sums = history * (2 * _NT_BACKWARD * states + 3 * lanes * channels_backward)
+        return size * ((3 * tile + 2) * channels_backward + 2 * tile * padded + kept + sums) + 8 * tile * packed
 
-    options = [(t, h) for t in (32, 16, 8, 4) for h in (8, 4, 2) if h <= t]
-    tile, history = next((t, h) for t, h in options if shared(t, h) + 1 <= _SHARED_BYTES)
+    options = [(t, h) for t in (32, 16, 8, 4) for h in _HISTORY if h <= t and h * states <= 32]
+    tile, history = next((t, h) for t, h in options if shared(t, h) <= _SHARED_LIMIT)
     group_channels = d_inner // groups
     forward_blocks = batch * groups * math.ceil(group_channels / channels_forward)
     backward_blocks = batch * groups * math.ceil(group_channels / channels_backward)
-    forward = _chunks(forward_blocks, 4 * multiprocessors, length, max(tile, 32))
-    backward = _chunks(backward_blocks, 2 * multiprocessors, length, tile)
+    forward = _chunks(forward_blocks, _RESIDENT_FORWARD * multiprocessors, length, max(tile, 32))
+    backward = _chunks(backward_blocks, _RESIDENT_BACKWARD * multiprocessors, length, tile)
     return Plan(
         lanes,
         states,
@@ -98,6 +109,7 @@ def plan(batch: int, length: int, d_inner: int, d_state: int, groups: int, multi
         each,
         tile,
         history,
+        shared(tile, history),
         forward[0],
         backward[0],
         forward[1],
@@ -168,6 +180,7 @@ class _Call:
         p = self.plan
         return {
             "IN": _IN[self.u.dtype],
+            "N": self.A.shape[1],
             "G": p.lanes,
             "NS": p.states,
             "VARLEN": int(self.varlen),
@@ -238,7 +251,9 @@ def _prepare(
         starts[torch.where(filled, begin, length)] = number
         ends[torch.where(filled, end - 1, length)] = number
     multiprocessors = torch.cuda.get_device_properties(u.device).multi_processor_count
-    cut = plan(batch, length, d_inner, A.shape[1], groups, multiprocessors, real == torch.float64)
+    cut = plan(
+        batch, length, d_inner, A.shape[1], groups, multiprocessors, real == torch.float64, cu_seqlens is not None
+    )
 
     def of(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(real).contiguous()
@@ -288,7 +303,7 @@ def _forward(
 
     def launch(part: int, chunks: int) -> None:
         grid, per_group = c.grid(p.channels_forward, chunks)
-        options = c.options(PASS=part, TILE=tile, NT=_NT_FORWARD)
+        options = c.options(PASS=part, TILE=tile, NT=_NT_FORWARD, MINB=_RESIDENT_FORWARD)
         run = _cuda.kernel(_FORWARD, "scan_forward", options, _NT_FORWARD, device.index or 0)
         run(
             grid,
@@ -298,16 +313,16 @@ def _forward(
             checkpoints if want_checkpoints else None,
             states,
             sums,
-            *(i32(v) for v in (length, d_inner, n, d_inner // c.groups, per_group, p.chunk_len_forward)),
+            *(i32(v) for v in (length, d_inner, d_inner // c.groups, per_group, p.chunk_len_forward)),
             *(i32(v) for v in (p.chunks_forward, p.tile, c.flags(y))),
         )
 
     if states is not None and sums is not None:
         launch(1, p.chunks_forward - 1)
-        options = c.options(PASS=1, TILE=tile, NT=_NT_FORWARD)
+        options = c.options(PASS=1, TILE=tile, NT=_NT_FORWARD, MINB=_RESIDENT_FORWARD)
         combine = _cuda.kernel(_FORWARD, "scan_combine", options, 128, device.index or 0)
         first = None if c.varlen else c.initial
-        sizes = (i32(d_inner), i32(n), i32(p.chunks_forward))
+        sizes = (i32(d_inner), i32(p.chunks_forward))
         combine((math.ceil(d_inner * n / 128), batch, 1), states, sums, c.A, first, *sizes)
     launch(0, p.chunks_forward)
     return y, final, checkpoints
@@ -347,8 +362,10 @@ def _backward(
         states, sums = _states(c, chunks)
 
     def launch(part: int) -> None:
-        options = c.options(PASS=part, TILE=p.tile, HT=p.history, NT=_NT_BACKWARD, CPT=p.channels_each)
-        run = _cuda.kernel(_BACKWARD, "scan_backward", options, _NT_BACKWARD, device.index or 0)
+        options = c.options(
+            PASS=part, TILE=p.tile, HT=p.history, NT=_NT_BACKWARD, CPT=p.channels_each, MINB=_RESIDENT_BACKWARD
+        )
+        run = _cuda.kernel(_BACKWARD, "scan_backward", options, _NT_BACKWARD, device.index or 0, p.shared)
         run(
             grid,
             *c.inputs(),
@@ -366,16 +383,18 @@ def _backward(
             ginit if c.initial is not None else None,
             states,
             sums,
-            *(i32(v) for v in (length, d_inner, n, d_inner // c.groups, per_group, p.chunk_len_backward)),
+            *(i32(v) for v in (length, d_inner, d_inner // c.groups, per_group, p.chunk_len_backward)),
             *(i32(v) for v in (chunks, c.flags(dy, gu, gdt))),
         )
 
     if states is not None and sums is not None:
         launch(1)
-        options = c.options(PASS=1, TILE=p.tile, HT=p.history, NT=_NT_BACKWARD, CPT=p.channels_each)
+        options = c.options(
+            PASS=1, TILE=p.tile, HT=p.history, NT=_NT_BACKWARD, CPT=p.channels_each, MINB=_RESIDENT_BACKWARD
+        )
         combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", options, 128, device.index or 0)
         last = None if c.varlen else dfinal
-        sizes = (i32(d_inner), i32(n), i32(chunks))
+        sizes = (i32(d_inner), i32(chunks))
         combine((math.ceil(d_inner * n / 128), batch, 1), states, sums, c.A, last, *sizes)
     launch(0)
 
@@ -439,7 +458,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, wan
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n = A.shape[1]
-    cut = plan(1, 1, 8, n, 1, 1, real == torch.float64)
+    cut = plan(1, 1, 8, n, 1, 1, real == torch.float64, cu_seqlens is not None)
     final = u.new_empty((rows, d_inner, n) if want_final else (0,), dtype=real)
     tiles = (length + cut.tile - 1) // cut.tile
     kept = u.new_empty((batch, tiles, d_inner, n) if want_checkpoints else (0,), dtype=real)

@@ -1,0 +1,158 @@
+"""CUDA kernels compiled at first use by NVRTC, through NVIDIA's cuda-core: no toolkit and no compiler on the machine.
+
+A kernel's cubin is kept on disk under a name made from its source, its options, the architecture and the versions of
+compiler and package, so that a machine compiles it once; the file appears whole or not at all, so that processes that
+start together don't harm each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import statescan
+from statescan.errors import BackendUnavailableError
+
+__all__ = ["Kernel", "cache_folder", "i32", "kernel", "unavailable_reason"]
+
+_COMMON = Path(__file__).with_name("_cuda_common.cuh")
+i32 = ctypes.c_int32
+
+
+def _core() -> Any:
+    try:
+        import cuda.core as core
+
+        if hasattr(core, "Program"):
+            return core
+    except ImportError:
+        pass
+    import cuda.core.experimental as core  # where cuda-core is older than 0.5
+
+    return core
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why CUDA kernels can't be compiled here, with the cure; None where they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip:
+        return "this torch is built for ROCm; CUDA kernels run on NVIDIA GPUs"
+    try:
+        _core()
+    except ImportError as problem:
+        major = (torch.version.cuda or "13").split(".")[0]
+        return f"cuda-core does not import ({problem}); install it: pip install 'cuda-core[cu{major}]'"
+    return None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $STATESCAN_CACHE, or the user's cache folder."""
+    named = os.environ.get("STATESCAN_CACHE")
+    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statescan"
+    return base / "kernels"
+
+
+def _compile(source: str, options: tuple[str, ...], arch: str) -> bytes:
+    core = _core()
+    defines = [o.split("=", 1) for o in options]
+    settings = core.ProgramOptions(arch=arch, std="c++17", define_macro=[(k, v) for k, v in defines])
+    try:
+        code = core.Program(source, "c++", settings).compile("cubin").code
+    except Exception as problem:
+        raise BackendUnavailableError(
+            f"a CUDA kernel did not compile for {arch} with {options}: {problem}"
+        ) from problem
+    return bytes(code)
+
+
+def _cached(source: str, options: tuple[str, ...], arch: str) -> bytes:
+    core = _core()
+    facts = "\0".join(
+        [source, *options, arch, torch.version.cuda or "", getattr(core, "__version__", ""), statescan.__version__]
+    )
+    file = cache_folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
+    try:
+        return file.read_bytes()
+    except OSError:
+        pass
+    code = _compile(source, options, arch)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
+            part.write(code)
+        os.replace(part.name, file)
+    except OSError as problem:
+        warnings.warn(
+            f"compiled CUDA kernels can't be kept in {file.parent} ({problem}); every process compiles them anew: "
+            "set STATESCAN_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+    return code
+
+
+def _allow_shared(function: Any, shared: int) -> None:
+    """Lets a kernel use more than 48 KiB of shared memory a block (cuda-core reads this attribute, it doesn't set it)."""
+    from cuda.bindings import driver
+
+    kind = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (code,) = driver.cuKernelSetAttribute(kind, shared, int(function.handle), torch.cuda.current_device())
+    if code != driver.CUresult.CUDA_SUCCESS:
+        raise BackendUnavailableError(f"this GPU does not give a block {shared} bytes of shared memory ({code.name})")
+
+
+class Kernel:
+    """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit)."""
+
+    def __init__(self, function: Any, threads: int, shared: int) -> None:
+        self._function = function
+        self._threads = threads
+        self._shared = shared
+        self._core = _core()
+        if shared > 48 * 1024:
+            _allow_shared(function, shared)
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launches on torch's current stream. Tensors are passed by address, None as a null pointer."""
+        values = [a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in arguments]
+        stream = self._core.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+        self._core.launch(
+            stream,
+            self._core.LaunchConfig(grid=grid, block=self._threads, shmem_size=self._shared),
+            self._function,
+            *values,
+        )
+
+
+@functools.cache
+def _module(file: str, options: tuple[str, ...], device: int) -> Any:
+    core = _core()
+    core.Device(device).set_current()
+    major, minor = torch.cuda.get_device_capability(device)
+    source = _COMMON.read_text() + Path(file).read_text()
+    return core.ObjectCode.from_cubin(_cached(source, options, f"sm_{major}{minor}"))
+
+
+@functools.cache
+def _function(file: str, name: str, options: tuple[str, ...], threads: int, device: int, shared: int) -> Kernel:
+    return Kernel(_module(file, options, device).get_kernel(name), threads, shared)
+
+
+def kernel(file: Path, name: str, options: Mapping[str, int], threads: int, device: int, shared: int = 0) -> Kernel:
+    """The function `name` of `file`, compiled with the macros `options` for this device; made once a process.
+    `shared`: bytes of dynamic shared memory a block.
+
+    Raises:
+        BackendUnavailableError: the compiler refuses it.
+    """
+    return _function(str(file), name, tuple(f"{k}={v}" for k, v in sorted(options.items())), threads, device, shared)

@@ -1,0 +1,119 @@
+// Shared by every CUDA kernel of statescan; compiled by NVRTC, so it includes nothing.
+// IN: activation type, 0 float32, 1 bfloat16, 2 float16, 3 float64. `real` is the type of the arithmetic and the state.
+#ifndef IN
+#define IN 1
+#endif
+typedef long long i64;
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#if IN == 3
+typedef double real;
+#else
+typedef float real;
+#endif
+#if IN == 0
+typedef float act;
+#elif IN == 3
+typedef double act;
+#else
+typedef u16 act;  // the 16 bits of a bfloat16 or a float16
+#endif
+
+#define DEV __device__ __forceinline__
+#define LOG2E real(1.44269504088896340736)
+#define LN2 real(0.69314718055994530942)
+
+#if IN == 3
+DEV double ex2(double x) { return exp2(x); }
+DEV double rcp(double x) { return 1.0 / x; }
+#else
+DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEV float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+#endif
+DEV real fma_(real a, real b, real c) { return IN == 3 ? (real)fma((double)a, (double)b, (double)c) : (real)fmaf((float)a, (float)b, (float)c); }
+
+#if IN != 3
+// exp(x) for x <= 0 with the rounding of x * log2(e) made good: at x = -8 it alone would cost four units in the last place.
+DEV float exp_down(float x) {
+  const float t = x * 1.44269502f, rest = fmaf(x, 1.92596299e-8f, fmaf(x, 1.44269502f, -t)), e = ex2(t);
+  return fmaf(e, rest * 0.693147181f, e);
+}
+#endif
+// log(1 + exp(x)) without cancellation: max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(e / (2 + e)).
+DEV real softplus(real x) {
+#if IN == 3
+  return x > 20.0 ? x : log1p(exp(x));
+#else
+  if (x > 20.f) return x;
+  const float e = exp_down(-fabsf(x)), d = 2.f + e, r = rcp(d);
+  float s = e * r;
+  s = fmaf(fmaf(-d, s, e), r, s);
+  const float q = s * s;
+  float p = fmaf(q, 0.15384615f, 0.18181818f);
+  p = fmaf(q, p, 0.22222222f);
+  p = fmaf(q, p, 0.28571429f);
+  p = fmaf(q, p, 0.4f);
+  p = fmaf(q, p, 0.66666667f);
+  return fmaxf(x, 0.f) + fmaf(q * s, p, 2.f * s);
+#endif
+}
+DEV real sigmoid(real x) {
+#if IN == 3
+  return 1.0 / (1.0 + exp(-x));
+#else
+  const float e = exp_down(-fabsf(x)), r = rcp(1.f + e);
+  return x >= 0.f ? r : e * r;
+#endif
+}
+
+// x * sigmoid(x). Where the result is rounded to 16 bits the plain form is exact enough.
+DEV real silu(real x) {
+#if IN == 1 || IN == 2
+  return x * rcp(1.f + ex2(-x * LOG2E));
+#else
+  return x * sigmoid(x);
+#endif
+}
+
+DEV real to_real(act x) {
+#if IN == 1
+  return __uint_as_float(u32(x) << 16);
+#elif IN == 2
+  float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y;
+#else
+  return x;
+#endif
+}
+DEV act to_act(real x) {
+#if IN == 1
+  u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y;
+#elif IN == 2
+  u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y;
+#else
+  return x;
+#endif
+}
+
+// Eight neighbouring channels of one position. `n` of them exist; `vec`: 16-byte aligned and whole.
+struct alignas(16) Pack8 { act v[8]; };
+DEV Pack8 load8(const act* p, int n, bool vec) {
+  Pack8 r;
+  if (vec && n >= 8) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(Pack8) / 16; i++) reinterpret_cast<uint4*>(&r)[i] = reinterpret_cast<const uint4*>(p)[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) r.v[i] = i < n ? p[i] : act(0);
+  }
+  return r;
+}
+DEV void store8(act* p, const Pack8& r, int n, bool vec) {
+  if (vec && n >= 8) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(Pack8) / 16; i++) reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(&r)[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) if (i < n) p[i] = r.v[i];
+  }
+}
