@@ -1,4 +1,4 @@
-"""Finds and opens the model that a command was given: a model's folder, or a training run's, which holds one."""
+"""Finds and opens the model that a command was given: a model's folder, or a training run's, which is one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ __all__ = ["model_folder", "open_model", "read_config"]
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with config.json: `path` itself, or ``path/model`` of a training run.
+    """`path`, which holds config.json.
 
     Raises:
-        CheckpointError: neither holds a model.
+        CheckpointError: it holds none.
     """
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
+    if (path / "config.json").is_file():
+        return path
     if not path.exists():
         problem = "which does not exist"
     elif not path.is_dir():
         problem = "which is a file"
     else:
-        problem = "which holds no config.json (a run writes its model when it evaluates and when it ends)"
+        problem = "which holds no config.json (a run writes its model when it ends)"
     raise CheckpointError(f"model: wanted the folder of a model or of a training run, got '{path}', {problem}")
 
 

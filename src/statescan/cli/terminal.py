@@ -17,7 +17,18 @@ from statescan.errors import StatescanError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["INTERRUPTED", "command", "emit_json", "fail", "progress", "progress_console", "result_console", "set_debug"]
+__all__ = [
+    "INTERRUPTED",
+    "command",
+    "emit_json",
+    "fail",
+    "note",
+    "print_rows",
+    "progress",
+    "progress_console",
+    "result_console",
+    "set_debug",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -106,6 +117,11 @@ def result_console() -> Console:
     if not console.is_terminal:
         console.width = 200
     return console
+
+
+def note(text: str) -> None:
+    """A remark on standard error: nothing a program would read."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def progress_console() -> Console:

@@ -1,0 +1,115 @@
+"""``statescan generate``: writes on from prompts, as the text comes."""
+
+from __future__ import annotations
+
+import enum
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from statescan.cli.terminal import command, emit_json, note
+
+if TYPE_CHECKING:
+    from statescan.generate import Generation, Piece
+
+__all__ = ["generate"]
+
+
+class Weights(enum.StrEnum):
+    """How the weights are packed for decoding."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+@command
+def generate(
+    model: Annotated[Path, typer.Option("--model", help="Folder of a model, or of a training run.")],
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", help="Text to write on from; may be given several times; '-' reads stdin.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = 200,
+    dtype: Annotated[Weights, typer.Option("--dtype", help="Of the packed weights.")] = Weights.float32,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Keep the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="1: none.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="[default: a fresh one]")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text; several times.")] = None,
+    echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before what follows it.")] = True,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="'bytes' or a tokenizer JSON [default: the model's own].")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of streaming.")] = False,
+) -> None:
+    """Writes on from a prompt; the text streams to standard output as it comes."""
+    from statescan.cli.models import open_model
+    from statescan.data import load_tokenizer
+    from statescan.generate import Engine, SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+    )
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    language_model, own_tokenizer = open_model(model, device=device)
+    engine = Engine(language_model, load_tokenizer(tokenizer) if tokenizer else own_tokenizer, dtype=dtype.value)
+
+    start = time.perf_counter()
+    pieces = engine.stream(prompts, params)
+    results = _silently(pieces) if as_json else _streaming(pieces, prompts, echo)
+    seconds = time.perf_counter() - start
+    if as_json:
+        rows = [results[row]._asdict() for row in range(len(prompts))]
+        emit_json([{"prompt": text, **row} for text, row in zip(prompts, rows, strict=True)])
+    count = sum(len(result.tokens) for result in results.values())
+    note(f"{count:,} tokens in {seconds:.2f} s with the prompt read, {count / seconds:,.0f} tokens/s, {dtype.value}")
+
+
+def _silently(pieces: Iterator[Piece]) -> dict[int, Generation]:
+    return {piece.row: piece.generation for piece in pieces if piece.generation is not None}
+
+
+def _streaming(pieces: Iterator[Piece], prompts: list[str], echo: bool) -> dict[int, Generation]:
+    """Prints one row after another: the first as it comes, what the others write meanwhile when their turn is there."""
+    results: dict[int, Any] = {}
+    waiting = dict.fromkeys(range(len(prompts)), "")
+    several = len(prompts) > 1
+    shown = 0
+
+    def begin(row: int) -> None:
+        write((f"== {row + 1} ==\n" if several else "") + (prompts[row] if echo else ""))
+
+    begin(0)
+    for piece in pieces:
+        waiting[piece.row] += piece.text
+        if piece.generation is not None:
+            results[piece.row] = piece.generation
+        while shown < len(prompts):
+            write(waiting[shown])
+            waiting[shown] = ""
+            if shown not in results:
+                break
+            write("\n")
+            shown += 1
+            if shown < len(prompts):
+                begin(shown)
+    return results
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
