@@ -9,10 +9,12 @@ import typer
 from statescan import __version__
 from statescan.cli import terminal
 from statescan.cli.bench import bench
+from statescan.cli.demo import demo
 from statescan.cli.doctor import doctor
 from statescan.cli.evaluate import evaluate
 from statescan.cli.generate import generate
 from statescan.cli.info import info
+from statescan.cli.inspect import inspect
 from statescan.cli.train import train
 
 __all__ = ["app"]
@@ -47,5 +49,9 @@ app.command(epilog="Example: statescan doctor --json")(doctor)
 app.command(epilog="Example: statescan train --data packaged:moby_dick --out runs/whale --set train.steps=200")(train)
 app.command(epilog='Example: statescan generate --model runs/whale --prompt "Call me" --max-new-tokens 200')(generate)
 app.command(epilog="Example: statescan evaluate --model runs/whale --data packaged:moby_dick --last 0.05")(evaluate)
+app.command(epilog='Example: statescan inspect "It was the whale." -o report.html --png --model demo-out/model')(
+    inspect
+)
 app.command(epilog="Example: statescan bench scan decode --threads 2")(bench)
 app.command(epilog="Example: statescan info 130m --set d_state=32")(info)
+app.command(epilog="Example: statescan demo --out demo-out")(demo)

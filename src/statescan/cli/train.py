@@ -84,6 +84,5 @@ def train(
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
         )
     if result.interrupted:
-        note(f"interrupted; go on with: {result.resume_command}")
         raise typer.Exit(INTERRUPTED)
     note(f'next: statescan generate --model {shlex.quote(str(out))} --prompt "Call me" --max-new-tokens 200')
