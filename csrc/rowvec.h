@@ -54,6 +54,7 @@ inline void narrow(float v, half& out) {
 inline void narrow(double v, bf16& out) { narrow(float(v), out); }
 inline void narrow(double v, half& out) { narrow(float(v), out); }
 
+// A sigmoid below that of -87 is taken for 0, so that silu goes to 0 however far p goes; the error is under 2e-38.
 // exp on [-ln2/2, ln2/2]: Chebyshev interpolation of degree 6, relative error 2.6e-9.
 constexpr float kExp[7] = {1.000000000e+00f, 1.000000038e+00f, 5.000000047e-01f, 1.666641541e-01f,
                            4.166635277e-02f, 8.375134775e-03f, 1.394111894e-03f};
@@ -125,7 +126,7 @@ template <int N> inline Lanes<float, N> sigmoid(Lanes<float, N> p) {
     float e = kExp[6];
     for (int j = 5; j >= 0; --j) e = multiply_add(e, r, kExp[j]);
     const uint32_t scale = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
-    s.v[i] = 1.0f / (1.0f + e * bits_to_float(scale));
+    s.v[i] = -p.v[i] > kExpLimit ? 0.0f : 1.0f / (1.0f + e * bits_to_float(scale));
   }
   return s;
 }
@@ -159,7 +160,8 @@ inline __m512 sigmoid(__m512 p) {
   const __m512 d = _mm512_add_ps(_mm512_scalef_ps(e, n), _mm512_set1_ps(1.0f));
   // 1/d by one Newton step from the 14-bit estimate: d lies in [1, 6.1e37], so nothing overflows on the way.
   const __m512 g = _mm512_rcp14_ps(d);
-  return _mm512_fmadd_ps(g, _mm512_fnmadd_ps(d, g, _mm512_set1_ps(1.0f)), g);
+  const __m512 s = _mm512_fmadd_ps(g, _mm512_fnmadd_ps(d, g, _mm512_set1_ps(1.0f)), g);
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(p, _mm512_set1_ps(-kExpLimit), _CMP_NLT_UQ), s);
 }
 template <> struct Make<__m512> {
   using V = __m512;
@@ -205,7 +207,8 @@ inline __m256 sigmoid(__m256 p) {
   for (int j = 5; j >= 0; --j) e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(kExp[j]));
   const __m256i scale = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   const __m256 d = _mm256_fmadd_ps(e, _mm256_castsi256_ps(scale), _mm256_set1_ps(1.0f));
-  return _mm256_div_ps(_mm256_set1_ps(1.0f), d);
+  const __m256 inside = _mm256_cmp_ps(p, _mm256_set1_ps(-kExpLimit), _CMP_NLT_UQ);
+  return _mm256_and_ps(inside, _mm256_div_ps(_mm256_set1_ps(1.0f), d));
 }
 template <> struct Make<__m256> {
   using V = __m256;

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from statescan.errors import BackendUnavailableError
 from statescan.ops import _native
 from statescan.ops._dispatch import Facts
 from statescan.ops.add_norm.validation import compute_dtype
@@ -135,7 +135,8 @@ def _backward(
         grad_x=grad_x.data_ptr(),
         grad_weight=sums.data_ptr(),
     )
-    if grad_total is not None:
+    # A traced graph hands zeros in place of None, also for a sum that was never written.
+    if grad_total is not None and grad_total.numel():
         grad_total = _as_rows(grad_total)
         args.grad_stream, args.grad_stream_row = grad_total.data_ptr(), grad_total.stride(0)
     if grad_residual.numel():
@@ -189,8 +190,12 @@ class _AddRMSNorm(torch.autograd.Function):
         return output, total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise BackendUnavailableError(
+                "add_rms_norm: backend 'cpu' has no second derivatives; use backend='torch' with create_graph=True"
+            )
         total, rstd, weight = ctx.saved_tensors
         if grad_output is None:
             grad_output = torch.zeros_like(total, dtype=ctx.x_dtype)
