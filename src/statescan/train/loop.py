@@ -662,8 +662,9 @@ class _Trainer:
 def _resume_command(out: Path) -> str:
     """The line that goes on with this run: the one it was started with, and --resume."""
     program = Path(sys.argv[0])
-    if program.stem == "statescan" or program.name == "__main__.py":
-        start = "statescan" if program.stem == "statescan" else f"{Path(sys.executable).name} -m statescan"
+    as_module = program.name == "__main__.py" and program.parent.name == "statescan"
+    if program.stem == "statescan" or as_module:
+        start = f"{Path(sys.executable).name} -m statescan" if as_module else "statescan"
         arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
         return f"{start} {shlex.join(arguments)} --resume"
     return f"statescan.train.train(run, {str(out)!r}, resume=True)"
