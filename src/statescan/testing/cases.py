@@ -38,15 +38,15 @@ class ScanCase:
     initial_state: bool = False
     dt_softplus: bool = False
     cu_seqlens: tuple[int, ...] | None = None
-    complex_A: bool = False  # noqa: N815 - A is the matrix
-    complex_BC: bool = False  # noqa: N815
+    complex_A: bool = False
+    complex_BC: bool = False
     step: float = 0.1
     rate: float = 1.0
 
-    @property
-    def draws(self) -> int:
-        """How many random draws make the smallest output or gradient long enough for `assert_within_budget`."""
-        return -(-64 // self.d_inner)
+    def draws(self, length: int | None = None) -> int:
+        """How many random draws give the smallest output or gradient 32 numbers, for `assert_within_budget`."""
+        smallest = min(self.d_inner, self.batch * (length or self.length) * self.d_state)
+        return -(-32 // smallest)
 
 
 _ALL: dict[str, Any] = {"D": True, "z": True, "dt_bias": True, "initial_state": True, "dt_softplus": True}
