@@ -166,6 +166,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimiz
         CheckpointError: a file is damaged, or the tensors are of other names or shapes.
     """
     rank, distributed = _rank()
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -187,7 +188,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimiz
         return torch.load(mine, weights_only=False) if mine.exists() else None
     except CheckpointError:
         raise
-    except Exception as problem:  # DCP wraps what went wrong in exceptions of its own kinds
+    except (Exception, CheckpointException) as problem:  # DCP's is a BaseException
         raise CheckpointError(
             f"resume: {checkpoint.path} can't be read ({_first_line(problem)}); delete it to go on from an older one"
         ) from problem
@@ -277,9 +278,11 @@ def _write(path: Path, write: Any) -> None:
 
 @contextlib.contextmanager
 def _naming_the_cause(path: Path, temporary: Path, rank: int) -> Iterator[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
-    except Exception as problem:
+    except (Exception, CheckpointException) as problem:  # DCP's is a BaseException
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
