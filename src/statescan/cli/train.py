@@ -61,6 +61,9 @@ def train(
     run = run.apply_overrides(overrides or [])
 
     result = run_training(run, out, resume=resume)
+    if not result.first_process:
+        # Of several processes one reports.
+        raise typer.Exit(INTERRUPTED if result.interrupted else 0)
 
     held_out = result.evaluations[-1][1] if result.evaluations else None
     if as_json:

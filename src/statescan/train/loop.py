@@ -65,6 +65,7 @@ class TrainResult:
         tokens_per_second: of all devices together, in this call, without evaluations and checkpoints.
         interrupted: a signal ended it early.
         resume_command: what goes on from here, where it was interrupted.
+        first_process: this process is the one that reports; every process of a distributed run gets a result.
     """
 
     out: Path
@@ -74,6 +75,7 @@ class TrainResult:
     tokens_per_second: float
     interrupted: bool
     resume_command: str = ""
+    first_process: bool = True
 
 
 class Callback:
@@ -637,7 +639,9 @@ class _Trainer:
             if interrupted:
                 self.progress.note(f"interrupted after step {self.done}, which is saved; go on with: {command}")
         self.fabric.barrier()
-        return TrainResult(self.out, self.done, self.train_loss, list(self.evaluations), speed, interrupted, command)
+        return TrainResult(
+            self.out, self.done, self.train_loss, list(self.evaluations), speed, interrupted, command, self.first
+        )
 
     def _write_run(self, status: str, **results: Any) -> None:
         best = min(self.evaluations[1:] or self.evaluations, key=lambda entry: entry[1], default=None)
