@@ -27,6 +27,9 @@ __all__ = ["ChannelMap", "InspectReport", "LayerSelection", "inspect_text", "lay
 # Numbers of (token, channel, state) held at once, 64 MB in float64.
 _AT_ONCE = 1 << 23
 
+# What counts as forgotten: log2 of the part that is left.
+_LEFT = math.log2(0.1)
+
 Array = NDArray[np.float64]
 
 
@@ -42,8 +45,8 @@ class LayerSelection:
             old).
         half_life: median over channels and states of ``ln 2 / (dt_t |A|)``: tokens until the state would be half
             forgotten if every token had this one's step.
-        remembered: tokens until less than half of what the token wrote is left, ``|c_{t,s}| < |w_t| / 2``; infinity
-            where more than half is left at the end of the text.
+        remembered: tokens until less than a tenth of what the token wrote is left, ``|c_{t,s}| < |w_t| / 10``;
+            infinity where more is left at the end of the text.
         left: ``|c_{t,end}| / |w_t|``, the part of what it wrote that is left at the end.
         share: ``<c_{t,end}, h_end> / |h_end|^2``, its share of the final state; the shares sum to 1, some may be
             negative.
@@ -73,6 +76,11 @@ class ChannelMap(NamedTuple):
     channels: NDArray[np.int64]
     delta: Array
     written: Array
+
+
+def _decay(exponent: Tensor) -> Tensor:
+    """exp, kept clear of numbers so small that processors compute them slowly: they are nothing beside the others."""
+    return torch.exp(exponent.clamp_(min=-500))
 
 
 def _check(u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,10 +136,10 @@ def layer_selection(layer: int, u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> 
     left, share, remembered = (torch.zeros(tokens, dtype=torch.float64) for _ in range(3))
     for start in range(0, tokens, at_once):
         part = slice(start, min(start + at_once, tokens))
-        c = torch.exp(A * (elapsed[-1] - elapsed[part])[:, :, None]) * (x[part, :, None] * B[part, None, :])
+        c = _decay(A * (elapsed[-1] - elapsed[part])[:, :, None]) * (x[part, :, None] * B[part, None, :])
         left[part] = c.flatten(1).norm(dim=1)
         share[part] = (c * h).flatten(1).sum(1)
-        remembered[part] = _half_forgotten(range(part.start, part.stop), x, elapsed, A, B, wrote)
+        remembered[part] = _forgotten(range(part.start, part.stop), x, elapsed, A, B, wrote)
     half_life = torch.stack([(math.log(2) / (dt[t, :, None] * A.abs())).flatten().median() for t in range(tokens)])
     safe = torch.where(wrote > 0, wrote, 1.0)
     return LayerSelection(
@@ -146,8 +154,8 @@ def layer_selection(layer: int, u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> 
     )
 
 
-def _half_forgotten(which: range, x: Tensor, elapsed: Tensor, A: Tensor, B: Tensor, wrote: Tensor) -> Tensor:
-    """Tokens until ``|c_{t,s}|`` falls to half of ``|w_t|``: by bisection, since it never rises, then by its logarithm."""
+def _forgotten(which: range, x: Tensor, elapsed: Tensor, A: Tensor, B: Tensor, wrote: Tensor) -> Tensor:
+    """Tokens until ``|c_{t,s}|`` falls to a tenth of ``|w_t|``: by bisection, as it never rises, then its logarithm."""
     t = torch.arange(which.start, which.stop)
     last = len(x) - 1
     scale = torch.where(wrote > 0, wrote, 1.0)[t, None, None]
@@ -155,19 +163,19 @@ def _half_forgotten(which: range, x: Tensor, elapsed: Tensor, A: Tensor, B: Tens
 
     def log_part(s: Tensor) -> Tensor:
         """log2 of the part left at token s."""
-        decay = torch.exp(2 * A * (elapsed[s] - elapsed[t])[:, :, None])
+        decay = _decay(2 * A * (elapsed[s] - elapsed[t])[:, :, None])
         return 0.5 * torch.log2((energy * decay).sum((1, 2)))
 
     low, high = t.clone(), torch.full_like(t, last)
     low_value, high_value = torch.zeros(len(t), dtype=torch.float64), log_part(high)
-    never = high_value > -1
+    never = high_value > _LEFT
     while bool(((high - low) > 1).logical_and(~never).any()):
         middle = (low + high) // 2
         value = log_part(middle)
-        above = value > -1
+        above = value > _LEFT
         low, low_value = torch.where(above, middle, low), torch.where(above, value, low_value)
         high, high_value = torch.where(above, high, middle), torch.where(above, high_value, value)
-    between = (low_value + 1) / (low_value - high_value)
+    between = (low_value - _LEFT) / (low_value - high_value)
     answer = (low - t).double() + (high - low).double() * between
     # A token that wrote nothing has nothing to forget.
     return torch.where(wrote[t] > 0, torch.where(never, torch.inf, answer), 0.0)
