@@ -1,4 +1,4 @@
-"""A Mamba that learns Moby-Dick byte by byte in minutes on a laptop, beside what simpler things score on the same text."""
+"""A Mamba that learns Moby-Dick byte by byte in minutes on a CPU, beside what simpler things score on the same text."""
 
 from __future__ import annotations
 
@@ -281,7 +281,9 @@ def _markdown(summary: dict[str, Any]) -> str:
 {summary["tokens_per_second"]:,.0f} bytes/s, {train_config["precision"]}, {summary["machine"]["threads"]} threads \
 ({summary["machine"]["cpu_kernels"]}).{stopped}
 
-| bits per byte of the last {summary["held_out_bytes"]:,} bytes, learnt from the {summary["training_bytes"]:,} before | |
+Judged on the last {summary["held_out_bytes"]:,} bytes, after the {summary["training_bytes"]:,} before them:
+
+| | bits per byte |
 |---|---|
 | xz -9e, growth of the archive | {yardsticks["xz"]:.4f} |
 | 5-gram of bytes, modified Kneser-Ney | {yardsticks["5-gram"]:.4f} |
