@@ -88,7 +88,7 @@ def _assert_same_run(one, other, run):
     for name, tensor in tensors.items():
         assert torch.equal(tensor, other_tensors[name]), name
     assert latest_checkpoint(one).trainer_state() == latest_checkpoint(other).trainer_state()
-    states = [torch.load(latest_checkpoint(out).path / "rank-00000.pt", weights_only=False) for out in (one, other)]
+    states = [torch.load(latest_checkpoint(out).path / "rank-00000.pt", weights_only=True) for out in (one, other)]
     assert torch.equal(states[0]["random"]["torch"], states[1]["random"]["torch"])
     assert states[0]["random"]["python"] == states[1]["random"]["python"]
     for name in ("log.csv", "evaluations.csv", "model.safetensors", "config.json", "best/model.safetensors"):

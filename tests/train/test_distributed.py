@@ -7,7 +7,7 @@ import torch
 
 from statescan.data import WindowSampler, build_token_file
 from statescan.models import CausalLM
-from statescan.train import latest_checkpoint, train
+from statescan.train import Callback, latest_checkpoint, train
 from statescan.train.logs import read_csv
 
 pytestmark = pytest.mark.skipif(
@@ -17,6 +17,15 @@ pytestmark = pytest.mark.skipif(
 
 def losses(out):
     return [float(row["loss"]) for row in read_csv(out / "log.csv")]
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_log(self, row):
+        if row["step"] == self.step:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def finished(child):
@@ -77,7 +86,8 @@ def test_sharded_runs_stop_resume_and_open_on_another_number_of_processes(
     assert alone[6:] == pytest.approx(whole[6:], rel=1e-4)
 
     # And back, from one process to two.
-    train(make_run(log_every=1, steps=6), tmp_path / "back", progress=False)
+    stopped = train(make_run(log_every=1, steps=7), tmp_path / "back", progress=False, callbacks=[StopAt(6)])
+    assert stopped.interrupted
     step, before = saved_tensors(tmp_path / "back", one)
     finished(run_child(tmp_path / "back", make_run(devices=2, strategy="fsdp", log_every=1, steps=7), "--resume"))
     assert step == 6

@@ -185,7 +185,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimiz
             _check_shapes(checkpoint, tensors, reader.read_metadata().state_dict_metadata)
             load(tensors, storage_reader=reader, no_dist=not distributed)
         mine = checkpoint.path / f"rank-{rank:05d}.pt"
-        return torch.load(mine, weights_only=False) if mine.exists() else None
+        return torch.load(mine, weights_only=True) if mine.exists() else None
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as problem:  # DCP's is a BaseException
@@ -196,9 +196,11 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimiz
 
 def random_states() -> dict[str, Any]:
     """The states of every generator of random numbers that training may draw from."""
+    kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        # As a tensor, so that torch.load takes it without running anything from the file.
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -207,7 +209,8 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Put back what `random_states` gave."""
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

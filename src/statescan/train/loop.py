@@ -441,7 +441,8 @@ class _Trainer:
             set_random_states(mine["random"])
 
     def _open_logs(self, resume: bool, checkpoint: Checkpoint | None) -> None:
-        keep = self.done if resume else None
+        # Where there is no checkpoint the run starts over, and judges the untrained model again.
+        keep = None if checkpoint is None else self.done
         self.out.mkdir(parents=True, exist_ok=True)
         if resume:
             self._note_changes(checkpoint)
