@@ -42,9 +42,26 @@ SS_INLINE F32 load_weight(const int8_t* p, int64_t n) {
   return F32::load(lanes);
 }
 
+// A load kept apart from its uses: folded into each of them it would be read as often, and loads are the bottleneck.
+SS_INLINE F32 in_register(F32 a) {
+#if defined(SS_ISA_avx512) && defined(__GNUC__)
+  __asm__("" : "+v"(a.v));
+#endif
+  return a;
+}
+
+SS_INLINE void prefetch(const void* p, int bytes) {
+#if defined(SS_ISA_avx512) || defined(SS_ISA_avx2)
+  for (int i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
+#elif defined(__GNUC__)
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+#endif
+}
+
 // ---- R weight rows against B activation rows ----
 template <class S, int R, int B>
-SS_INLINE void dot_block(const ss_packed_matrix& m, int64_t row, const float* x, int64_t x_row, float* y, int64_t y_row) {
+SS_INLINE void dot_block(const ss_packed_matrix& m, int64_t row, const float* x, int64_t x_row, float* y, int64_t y_row,
+                         bool ahead = false) {
   constexpr int W = F32::W;
   const int64_t columns = m.columns;
   const S* w = static_cast<const S*>(m.data) + row * columns;
@@ -53,15 +70,18 @@ SS_INLINE void dot_block(const ss_packed_matrix& m, int64_t row, const float* x,
     for (int b = 0; b < B; ++b) even[r][b] = odd[r][b] = F32::zero();
   int64_t k = 0;
   for (; k + 2 * W <= columns; k += 2 * W) {
+    // Where much is computed on each weight the processor looks too little ahead by itself: fetch the next rows.
+    if (R > 1 && ahead)
+      for (int r = 0; r < R; ++r) prefetch(w + (r + R) * columns + k, int(2 * W * sizeof(S)));
     F32 weight[R];
     for (int r = 0; r < R; ++r) weight[r] = load_weight(w + r * columns + k);
     for (int b = 0; b < B; ++b) {
-      const F32 a = F32::load(x + b * x_row + k);
+      const F32 a = R > 1 ? in_register(F32::load(x + b * x_row + k)) : F32::load(x + b * x_row + k);
       for (int r = 0; r < R; ++r) even[r][b] = fma(weight[r], a, even[r][b]);
     }
     for (int r = 0; r < R; ++r) weight[r] = load_weight(w + r * columns + k + W);
     for (int b = 0; b < B; ++b) {
-      const F32 a = F32::load(x + b * x_row + k + W);
+      const F32 a = R > 1 ? in_register(F32::load(x + b * x_row + k + W)) : F32::load(x + b * x_row + k + W);
       for (int r = 0; r < R; ++r) odd[r][b] = fma(weight[r], a, odd[r][b]);
     }
   }
@@ -79,39 +99,32 @@ SS_INLINE void dot_block(const ss_packed_matrix& m, int64_t row, const float* x,
   }
 }
 
+// Weight row(s) `row` against the whole batch, four activation rows at a time: as many sums fit the registers, and the
+// weights come from the first cache for the next four.
+template <class S, int R>
+SS_INLINE void dot_batch(const ss_packed_matrix& m, int64_t row, const float* x, int64_t x_row, int64_t batch, float* y,
+                         int64_t y_row) {
+  int64_t b = 0;
+  for (; b + 4 <= batch; b += 4) dot_block<S, R, 4>(m, row, x + b * x_row, x_row, y + b * y_row, y_row, b == 0);
+  switch (batch - b) {
+    case 1: dot_block<S, R, 1>(m, row, x + b * x_row, x_row, y + b * y_row, y_row); break;
+    case 2: dot_block<S, R, 2>(m, row, x + b * x_row, x_row, y + b * y_row, y_row); break;
+    case 3: dot_block<S, R, 3>(m, row, x + b * x_row, x_row, y + b * y_row, y_row); break;
+    default: break;
+  }
+}
+
 // Rows [begin, end) against the whole batch: y[b][row].
 template <class S>
 inline void dot_rows_of(const ss_packed_matrix& m, int64_t begin, int64_t end, const float* x, int64_t x_row, int64_t batch,
                         float* y, int64_t y_row) {
-  // Four activation rows at a time fit the registers and, at 1,536 columns, the first cache; the weights of a block
-  // of rows then come from the second cache for the next four.
-  constexpr int64_t kBlockBytes = 128 * 1024;
-  const int64_t bytes = m.columns * int64_t(sizeof(S)) + 1;
-  const int64_t block = batch <= 4 ? end - begin : (kBlockBytes / bytes + 2) & ~int64_t(1);
-  for (int64_t first = begin; first < end; first += block) {
-    const int64_t last = first + block < end ? first + block : end;
-    for (int64_t b = 0; b < batch; b += 4) {
-      const float* xb = x + b * x_row;
-      float* yb = y + b * y_row;
-      int64_t row = first;
-      switch (batch - b) {
-        case 1:
-          for (; row < last; ++row) dot_block<S, 1, 1>(m, row, xb, x_row, yb, y_row);
-          break;
-        case 2:
-          for (; row < last; ++row) dot_block<S, 1, 2>(m, row, xb, x_row, yb, y_row);
-          break;
-        case 3:
-          for (; row < last; ++row) dot_block<S, 1, 3>(m, row, xb, x_row, yb, y_row);
-          break;
-        default:
+  int64_t row = begin;
 #if SS_VECTOR_REGISTERS == 32
-          for (; row + 2 <= last; row += 2) dot_block<S, 2, 4>(m, row, xb, x_row, yb, y_row);
+  // Two weight rows side by side halve the loads of x, which pays once four rows of x share them.
+  if (batch >= 4)
+    for (; row + 2 <= end; row += 2) dot_batch<S, 2>(m, row, x, x_row, batch, y, y_row);
 #endif
-          for (; row < last; ++row) dot_block<S, 1, 4>(m, row, xb, x_row, yb, y_row);
-      }
-    }
-  }
+  for (; row < end; ++row) dot_batch<S, 1>(m, row, x, x_row, batch, y, y_row);
 }
 
 inline void dot_rows(const ss_packed_matrix& m, int64_t begin, int64_t end, const float* x, int64_t x_row, int64_t batch,

@@ -201,7 +201,7 @@ class Stack:
         }
 
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """Logits (batch, vocabulary) for embeddings x (batch, d_model); states (layers, batch, ...) move on in place."""
+        """Logits (batch, vocabulary) for embeddings x (batch, d_model); states (layers, batch, ...) move in place."""
         logits = torch.empty(x.shape[0], self._vocabulary, dtype=torch.float32)
         x = x.contiguous()
         _call(

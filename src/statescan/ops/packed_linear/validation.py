@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.errors import ConfigError, ShapeError
+from statescan.ops._checks import ACTIVATION_DTYPES, check_device, check_dtype, check_shape, check_tensor
 
 __all__ = ["PACKED_DTYPES", "PackedDType", "PackedWeight", "check_linear", "check_weight"]
 
 PackedDType = Literal["float32", "bfloat16", "int8"]
 PACKED_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def unpack(self, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as a plain (rows, columns) tensor; `rows` (integers, any shape) picks rows, as an embedding does."""
+        """The weight as a plain (rows, columns) tensor; `rows` (integers of any shape) picks some, as embeddings do."""
         data = self.data if rows is None else self.data[rows]
         if self.scale is None:
             return data.to(dtype)
@@ -61,32 +61,32 @@ class PackedWeight:
 def check_weight(weight: Tensor, dtype: str) -> None:
     """Raises what pack_weight raises."""
     if dtype not in PACKED_DTYPES:
-        raise ConfigError(f"pack_weight: dtype must be one of {list(PACKED_DTYPES)}, got {dtype!r}")
+        raise ConfigError(f"pack_weight: dtype must be one of {list(PACKED_DTYPES)}, got {dtype!r}; pass one of them")
+    check_tensor("pack_weight", "weight", weight)
     if weight.dim() != 2:
-        raise ShapeError(f"pack_weight: weight must have shape (out, in), got {tuple(weight.shape)}")
-    if weight.dtype not in _FLOATS:
-        raise DTypeError(f"pack_weight: weight must be float64, float32, bfloat16 or float16, got {weight.dtype}")
+        raise ShapeError(
+            f"pack_weight: weight must have shape (out, in), got {tuple(weight.shape)}; reshape it, as nn.Linear's is"
+        )
+    check_dtype("pack_weight", "weight", weight, ACTIVATION_DTYPES)
 
 
 def check_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
     """Raises what packed_linear raises."""
+    op = "packed_linear"
     if not isinstance(packed, PackedWeight):
         raise ConfigError(
-            f"packed_linear: packed must be a PackedWeight, got {type(packed).__name__}; "
-            "make one with pack_weight(weight)"
+            f"{op}: packed must be a PackedWeight, got {type(packed).__name__}; make one with pack_weight(weight)"
         )
-    if x.dtype not in _FLOATS:
-        raise DTypeError(f"packed_linear: x must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    check_tensor(op, "x", x)
+    check_dtype(op, "x", x, ACTIVATION_DTYPES)
     if x.dim() < 1 or x.shape[-1] != packed.columns:
-        raise ShapeError(f"packed_linear: x must have shape (..., {packed.columns}), got {tuple(x.shape)}")
-    if x.device != packed.data.device:
         raise ShapeError(
-            f"packed_linear: x must be on the weight's device {packed.data.device}, got {x.device}; move x there"
+            f"{op}: x must have shape (..., {packed.columns}), got {tuple(x.shape)}; features come last, one for "
+            "each of the weight's columns"
         )
+    check_device(op, "x", x, packed.data, "packed")
     if bias is not None:
-        if tuple(bias.shape) != (packed.rows,):
-            raise ShapeError(f"packed_linear: bias must have shape ({packed.rows},), got {tuple(bias.shape)}")
-        if bias.dtype not in _FLOATS:
-            raise DTypeError(f"packed_linear: bias must be a float tensor, got {bias.dtype}")
-        if bias.device != x.device:
-            raise ShapeError(f"packed_linear: bias must be on x's device {x.device}, got {bias.device}")
+        check_tensor(op, "bias", bias)
+        check_shape(op, "bias", bias, (packed.rows,), "(out,)")
+        check_dtype(op, "bias", bias, ACTIVATION_DTYPES)
+        check_device(op, "bias", bias, x, "x")
