@@ -9,6 +9,7 @@ struct ss_scan_args {
   int64_t batch, length, channels, states, b_groups, c_groups;
   int64_t sequences;  // batch, or what cu_seqlens holds
   int64_t chunk;      // positions between two checkpoints
+  int64_t threads;    // that will share the work: sizes tasks, changes no result
   // Strides in elements; the last axis of every tensor is contiguous.
   int64_t u_batch, u_step, dt_batch, dt_step, z_batch, z_step, dy_batch, dy_step;
   int64_t b_batch, b_step, b_group, c_batch, c_step, c_group;

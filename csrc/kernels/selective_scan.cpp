@@ -13,6 +13,10 @@
 #include "selective_scan.h"
 
 #include <cstdlib>
+#include <initializer_list>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "parallel.h"
 #include "simd.h"
@@ -28,7 +32,10 @@
 namespace {
 using namespace ss;
 
-constexpr int64_t kBlock = 64;      // channels of a task
+constexpr int64_t kBlock = 64;      // channels whose parts of dB and dC are summed together; a multiple of every W
+constexpr int64_t kPitch = kBlock;  // row of a block's [states][channels] matrix
+constexpr int64_t kPanel = 4;       // most blocks of a task
+constexpr int64_t kRow = kPanel * kPitch;  // row of a task's [chunk][channels] buffers
 constexpr int64_t kSlots = 16;      // groups of sequences whose gradients of A, D, dt_bias are summed apart
 constexpr int kStates = SS_VECTOR_REGISTERS == 32 ? 16 : 8;  // states of a vector of channels that registers hold
 // Vectors of channels that the adjoint handles at once: their parts of dB and dC are added in registers.
@@ -40,17 +47,23 @@ constexpr int kTogether = 2;
 constexpr int kTogether = 1;
 #endif
 
-// Memory of one thread, kept between calls; grows to the largest request.
+// Memory of one thread, kept between calls; grows to the largest request. On Linux it asks for a large page: the buffers
+// are walked in strides that would use up the first level of the address cache.
 class Workspace {
  public:
   ~Workspace() { std::free(raw_); }
   char* get(size_t bytes) {
+    const size_t unit = size_t(2) << 20;
+    bytes = (bytes + unit - 1) / unit * unit;
     if (bytes > size_) {
       std::free(raw_);
-      raw_ = static_cast<char*>(std::malloc(bytes + 64));
+      raw_ = static_cast<char*>(std::malloc(bytes + unit));
       size_ = raw_ ? bytes : 0;
+#if defined(__linux__)
+      if (raw_) madvise(raw_ + (unit - reinterpret_cast<uintptr_t>(raw_) % unit) % unit, bytes, MADV_HUGEPAGE);
+#endif
     }
-    return raw_ ? raw_ + (64 - reinterpret_cast<uintptr_t>(raw_) % 64) % 64 : nullptr;
+    return raw_ ? raw_ + (unit - reinterpret_cast<uintptr_t>(raw_) % unit) % unit : nullptr;
   }
 
  private:
@@ -128,38 +141,46 @@ template <class V> SS_INLINE V softplus_with_slope(V x, V* slope) {
   return select_lt(twenty, x, x, max(V::zero(), x) + log1p_unit(e));
 }
 
-// The buffers of one task. Rows of `pitch` channels (kBlock rounded up to vectors).
+// The buffers of one task. A panel's blocks lie side by side in the rows, one after the other as matrices.
 template <class R> struct Buffers {
-  R *A, *h, *b_fixed, *c_fixed;        // [states][pitch]; A times DecayRange::scale
-  R *D, *bias;                         // [pitch]
-  R *dt, *dtu, *y;                     // [chunk][pitch]
-  R *B, *C;                            // [chunk][states]
-  R *slope, *dyz, *s, *ddt;            // [chunk][pitch], backward
-  R *states, *decays;                  // [chunk + 1][states][pitch], [chunk][states][pitch], backward
-  R *dh, *dA, *db_fixed, *dc_fixed;    // [states][pitch], backward
-  R *dD, *dbias;                       // [pitch], backward
+  R *A, *h, *b_fixed, *c_fixed;        // kPanel x [states][kPitch]; A times DecayRange::scale
+  R *D, *bias;                         // [kRow]
+  R *dt, *dtu, *y;                     // [chunk][kRow]
+  R *B, *C;                            // [chunk][states] of the block at work
+  R *slope, *dyz, *s, *ddt;            // [chunk][kRow], backward
+  R *states, *decays;                  // [chunk + 1][states][kPitch], [chunk][states][kPitch] of the block at work, backward
+  R *dh, *dA, *db_fixed, *dc_fixed;    // kPanel x [states][kPitch], backward
+  R *dD, *dbias;                       // [kRow], backward
   R *db_lanes, *dc_lanes;              // [states rounded up to W][W], backward
-};
 
-constexpr int64_t kPitch = kBlock;  // a multiple of every W
+  // The same buffers seen from the panel's i-th block.
+  Buffers block(int64_t i, int64_t states_) const {
+    Buffers b = *this;
+    const int64_t matrix = i * states_ * kPitch, row = i * kPitch;
+    for (R** q : {&b.A, &b.h, &b.b_fixed, &b.c_fixed, &b.dh, &b.dA, &b.db_fixed, &b.dc_fixed}) *q += *q ? matrix : 0;
+    for (R** q : {&b.D, &b.bias, &b.dt, &b.dtu, &b.y, &b.slope, &b.dyz, &b.s, &b.ddt, &b.dD, &b.dbias}) *q += *q ? row : 0;
+    return b;
+  }
+};
 
 // Lays the buffers out from `base`; returns the bytes taken (base may be null to measure).
 template <class R> size_t lay_out(Buffers<R>& w, const ss_scan_args& p, bool backward, char* base) {
+  w = Buffers<R>();
   size_t at = 0;
   auto take = [&](R*& pointer, int64_t count) {
     pointer = base ? reinterpret_cast<R*>(base + at) : nullptr;
     at += (size_t(count) * sizeof(R) + 63) / 64 * 64;
   };
-  int64_t n = p.states, k = p.chunk, rows = n * kPitch, tile = k * kPitch;
-  take(w.A, rows), take(w.h, rows), take(w.b_fixed, rows), take(w.c_fixed, rows);
-  take(w.D, kPitch), take(w.bias, kPitch);
+  int64_t n = p.states, k = p.chunk, rows = n * kPitch, panel = kPanel * rows, tile = k * kRow;
+  take(w.A, panel), take(w.h, panel), take(w.b_fixed, panel), take(w.c_fixed, panel);
+  take(w.D, kRow), take(w.bias, kRow);
   take(w.dt, tile), take(w.dtu, tile), take(w.y, tile);
   take(w.B, k * n), take(w.C, k * n);
   if (backward) {
     take(w.slope, tile), take(w.dyz, tile), take(w.s, tile), take(w.ddt, tile);
     take(w.states, (k + 1) * rows), take(w.decays, k * rows);
-    take(w.dh, rows), take(w.dA, rows), take(w.db_fixed, rows), take(w.dc_fixed, rows);
-    take(w.dD, kPitch), take(w.dbias, kPitch);
+    take(w.dh, panel), take(w.dA, panel), take(w.db_fixed, panel), take(w.dc_fixed, panel);
+    take(w.dD, kRow), take(w.dbias, kRow);
     take(w.db_lanes, (n + 16) * 16), take(w.dc_lanes, (n + 16) * 16);
   }
   return at;
@@ -177,11 +198,37 @@ template <class R> void turn_out(const R* from, const Block& b, int64_t states, 
     for (int64_t n = 0; n < states; ++n) t[(b.begin + c) * states + n] = from[n * kPitch + c];
 }
 
+// Rows that are soon read or written: touched while the recurrence computes, one line a position and vector of channels.
+// A row is a page of its own in most shapes, so without this each chunk would begin with a burst of misses.
+struct Ahead {
+  static constexpr int kMost = 8;
+  const char* at[kMost];
+  int64_t step[kMost];  // bytes
+  int64_t rows[kMost];
+  int count = 0;
+  template <class S> void add(const S* row, int64_t stride, int64_t n) {
+    at[count] = reinterpret_cast<const char*>(row), step[count] = stride * int64_t(sizeof(S)), rows[count] = n, ++count;
+  }
+  SS_INLINE void touch(int64_t t, int64_t offset) const {
+    for (int i = 0; i < count; ++i)
+      if (t < rows[i]) prefetch(at[i] + t * step[i] + offset);
+  }
+  static SS_INLINE void prefetch(const char* line) {
+#if defined(__GNUC__)
+    __builtin_prefetch(line, 0, 2);
+#else
+    (void)line;
+#endif
+  }
+};
+
 // What a run of the recurrence over one chunk needs of one vector of channels.
 template <class R> struct Run {
   int64_t steps, states;
   const R *A, *b_fixed, *c_fixed, *dt, *dtu, *B, *C;
   R *h, *y, *kept_states, *kept_decays;
+  const Ahead* ahead;
+  int64_t ahead_offset;  // bytes from a row's first channel to this vector's
 };
 
 // The recurrence for N states from n0 on. Any: arguments of exp may leave its range. Fixed: B or C belong to channels, not
@@ -196,8 +243,9 @@ SS_NOINLINE void recur(const Run<typename V::scalar>& r, int64_t n0) {
   for (int64_t t = 0; t < r.steps; ++t) {
     const R* SS_RESTRICT B = r.B + t * r.states + n0;
     const R* SS_RESTRICT C = r.C + t * r.states + n0;
-    V dt = V::load(r.dt + t * kPitch), dtu = V::load(r.dtu + t * kPitch);
-    V y = Out ? V::load(r.y + t * kPitch) : V::zero();
+    V dt = V::load(r.dt + t * kRow), dtu = V::load(r.dtu + t * kRow);
+    V y = Out ? V::load(r.y + t * kRow) : V::zero();
+    if (n0 == 0) r.ahead->touch(t, r.ahead_offset);
     R* SS_RESTRICT hs = Keep ? r.kept_states + ((t + 1) * r.states + n0) * kPitch : nullptr;
     R* SS_RESTRICT as = Keep ? r.kept_decays + (t * r.states + n0) * kPitch : nullptr;
     SS_UNROLL
@@ -215,7 +263,7 @@ SS_NOINLINE void recur(const Run<typename V::scalar>& r, int64_t n0) {
         a.store(as + n * kPitch);
       }
     }
-    if (Out) y.store(r.y + t * kPitch);
+    if (Out) y.store(r.y + t * kRow);
   }
   SS_UNROLL
   for (int n = 0; n < N; ++n) h[n].store(r.h + (n0 + n) * kPitch);
@@ -231,13 +279,14 @@ template <class V, bool Any, bool Fixed, bool Keep, bool Out> void recur_all(con
 }
 
 // Runs the block's vectors through a chunk of `steps` positions.
-template <class R, bool Keep, bool Out> void recur_block(const Buffers<R>& w, int64_t steps, int64_t states, int64_t width, bool b_fixed, bool c_fixed) {
+template <class S, class R, bool Keep, bool Out>
+void recur_block(const Buffers<R>& w, int64_t steps, int64_t states, int64_t width, bool b_fixed, bool c_fixed, const Ahead& ahead) {
   using V = typename VectorOf<R>::type;
   for (int64_t v = 0; v < width; v += V::W) {
     // One look decides for the whole chunk whether the fast exponential may be used. max may drop a nan: 0 * nan keeps it.
     V top = V::zero(), steepest = V::zero(), doubt = V::zero();
     for (int64_t t = 0; t < steps; ++t) {
-      V dt = abs(V::load(w.dt + t * kPitch + v));
+      V dt = abs(V::load(w.dt + t * kRow + v));
       top = max(top, dt), doubt = fma(dt, V::zero(), doubt);
     }
     for (int64_t n = 0; n < states; ++n) {
@@ -246,7 +295,8 @@ template <class R, bool Keep, bool Out> void recur_block(const Buffers<R>& w, in
     }
     bool fits = all_lt(fma(top, steepest, doubt), V::set(-DecayRange<V>::low));
     Run<R> r{steps, states, w.A + v, b_fixed ? w.b_fixed + v : nullptr, c_fixed ? w.c_fixed + v : nullptr, w.dt + v, w.dtu + v,
-             w.B, w.C, w.h + v, w.y + v, Keep ? w.states + v : nullptr, Keep ? w.decays + v : nullptr};
+             w.B, w.C, w.h + v, w.y + v, Keep ? w.states + v : nullptr, Keep ? w.decays + v : nullptr,
+             &ahead, v * int64_t(sizeof(S))};
     bool fixed = b_fixed || c_fixed;
     if (fits)
       fixed ? recur_all<V, false, true, Keep, Out>(r) : recur_all<V, false, false, Keep, Out>(r);
@@ -275,7 +325,7 @@ template <class V, class S> SS_INLINE void write(V v, S* p, int64_t left) { left
 template <class V, int G, bool Fixed>
 SS_INLINE void step_back(const Buffers<typename V::scalar>& w, int64_t t, int64_t v, int64_t states, bool b_fixed, bool c_fixed, bool first) {
   using R = typename V::scalar;
-  const int64_t o = t * kPitch + v;
+  const int64_t o = t * kRow + v;
   V g[G], dtu[G], dt[G], s[G], ddt[G];
   SS_UNROLL
   for (int i = 0; i < G; ++i) {
@@ -352,129 +402,173 @@ template <class S, class R> struct Scan {
   static const S* at(const void* base, int64_t offset) { return static_cast<const S*>(base) + offset; }
   static S* at(void* base, int64_t offset) { return static_cast<S*>(base) + offset; }
 
-  void load_block(Buffers<R>& w, const Block& b) const {
-    turn_in<R>(p.A, b, p.states, DecayRange<V>::scale, w.A);
-    if (p.b_fixed) turn_in<R>(p.B, b, p.states, 1, w.b_fixed);
-    if (p.c_fixed) turn_in<R>(p.C, b, p.states, 1, w.c_fixed);
-    for (int64_t c = 0; c < kPitch; ++c) {
-      w.D[c] = p.D && c < b.width ? static_cast<const R*>(p.D)[b.begin + c] : R(0);
-      w.bias[c] = p.dt_bias && c < b.width ? static_cast<const R*>(p.dt_bias)[b.begin + c] : R(0);
+  // Calls body(vector's first channel, its place in a row of buffers, channels left in its block) for the panel's vectors.
+  template <class Body> static SS_INLINE void each_vector(const Block* panel, int64_t blocks, Body&& body) {
+    for (int64_t i = 0; i < blocks; ++i)
+      for (int64_t v = 0; v < panel[i].width; v += V::W) body(panel[i].begin + v, i * kPitch + v, panel[i].width - v);
+  }
+
+  void load_panel(Buffers<R>& w, const Block* panel, int64_t blocks) const {
+    std::memset(static_cast<void*>(w.D), 0, kRow * sizeof(R));
+    std::memset(static_cast<void*>(w.bias), 0, kRow * sizeof(R));
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Block& b = panel[i];
+      const int64_t matrix = i * p.states * kPitch;
+      turn_in<R>(p.A, b, p.states, DecayRange<V>::scale, w.A + matrix);
+      if (p.b_fixed) turn_in<R>(p.B, b, p.states, 1, w.b_fixed + matrix);
+      if (p.c_fixed) turn_in<R>(p.C, b, p.states, 1, w.c_fixed + matrix);
+      const size_t bytes = size_t(b.width) * sizeof(R);
+      if (p.D) std::memcpy(w.D + i * kPitch, static_cast<const R*>(p.D) + b.begin, bytes);
+      if (p.dt_bias) std::memcpy(w.bias + i * kPitch, static_cast<const R*>(p.dt_bias) + b.begin, bytes);
     }
   }
 
-  void read_projections(Buffers<R>& w, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
-    if (!p.b_fixed) read_rows<R>(at(p.B, q.row * p.b_batch + (q.begin + t0) * p.b_step + b.b_group * p.b_group), p.b_step, steps, p.states, w.B);
-    if (!p.c_fixed) read_rows<R>(at(p.C, q.row * p.c_batch + (q.begin + t0) * p.c_step + b.c_group * p.c_group), p.c_step, steps, p.states, w.C);
+  // B and C of a chunk, unless the block before had the same.
+  void read_projections(Buffers<R>& w, const Block& b, const Block* before, const Sequence& q, int64_t t0, int64_t steps) const {
+    const int64_t row = q.begin + t0;
+    if (!p.b_fixed && !(before && before->b_group == b.b_group))
+      read_rows<R>(at(p.B, q.row * p.b_batch + row * p.b_step + b.b_group * p.b_group), p.b_step, steps, p.states, w.B);
+    if (!p.c_fixed && !(before && before->c_group == b.c_group))
+      read_rows<R>(at(p.C, q.row * p.c_batch + row * p.c_step + b.c_group * p.c_group), p.c_step, steps, p.states, w.C);
   }
 
   // dt, dt u and what y starts from (D u), for a chunk. Slope: also the slope of softplus.
-  template <bool Slope> void prepare(Buffers<R>& w, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
-    const S* u = at(p.u, q.row * p.u_batch + (q.begin + t0) * p.u_step + b.begin);
-    const S* dt = at(p.dt, q.row * p.dt_batch + (q.begin + t0) * p.dt_step + b.begin);
+  template <bool Slope> void prepare(Buffers<R>& w, const Block* panel, int64_t blocks, const Sequence& q, int64_t t0, int64_t steps) const {
+    const S* u = at(p.u, q.row * p.u_batch + (q.begin + t0) * p.u_step);
+    const S* dt = at(p.dt, q.row * p.dt_batch + (q.begin + t0) * p.dt_step);
     for (int64_t t = 0; t < steps; ++t, u += p.u_step, dt += p.dt_step)
-      for (int64_t v = 0; v < b.width; v += V::W) {
-        int64_t left = b.width - v, o = t * kPitch + v;
-        V x = read<V>(u + v, left), d = read<V>(dt + v, left) + V::load(w.bias + v), slope = V::set(1);
+      each_vector(panel, blocks, [&](int64_t c, int64_t place, int64_t left) {
+        const int64_t o = t * kRow + place;
+        V x = read<V>(u + c, left), d = read<V>(dt + c, left) + V::load(w.bias + place), slope = V::set(1);
         if (p.softplus) d = Slope ? softplus_with_slope(d, &slope) : softplus(d);
         d.store(w.dt + o);
         (d * x).store(w.dtu + o);
-        (V::load(w.D + v) * x).store(w.y + o);
+        (V::load(w.D + place) * x).store(w.y + o);
         if (Slope) slope.store(w.slope + o);
-      }
+      });
   }
 
-  void forward(Buffers<R>& w, const Block& b, int64_t s) const {
-    Sequence q = sequence(p, s);
-    int64_t state_at = s * p.channels * p.states;
-    turn_in<R>(p.initial ? static_cast<const R*>(p.initial) + state_at : nullptr, b, p.states, 1, w.h);
+  // The inputs' rows of the chunk at t0.
+  void look_ahead(Ahead& ahead, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
+    const int64_t row = q.begin + t0;
+    ahead.add(at(p.u, q.row * p.u_batch + row * p.u_step + b.begin), p.u_step, steps);
+    ahead.add(at(p.dt, q.row * p.dt_batch + row * p.dt_step + b.begin), p.dt_step, steps);
+    if (p.z) ahead.add(at(p.z, q.row * p.z_batch + row * p.z_step + b.begin), p.z_step, steps);
+    if (p.dy) ahead.add(at(p.dy, q.row * p.dy_batch + row * p.dy_step + b.begin), p.dy_step, steps);
+  }
+
+  void forward(Buffers<R>& w, const Block* panel, int64_t blocks, int64_t s) const {
+    const Sequence q = sequence(p, s);
+    const int64_t state_at = s * p.channels * p.states, matrix = p.states * kPitch;
+    const R* initial = p.initial ? static_cast<const R*>(p.initial) + state_at : nullptr;
+    for (int64_t i = 0; i < blocks; ++i) turn_in<R>(initial, panel[i], p.states, 1, w.h + i * matrix);
     for (int64_t t0 = 0; t0 < q.length; t0 += p.chunk) {
-      int64_t steps = q.length - t0 < p.chunk ? q.length - t0 : p.chunk;
-      if (p.checkpoints) {
-        R* kept = static_cast<R*>(p.checkpoints) + (q.checkpoint + t0 / p.chunk) * p.states * p.channels + b.begin;
-        for (int64_t n = 0; n < p.states; ++n) std::memcpy(kept + n * p.channels, w.h + n * kPitch, size_t(b.width) * sizeof(R));
-      }
-      read_projections(w, b, q, t0, steps);
-      prepare<false>(w, b, q, t0, steps);
-      recur_block<R, false, true>(w, steps, p.states, b.width, p.b_fixed, p.c_fixed);
-      S* y = at(p.y, (q.row * p.length + q.begin + t0) * p.channels + b.begin);
-      const S* z = p.z ? at(p.z, q.row * p.z_batch + (q.begin + t0) * p.z_step + b.begin) : nullptr;
-      for (int64_t t = 0; t < steps; ++t, y += p.channels)
-        for (int64_t v = 0; v < b.width; v += V::W) {
-          int64_t left = b.width - v;
-          V out = V::load(w.y + t * kPitch + v);
-          if (z) out = out * silu(read<V>(z + t * p.z_step + v, left));
-          write(out, y + v, left);
+      const int64_t left = q.length - t0, steps = left < p.chunk ? left : p.chunk;
+      const int64_t next = left - steps < p.chunk ? left - steps : p.chunk, out = (q.row * p.length + q.begin + t0) * p.channels;
+      prepare<false>(w, panel, blocks, q, t0, steps);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Block& b = panel[i];
+        const Buffers<R> own = w.block(i, p.states);
+        if (p.checkpoints) {
+          R* kept = static_cast<R*>(p.checkpoints) + (q.checkpoint + t0 / p.chunk) * p.states * p.channels + b.begin;
+          for (int64_t n = 0; n < p.states; ++n) std::memcpy(kept + n * p.channels, own.h + n * kPitch, size_t(b.width) * sizeof(R));
         }
+        read_projections(w, b, i ? &b - 1 : nullptr, q, t0, steps);
+        Ahead ahead;
+        look_ahead(ahead, b, q, t0 + steps, next);
+        ahead.add(at(p.y, out + b.begin), p.channels, steps);
+        recur_block<S, R, false, true>(own, steps, p.states, b.width, p.b_fixed, p.c_fixed, ahead);
+      }
+      S* y = at(p.y, out);
+      const S* z = p.z ? at(p.z, q.row * p.z_batch + (q.begin + t0) * p.z_step) : nullptr;
+      for (int64_t t = 0; t < steps; ++t, y += p.channels)
+        each_vector(panel, blocks, [&](int64_t c, int64_t place, int64_t left_) {
+          V result = V::load(w.y + t * kRow + place);
+          if (z) result = result * silu(read<V>(z + t * p.z_step + c, left_));
+          write(result, y + c, left_);
+        });
     }
-    if (p.final_state) turn_out<R>(w.h, b, p.states, static_cast<R*>(p.final_state) + state_at);
+    if (p.final_state)
+      for (int64_t i = 0; i < blocks; ++i) turn_out<R>(w.h + i * matrix, panel[i], p.states, static_cast<R*>(p.final_state) + state_at);
   }
 
-  // The gradient that reaches C . h, and for the gate's own gradient nothing yet: y is known only after the recurrence.
-  void prepare_gradient(Buffers<R>& w, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
-    const S* dy = at(p.dy, q.row * p.dy_batch + (q.begin + t0) * p.dy_step + b.begin);
-    const S* z = p.z ? at(p.z, q.row * p.z_batch + (q.begin + t0) * p.z_step + b.begin) : nullptr;
+  // The gradient that reaches C . h.
+  void prepare_gradient(Buffers<R>& w, const Block* panel, int64_t blocks, const Sequence& q, int64_t t0, int64_t steps) const {
+    const S* dy = at(p.dy, q.row * p.dy_batch + (q.begin + t0) * p.dy_step);
+    const S* z = p.z ? at(p.z, q.row * p.z_batch + (q.begin + t0) * p.z_step) : nullptr;
     for (int64_t t = 0; t < steps; ++t)
-      for (int64_t v = 0; v < b.width; v += V::W) {
-        int64_t left = b.width - v;
-        V g = read<V>(dy + t * p.dy_step + v, left);
-        if (z) g = g * silu(read<V>(z + t * p.z_step + v, left));
-        g.store(w.dyz + t * kPitch + v);
-      }
+      each_vector(panel, blocks, [&](int64_t c, int64_t place, int64_t left) {
+        V g = read<V>(dy + t * p.dy_step + c, left);
+        if (z) g = g * silu(read<V>(z + t * p.z_step + c, left));
+        g.store(w.dyz + t * kRow + place);
+      });
   }
 
   // From the sums over states to du, ddt and dz; sums of dD and ddt_bias.
-  void finish(Buffers<R>& w, const Block& b, const Sequence& q, int64_t t0, int64_t steps) const {
-    const int64_t row = q.begin + t0, out = (q.row * p.length + row) * p.channels + b.begin;
-    const S* u = at(p.u, q.row * p.u_batch + row * p.u_step + b.begin);
-    const S* dy = at(p.dy, q.row * p.dy_batch + row * p.dy_step + b.begin);
-    const S* z = p.z ? at(p.z, q.row * p.z_batch + row * p.z_step + b.begin) : nullptr;
+  void finish(Buffers<R>& w, const Block* panel, int64_t blocks, const Sequence& q, int64_t t0, int64_t steps) const {
+    const int64_t row = q.begin + t0, out = (q.row * p.length + row) * p.channels;
+    const S* u = at(p.u, q.row * p.u_batch + row * p.u_step);
+    const S* dy = at(p.dy, q.row * p.dy_batch + row * p.dy_step);
+    const S* z = p.z ? at(p.z, q.row * p.z_batch + row * p.z_step) : nullptr;
     for (int64_t t = steps - 1; t >= 0; --t)
-      for (int64_t v = 0; v < b.width; v += V::W) {
-        int64_t left = b.width - v, o = t * kPitch + v, to = out + t * p.channels + v;
-        V x = read<V>(u + t * p.u_step + v, left), g = V::load(w.dyz + o), s = V::load(w.s + o);
-        V du = fma(g, V::load(w.D + v), s * V::load(w.dt + o));
+      each_vector(panel, blocks, [&](int64_t c, int64_t place, int64_t left) {
+        const int64_t o = t * kRow + place, to = out + t * p.channels + c;
+        V x = read<V>(u + t * p.u_step + c, left), g = V::load(w.dyz + o), s = V::load(w.s + o);
+        V du = fma(g, V::load(w.D + place), s * V::load(w.dt + o));
         V ddt = fma(s, x, V::load(w.ddt + o) * V::set(R(1 / double(DecayRange<V>::scale)))) * V::load(w.slope + o);
         write(du, at(p.du, to), left);
         write(ddt, at(p.ddt, to), left);
-        fma(g, x, V::load(w.dD + v)).store(w.dD + v);
-        (ddt + V::load(w.dbias + v)).store(w.dbias + v);
+        fma(g, x, V::load(w.dD + place)).store(w.dD + place);
+        (ddt + V::load(w.dbias + place)).store(w.dbias + place);
         if (z) {
-          V gate = read<V>(z + t * p.z_step + v, left), open = sigmoid(gate);
+          V gate = read<V>(z + t * p.z_step + c, left), open = sigmoid(gate);
           V slope = open * fma(gate, V::set(1) - open, V::set(1));
-          write(read<V>(dy + t * p.dy_step + v, left) * V::load(w.y + o) * slope, at(p.dz, to), left);
+          write(read<V>(dy + t * p.dy_step + c, left) * V::load(w.y + o) * slope, at(p.dz, to), left);
         }
-      }
+      });
   }
 
-  void backward(Buffers<R>& w, const Block& b, int64_t block, int64_t s, const Parts<R>& parts) const {
-    Sequence q = sequence(p, s);
-    int64_t state_at = s * p.channels * p.states;
-    turn_in<R>(p.dfinal ? static_cast<const R*>(p.dfinal) + state_at : nullptr, b, p.states, 1, w.dh);
+  void backward(Buffers<R>& w, const Block* panel, int64_t first, int64_t blocks, int64_t s, const Parts<R>& parts) const {
+    const Sequence q = sequence(p, s);
+    const int64_t state_at = s * p.channels * p.states, matrix = p.states * kPitch;
+    const R* dfinal = p.dfinal ? static_cast<const R*>(p.dfinal) + state_at : nullptr;
+    for (int64_t i = 0; i < blocks; ++i) turn_in<R>(dfinal, panel[i], p.states, 1, w.dh + i * matrix);
     for (int64_t chunk = divide_up(q.length, p.chunk) - 1; chunk >= 0; --chunk) {
-      int64_t t0 = chunk * p.chunk, steps = q.length - t0 < p.chunk ? q.length - t0 : p.chunk;
-      const R* kept = static_cast<const R*>(p.checkpoints) + (q.checkpoint + chunk) * p.states * p.channels + b.begin;
-      for (int64_t n = 0; n < p.states; ++n) {
-        std::memcpy(w.h + n * kPitch, kept + n * p.channels, size_t(b.width) * sizeof(R));
-        std::memset(static_cast<void*>(w.h + n * kPitch + b.width), 0, size_t(kPitch - b.width) * sizeof(R));
+      const int64_t t0 = chunk * p.chunk, steps = q.length - t0 < p.chunk ? q.length - t0 : p.chunk;
+      const int64_t out = (q.row * p.length + q.begin + t0) * p.channels;
+      prepare<true>(w, panel, blocks, q, t0, steps);
+      prepare_gradient(w, panel, blocks, q, t0, steps);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Block& b = panel[i];
+        const Buffers<R> own = w.block(i, p.states);
+        const R* kept = static_cast<const R*>(p.checkpoints) + (q.checkpoint + chunk) * p.states * p.channels + b.begin;
+        for (int64_t n = 0; n < p.states; ++n) {
+          std::memcpy(own.h + n * kPitch, kept + n * p.channels, size_t(b.width) * sizeof(R));
+          std::memset(static_cast<void*>(own.h + n * kPitch + b.width), 0, size_t(kPitch - b.width) * sizeof(R));
+        }
+        std::memcpy(w.states, own.h, size_t(matrix) * sizeof(R));
+        read_projections(w, b, i ? &b - 1 : nullptr, q, t0, steps);
+        Ahead ahead;
+        if (chunk > 0) look_ahead(ahead, b, q, t0 - p.chunk, p.chunk);
+        ahead.add(at(p.du, out + b.begin), p.channels, steps);
+        ahead.add(at(p.ddt, out + b.begin), p.channels, steps);
+        if (p.z) ahead.add(at(p.dz, out + b.begin), p.channels, steps);
+        if (p.z)
+          recur_block<S, R, true, true>(own, steps, p.states, b.width, p.b_fixed, p.c_fixed, ahead);
+        else
+          recur_block<S, R, true, false>(own, steps, p.states, b.width, p.b_fixed, p.c_fixed, ahead);
+        const int64_t part = (((first + i) * p.batch + q.row) * p.length + q.begin + t0) * p.states;
+        R* part_B = p.b_fixed ? nullptr : parts.B + part;
+        R* part_C = p.c_fixed ? nullptr : parts.C + part;
+        if (p.b_fixed || p.c_fixed)
+          adjoint<R, true>(own, steps, p.states, b.width, p.b_fixed, p.c_fixed, part_B, part_C);
+        else
+          adjoint<R, false>(own, steps, p.states, b.width, false, false, part_B, part_C);
       }
-      std::memcpy(w.states, w.h, size_t(p.states) * kPitch * sizeof(R));
-      read_projections(w, b, q, t0, steps);
-      prepare<true>(w, b, q, t0, steps);
-      prepare_gradient(w, b, q, t0, steps);
-      if (p.z)
-        recur_block<R, true, true>(w, steps, p.states, b.width, p.b_fixed, p.c_fixed);
-      else
-        recur_block<R, true, false>(w, steps, p.states, b.width, p.b_fixed, p.c_fixed);
-      int64_t part = ((block * p.batch + q.row) * p.length + q.begin + t0) * p.states;
-      R* part_B = p.b_fixed ? nullptr : parts.B + part;
-      R* part_C = p.c_fixed ? nullptr : parts.C + part;
-      if (p.b_fixed || p.c_fixed)
-        adjoint<R, true>(w, steps, p.states, b.width, p.b_fixed, p.c_fixed, part_B, part_C);
-      else
-        adjoint<R, false>(w, steps, p.states, b.width, false, false, part_B, part_C);
-      finish(w, b, q, t0, steps);
+      finish(w, panel, blocks, q, t0, steps);
     }
-    if (p.dinitial) turn_out<R>(w.dh, b, p.states, static_cast<R*>(p.dinitial) + state_at);
+    if (p.dinitial)
+      for (int64_t i = 0; i < blocks; ++i) turn_out<R>(w.dh + i * matrix, panel[i], p.states, static_cast<R*>(p.dinitial) + state_at);
   }
 
   // Adds the blocks' rows of dB or dC, in order, group by group.
@@ -508,16 +602,27 @@ template <class R> void add_slots(const R* part, int64_t slots, int64_t states, 
   });
 }
 
+// Blocks of a task: the more, the fewer pages a position touches, but every thread must get its share.
+int64_t panel_width(const ss_scan_args& p, int64_t blocks, int64_t others) {
+  for (int64_t k = kPanel; k > 1; --k) {
+    const int64_t tasks = divide_up(blocks, k) * others;
+    if (tasks >= 4 * p.threads || tasks % p.threads == 0) return k;
+  }
+  return 1;
+}
+
 template <class S, class R> int32_t run_forward(const ss_scan_args& p, const Block* blocks, int64_t count) {
   Scan<S, R> scan{p};
-  parallel(count * p.sequences, grain(p), [&](int64_t begin, int64_t end) {
+  const int64_t width = panel_width(p, count, p.sequences), panels = divide_up(count, width);
+  parallel(panels * p.sequences, divide_up(grain(p), width), [&](int64_t begin, int64_t end) {
     Buffers<R> w;
     char* memory = t_workspace.get(lay_out<R>(w, p, false, nullptr));
     lay_out<R>(w, p, false, memory);
-    // Blocks outermost: each thread gets its share of every sequence, however unequal they are.
+    // Panels outermost: each thread gets its share of every sequence, however unequal they are.
     for (int64_t i = begin; i < end; ++i) {
-      if (i == begin || i % p.sequences == 0) scan.load_block(w, blocks[i / p.sequences]);
-      scan.forward(w, blocks[i / p.sequences], i % p.sequences);
+      const int64_t first = i / p.sequences * width, wide = count - first < width ? count - first : width;
+      if (i == begin || i % p.sequences == 0) scan.load_panel(w, blocks + first, wide);
+      scan.forward(w, blocks + first, wide, i % p.sequences);
     }
   });
   return 0;
@@ -535,29 +640,32 @@ template <class S, class R> int32_t run_backward(const ss_scan_args& p, const Bl
   parts.A = memory, parts.b_fixed = parts.A + slots * matrix, parts.c_fixed = parts.b_fixed + slots * matrix;
   parts.D = parts.c_fixed + slots * matrix, parts.bias = parts.D + slots * p.channels;
   parts.B = parts.bias + slots * p.channels, parts.C = parts.B + (p.b_fixed ? 0 : positions);
-  parallel(count * slots, grain(p), [&](int64_t begin, int64_t end) {
+  const int64_t width = panel_width(p, count, slots), panels = divide_up(count, width);
+  parallel(panels * slots, divide_up(grain(p), width), [&](int64_t begin, int64_t end) {
     Buffers<R> w;
     char* own = t_workspace.get(lay_out<R>(w, p, true, nullptr));
     lay_out<R>(w, p, true, own);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i / slots, slot = i % slots;
-      const Block& b = blocks[block];
-      if (i == begin || slot == 0) scan.load_block(w, b);
-      const size_t matrix_bytes = size_t(p.states * kPitch) * sizeof(R), lane_bytes = size_t((p.states + 16) * 16) * sizeof(R);
-      std::memset(static_cast<void*>(w.dA), 0, matrix_bytes);
-      std::memset(static_cast<void*>(w.db_fixed), 0, matrix_bytes), std::memset(static_cast<void*>(w.dc_fixed), 0, matrix_bytes);
-      std::memset(static_cast<void*>(w.dD), 0, kPitch * sizeof(R)), std::memset(static_cast<void*>(w.dbias), 0, kPitch * sizeof(R));
-      std::memset(static_cast<void*>(w.db_lanes), 0, lane_bytes), std::memset(static_cast<void*>(w.dc_lanes), 0, lane_bytes);
-      for (int64_t s = slot * p.sequences / slots; s < (slot + 1) * p.sequences / slots; ++s) scan.backward(w, b, block, s, parts);
-      for (int64_t n = 0; n < p.states; ++n) {
-        const int64_t to = (slot * p.states + n) * p.channels + b.begin;
-        const size_t bytes = size_t(b.width) * sizeof(R);
-        std::memcpy(parts.A + to, w.dA + n * kPitch, bytes);
-        if (p.b_fixed) std::memcpy(parts.b_fixed + to, w.db_fixed + n * kPitch, bytes);
-        if (p.c_fixed) std::memcpy(parts.c_fixed + to, w.dc_fixed + n * kPitch, bytes);
+      const int64_t first = i / slots * width, slot = i % slots, wide = count - first < width ? count - first : width;
+      const Block* panel = blocks + first;
+      if (i == begin || slot == 0) scan.load_panel(w, panel, wide);
+      const size_t matrices = size_t(kPanel * p.states * kPitch) * sizeof(R), lanes = size_t((p.states + 16) * 16) * sizeof(R);
+      for (R* sums : {w.dA, w.db_fixed, w.dc_fixed}) std::memset(static_cast<void*>(sums), 0, matrices);
+      for (R* sums : {w.dD, w.dbias}) std::memset(static_cast<void*>(sums), 0, kRow * sizeof(R));
+      for (R* sums : {w.db_lanes, w.dc_lanes}) std::memset(static_cast<void*>(sums), 0, lanes);
+      for (int64_t s = slot * p.sequences / slots; s < (slot + 1) * p.sequences / slots; ++s) scan.backward(w, panel, first, wide, s, parts);
+      for (int64_t k = 0; k < wide; ++k) {
+        const Buffers<R> block = w.block(k, p.states);
+        const size_t bytes = size_t(panel[k].width) * sizeof(R);
+        for (int64_t n = 0; n < p.states; ++n) {
+          const int64_t to = (slot * p.states + n) * p.channels + panel[k].begin;
+          std::memcpy(parts.A + to, block.dA + n * kPitch, bytes);
+          if (p.b_fixed) std::memcpy(parts.b_fixed + to, block.db_fixed + n * kPitch, bytes);
+          if (p.c_fixed) std::memcpy(parts.c_fixed + to, block.dc_fixed + n * kPitch, bytes);
+        }
+        std::memcpy(parts.D + slot * p.channels + panel[k].begin, block.dD, bytes);
+        std::memcpy(parts.bias + slot * p.channels + panel[k].begin, block.dbias, bytes);
       }
-      std::memcpy(parts.D + slot * p.channels + b.begin, w.dD, size_t(b.width) * sizeof(R));
-      std::memcpy(parts.bias + slot * p.channels + b.begin, w.dbias, size_t(b.width) * sizeof(R));
     }
   });
   if (p.b_fixed) add_slots(parts.b_fixed, slots, p.states, p.channels, p.dB);

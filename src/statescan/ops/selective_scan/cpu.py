@@ -1,4 +1,4 @@
-"""The selective scan on the C++ library: channels in vectors, states in registers, states recomputed for the backward."""
+"""The selective scan on the C++ library: channels in vectors, states in registers, states made again backwards."""
 
 from __future__ import annotations
 
@@ -128,6 +128,7 @@ def _pack(
     args.batch, args.length, args.channels = u.shape
     args.states = A.shape[1]
     args.chunk = _chunk(A.shape[1])
+    args.threads = torch.get_num_threads()
     args.u_batch, args.u_step, _ = u.stride()
     args.dt_batch, args.dt_step, _ = dt.stride()
     args.u, args.dt, args.A = u.data_ptr(), dt.data_ptr(), A.data_ptr()
@@ -174,7 +175,7 @@ def _run(name: str, args: _Args) -> None:
     code = _function(name)(ctypes.addressof(args))
     if code == -2:
         raise ShapeError(
-            f"selective_scan: cu_seqlens must run from 0 to the length, {args.length}, without falling, got other values; "
+            f"selective_scan: cu_seqlens must run from 0 to the length, {args.length}, never falling, got others; "
             "pass the cumulated lengths of the packed sequences, beginning with 0"
         )
     if code == -3:
