@@ -19,59 +19,24 @@ __all__ = ["refuses", "selective_scan"]
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+# The fields of ss_scan_args in csrc/selective_scan.h, in order.
+_NUMBERS = (
+    "dtype softplus b_fixed c_fixed batch length channels states b_groups c_groups sequences chunk threads "
+    "u_batch u_step dt_batch dt_step z_batch z_step dy_batch dy_step b_batch b_step b_group c_batch c_step c_group"
+)
+_POINTERS = (
+    "u dt z B C A D dt_bias initial cu_seqlens y final_state checkpoints "
+    "dy dfinal du ddt dz dB dC dA dD ddt_bias dinitial"
+)
+
+
 class _Args(ctypes.Structure):
     """Mirrors ss_scan_args in csrc/selective_scan.h."""
 
     _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            *(
-                "dtype",
-                "softplus",
-                "b_fixed",
-                "c_fixed",
-                "batch",
-                "length",
-                "channels",
-                "states",
-                "b_groups",
-                "c_groups",
-            ),
-            *(
-                "sequences",
-                "chunk",
-                "u_batch",
-                "u_step",
-                "dt_batch",
-                "dt_step",
-                "z_batch",
-                "z_step",
-                "dy_batch",
-                "dy_step",
-            ),
-            *("b_batch", "b_step", "b_group", "c_batch", "c_step", "c_group"),
-        )
-    ) + tuple(
-        (name, ctypes.c_void_p)
-        for name in (
-            *(
-                "u",
-                "dt",
-                "z",
-                "B",
-                "C",
-                "A",
-                "D",
-                "dt_bias",
-                "initial",
-                "cu_seqlens",
-                "y",
-                "final_state",
-                "checkpoints",
-            ),
-            *("dy", "dfinal", "du", "ddt", "dz", "dB", "dC", "dA", "dD", "ddt_bias", "dinitial"),
-        )
+        [(name, ctypes.c_int64) for name in _NUMBERS.split()] + [(name, ctypes.c_void_p) for name in _POINTERS.split()]
     )
+    __slots__ = ()  # a misspelt field is an error, not a new attribute
 
 
 def refuses(facts: Facts) -> str | None:
@@ -236,7 +201,9 @@ def _forward_fake(
     slots = _slots(batch, length, states, sequences)
     y = torch.empty((batch, length, channels), dtype=u.dtype, device=u.device)
     final_state = A.new_empty((batch if sequences is None else sequences, channels, states) if with_state else (0,))
-    checkpoints = A.new_empty((slots, states, channels) if with_checkpoints else (0,))
+    # an empty sequence has a slot that nothing writes
+    blank = A.new_empty if sequences is None else A.new_zeros
+    checkpoints = blank((slots, states, channels) if with_checkpoints else (0,))
     return y, final_state, checkpoints
 
 
