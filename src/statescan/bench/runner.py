@@ -110,8 +110,8 @@ def _prefill_jobs(o: dict[str, Any]) -> Iterable[_Job]:
     from statescan.models import preset
     from statescan.models.counters import flops_per_token
 
-    flops = flops_per_token(preset(o["preset"]))
-    head = 2 * preset(o["preset"]).d_model * preset(o["preset"]).vocab_size
+    flops = flops_per_token(preset(o["preset"])).forward
+    head = 2 * preset(o["preset"]).d_model * preset(o["preset"]).padded_vocab_size
     for length in o["prefill_lengths"]:
         whole = (flops - head) * length + head
 
@@ -157,7 +157,7 @@ def _train_jobs(o: dict[str, Any]) -> Iterable[_Job]:
     from statescan.models.counters import flops_per_token
 
     length = o["train_length"]
-    flops = 3 * flops_per_token(preset(o["preset"])) * length
+    flops = flops_per_token(preset(o["preset"])).training * length
     case = f"{o['preset']}, 1 x {length}"
     for dtype, rate in (("float32", "matmul_f32_gflops"), ("bfloat16", "matmul_bf16_gflops")):
         floor = lambda c, r=rate: flops / c[r] / 1e6

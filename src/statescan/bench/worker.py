@@ -48,7 +48,7 @@ def _scan_problem(job: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _scan_truth(p: dict[str, torch.Tensor], gated: bool) -> np.ndarray:
-    from statescan.ops.selective_scan import selective_scan
+    from statescan.ops.selective_scan.api import selective_scan
 
     q = {k: v[:, :256].double() if v.dim() == 3 else v.double() for k, v in p.items()}
     if not gated:
@@ -58,7 +58,7 @@ def _scan_truth(p: dict[str, torch.Tensor], gated: bool) -> np.ndarray:
 
 
 def _scan(job: dict[str, Any]) -> dict[str, Any]:
-    from statescan.ops.selective_scan import selective_scan
+    from statescan.ops.selective_scan.api import selective_scan
 
     p, name = _scan_problem(job), job["implementation"]
     backward = job["mode"] == "forward+backward"
