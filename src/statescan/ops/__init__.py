@@ -73,8 +73,4 @@ def __getattr__(name: str) -> Any:
 # and the function has to come last, whichever is asked for first.
 for _name, _folder in _HOME.items():
     if _name == _folder:
-        try:
-            __getattr__(_name)
-        except ModuleNotFoundError as _missing:
-            if not (_missing.name or "").startswith("statescan.ops."):
-                raise
+        __getattr__(_name)
