@@ -230,3 +230,29 @@ def test_the_curve_is_drawn_and_a_failure_leaves_the_old_file(model, tokens, tmp
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     assert isinstance(result, Evaluation)
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    from statescan.models import CausalLM, MambaConfig
+
+    torch.manual_seed(0)
+    return CausalLM(MambaConfig(d_model=24, n_layer=2, vocab_size=256), dtype=torch.float64)
+
+
+def test_a_language_model_carries_its_state_through_any_chunks(language_model, tokens):
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    with torch.no_grad():
+        loss = float(language_model(ids[:, :-1], labels=ids).loss) / math.log(2)
+    for context in (17, 128, 4096):
+        result = evaluate_tokens(language_model, tokens, tokenizer=ByteTokenizer(), context=context, carry_state=True)
+        np.testing.assert_allclose(result.bits_per_byte, loss, **ROUNDING)
+
+
+def test_a_language_models_windows_are_its_losses(language_model, tokens):
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    windows = torch.stack([ids[start : start + 101] for start in range(0, 1000, 100)])
+    with torch.no_grad():
+        loss = float(language_model(windows[:, :-1], labels=windows).loss) / math.log(2)
+    result = evaluate_tokens(language_model, tokens, tokenizer=ByteTokenizer(), context=100, batch_size=3)
+    np.testing.assert_allclose(result.bits_per_byte, loss, **ROUNDING)
