@@ -390,7 +390,9 @@ def draw_by_position(
         axes.axhline(value, color="#555555", linestyle=style, linewidth=1.2, label=f"{label}: {value:.3f}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=24))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else ""))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: f"{x / 1024:.0f}Ki" if x >= 1024 else f"{x:.0f}" if x >= 1 else "")
+    )
     axes.set_xlabel("tokens of context before the predicted one (band: one standard error)")
     axes.set_ylabel("bits per byte")
     axes.set_title("What more context is worth", loc="left", fontsize=12, fontweight="bold")
