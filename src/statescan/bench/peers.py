@@ -43,7 +43,7 @@ def transformers_model(model: CausalLM, *, associative_scan: bool = True, mambap
         use_associative_scan=associative_scan,
         use_mambapy=mambapy,
     )
-    theirs = MambaForCausalLM(config).to(next(model.parameters()).dtype)
+    theirs = MambaForCausalLM(config).to(next(model.parameters()).dtype)  # pyright: ignore[reportArgumentType]
     missing, surplus = theirs.load_state_dict(weights, strict=False)
     if [k for k in missing if not k.startswith("lm_head")] or surplus:
         raise RuntimeError(f"transformers' Mamba did not take the weights: missing {missing}, surplus {surplus}")

@@ -54,7 +54,7 @@ def _scan_truth(p: dict[str, torch.Tensor], gated: bool) -> np.ndarray:
     if not gated:
         q["z"] = q["D"] = None  # type: ignore[assignment]
     u, dt, A, B, C = (q.pop(k) for k in ("u", "dt", "A", "B", "C"))
-    return selective_scan(u, dt, A, B, C, **q, dt_softplus=True, backend="reference").y.numpy()
+    return selective_scan(u, dt, A, B, C, **q, dt_softplus=True, backend="reference").y.numpy()  # pyright: ignore[reportArgumentType]
 
 
 def _scan(job: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _scan(job: dict[str, Any]) -> dict[str, Any]:
         def forward() -> torch.Tensor:
             u, dt, A, B, C = (p[k] for k in ("u", "dt", "A", "B", "C"))
             keyed = {k: p[k] for k in ("D", "z", "dt_bias")}
-            return selective_scan(u, dt, A, B, C, **keyed, dt_softplus=True, backend=backend).y
+            return selective_scan(u, dt, A, B, C, **keyed, dt_softplus=True, backend=backend).y  # pyright: ignore[reportArgumentType]
 
     elif name == "llama.cpp ggml":
         from statescan.bench.peers import GgmlScan
@@ -129,7 +129,7 @@ def _scan(job: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         first = forward()
         truth = _scan_truth({k: v.detach() for k, v in p.items()}, gated)
-        got = ggml.output()[None, :256] if name == "llama.cpp ggml" else first[:, :256].float().numpy()
+        got = ggml.output()[None, :256] if name == "llama.cpp ggml" else first[:, :256].float().numpy()  # pyright: ignore[reportPossiblyUnboundVariable]
     extra["relative_error"] = _relative(got, truth)
     slow = "loop" in name or "associative" in name or "mambapy" in name
     samples = seconds_per_call(call, warmup=1 if slow else 5, repeats=3 if slow else 40, max_seconds=job["max_seconds"])
@@ -253,6 +253,7 @@ def _prefill(job: dict[str, Any]) -> dict[str, Any]:
         llama = LlamaCpp(model, job["kind"], threads=torch.get_num_threads())
         del model
         call = llama.prefill_call(ids[0].numpy())
+        warmup = 1
         result = lambda: llama.logits(length - 1)[None]
     elif name.startswith("transformers"):
         from statescan.bench.peers import transformers_model

@@ -30,13 +30,13 @@ i32 = ctypes.c_int32
 
 def _core() -> Any:
     try:
-        import cuda.core as core
+        import cuda.core as core  # pyright: ignore[reportMissingImports]
 
         if hasattr(core, "Program"):
             return core
     except ImportError:
         pass
-    import cuda.core.experimental as core  # where cuda-core is older than 0.5
+    import cuda.core.experimental as core  # where cuda-core is older than 0.5  # pyright: ignore[reportMissingImports]
 
     return core
 
@@ -102,8 +102,8 @@ def _cached(source: str, options: tuple[str, ...], arch: str) -> bytes:
 
 
 def _allow_shared(function: Any, shared: int) -> None:
-    """Lets a kernel use more than 48 KiB of shared memory a block (cuda-core reads this attribute, it doesn't set it)."""
-    from cuda.bindings import driver
+    """Lets a kernel use more than 48 KiB of shared memory a block (cuda-core reads the attribute, it can't set it)."""
+    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
 
     kind = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (code,) = driver.cuKernelSetAttribute(kind, shared, int(function.handle), torch.cuda.current_device())

@@ -47,9 +47,8 @@ class NativeLibrary:
         self.lib = ctypes.CDLL(str(path))
         self.lib.ss_abi_version.restype = ctypes.c_int
         if self.lib.ss_abi_version() != ABI_VERSION:
-            raise OSError(
-                f"{path} has ABI version {self.lib.ss_abi_version()}, this package needs {ABI_VERSION}: reinstall statescan"
-            )
+            found = self.lib.ss_abi_version()
+            raise OSError(f"{path} has ABI version {found}, this package needs {ABI_VERSION}: reinstall statescan")
         self.lib.ss_isa.restype = ctypes.c_char_p
         # torch's own parallel_for: one thread pool in the process, and torch.set_num_threads is obeyed.
         parallel_for = ctypes.CDLL(_torch_library()).torch_parallel_for

@@ -190,7 +190,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return output, total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise BackendUnavailableError(

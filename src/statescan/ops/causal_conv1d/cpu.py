@@ -215,7 +215,7 @@ class _CausalConv1d(torch.autograd.Function):
         return torch.ops.statescan.causal_conv1d_cpu(x, weight, bias, initial_state, cu_seqlens, silu)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise BackendUnavailableError(
