@@ -72,8 +72,9 @@ def _scan_jobs(o: dict[str, Any]) -> Iterable[_Job]:
             floor = lambda c, both=both: (3 if both else 1) * elements * n / c["exp_g_s"] / 1e6
             names = ["statescan cpu", "statescan torch"]
             if dtype == "float32":
-                names += ["transformers loop", "transformers associative, compiled", "transformers mambapy pscan"]
-                names += [] if both else ["llama.cpp ggml"]
+                names += ["transformers associative, compiled", "transformers mambapy pscan"]
+                # The loop's backward is quadratic in the length (every step's slice has a gradient of full size).
+                names += [] if both else ["transformers loop", "llama.cpp ggml"]
             for name in names:
                 needs = name.split()[0] if name.split()[0] != "statescan" else None
                 slow = needs == "transformers" or name == "statescan torch"
@@ -124,7 +125,7 @@ def _prefill_jobs(o: dict[str, Any]) -> Iterable[_Job]:
             yield _Job("prefill", case, "statescan", dtype, {"length": length}, lambda c, r=rate: floor(c, r))
         for kind, dtype in (("f32", "float32"), ("f16", "float16"), ("bf16", "bfloat16"), ("q8_0", "q8_0")):
             options = {"length": length, "kind": kind}
-            yield _Job("prefill", case, "llama.cpp", dtype, options, None, 2, "llama.cpp")
+            yield _Job("prefill", case, "llama.cpp", dtype, options, None, 1, "llama.cpp")
         yield _Job("prefill", case, "transformers", "float32", {"length": length}, None, 1, "transformers")
         yield _Job("prefill", case, "transformers", "bfloat16", {"length": length}, None, 1, "transformers")
         yield _Job("prefill", case, "mambapy pscan", "float32", {"length": length}, None, 1, "mambapy")
@@ -270,6 +271,7 @@ def run(
     limits = ceilings()
     jobs = [job for name in chosen for job in BENCHMARKS[name](options)]
     jobs = [j for j in jobs if (peers or j.needs is None) and (only is None or only in j.implementation)]
+    machine = {**machine_facts(), "threads": threads}
     found: list[tuple[_Job, BenchRow]] = []
     for job in jobs:
         row = BenchRow(job.bench, job.case, job.implementation, job.dtype)
@@ -295,11 +297,17 @@ def run(
                 if job.floor:
                     row.floor_ms = job.floor(limits)
                     row.ratio = row.milliseconds / row.floor_ms
-    report = {"machine": machine_facts(), "ceilings": limits, "rows": [asdict(row) for _, row in found]}
-    report["machine"]["threads"] = threads
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        part.replace(out)
-    return report
+            if out is not None:  # after every figure: an interrupted run keeps what it measured
+                _write(out, machine, limits, found)
+    return _report(machine, limits, found)
+
+
+def _report(machine: dict[str, Any], limits: dict[str, float], found: list[tuple[_Job, BenchRow]]) -> dict[str, Any]:
+    return {"machine": machine, "ceilings": limits, "rows": [asdict(row) for _, row in found]}
+
+
+def _write(out: Path, machine: dict[str, Any], limits: dict[str, float], found: list[tuple[_Job, BenchRow]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(_report(machine, limits, found), indent=1) + "\n")
+    part.replace(out)
