@@ -141,6 +141,12 @@ template <class V> SS_INLINE V softplus_with_slope(V x, V* slope) {
   return select_lt(twenty, x, x, max(V::zero(), x) + log1p_unit(e));
 }
 
+// A long sum: chunks' sums added with what each addition lost carried along (Kahan), so that it is as good at a million
+// positions as at one chunk's.
+template <class R> struct Total {
+  R *sum, *lost;
+};
+
 // The buffers of one task. A panel's blocks lie side by side in the rows, one after the other as matrices.
 template <class R> struct Buffers {
   R *A, *h, *b_fixed, *c_fixed;        // kPanel x [states][kPitch]; A times DecayRange::scale
@@ -149,8 +155,9 @@ template <class R> struct Buffers {
   R *B, *C;                            // [chunk][states] of the block at work
   R *slope, *dyz, *s, *ddt;            // [chunk][kRow], backward
   R *states, *decays;                  // [chunk + 1][states][kPitch], [chunk][states][kPitch] of the block at work, backward
-  R *dh, *dA, *db_fixed, *dc_fixed;    // kPanel x [states][kPitch], backward
-  R *dD, *dbias;                       // [kRow], backward
+  R *dh, *dA, *db_fixed, *dc_fixed;    // kPanel x [states][kPitch], backward; the sums over one chunk
+  R *dD, *dbias;                       // [kRow], backward; likewise
+  Total<R> dA_all, db_fixed_all, dc_fixed_all, dD_all, dbias_all;  // the sums over all chunks
   R *db_lanes, *dc_lanes;              // [states rounded up to W][W], backward
 
   // The same buffers seen from the panel's i-th block.
@@ -159,6 +166,8 @@ template <class R> struct Buffers {
     const int64_t matrix = i * states_ * kPitch, row = i * kPitch;
     for (R** q : {&b.A, &b.h, &b.b_fixed, &b.c_fixed, &b.dh, &b.dA, &b.db_fixed, &b.dc_fixed}) *q += *q ? matrix : 0;
     for (R** q : {&b.D, &b.bias, &b.dt, &b.dtu, &b.y, &b.slope, &b.dyz, &b.s, &b.ddt, &b.dD, &b.dbias}) *q += *q ? row : 0;
+    for (Total<R>* q : {&b.dA_all, &b.db_fixed_all, &b.dc_fixed_all}) q->sum += q->sum ? matrix : 0, q->lost += q->lost ? matrix : 0;
+    for (Total<R>* q : {&b.dD_all, &b.dbias_all}) q->sum += q->sum ? row : 0, q->lost += q->lost ? row : 0;
     return b;
   }
 };
@@ -181,9 +190,22 @@ template <class R> size_t lay_out(Buffers<R>& w, const ss_scan_args& p, bool bac
     take(w.states, (k + 1) * rows), take(w.decays, k * rows);
     take(w.dh, panel), take(w.dA, panel), take(w.db_fixed, panel), take(w.dc_fixed, panel);
     take(w.dD, kRow), take(w.dbias, kRow);
+    for (Total<R>* q : {&w.dA_all, &w.db_fixed_all, &w.dc_fixed_all}) take(q->sum, panel), take(q->lost, panel);
+    for (Total<R>* q : {&w.dD_all, &w.dbias_all}) take(q->sum, kRow), take(q->lost, kRow);
     take(w.db_lanes, (n + 16) * 16), take(w.dc_lanes, (n + 16) * 16);
   }
   return at;
+}
+
+// Adds a chunk's sums to the totals and clears them.
+template <class R> void settle(R* chunk, const Total<R>& all, int64_t count) {
+  using V = typename VectorOf<R>::type;
+  for (int64_t i = 0; i < count; i += V::W) {
+    V old = V::load(all.sum + i), add = V::load(chunk + i) - V::load(all.lost + i), sum = old + add;
+    ((sum - old) - add).store(all.lost + i);
+    sum.store(all.sum + i);
+    V::zero().store(chunk + i);
+  }
 }
 
 // (channels, states) of one block -> [states][pitch], zeros beyond the width; null gives zeros.
@@ -564,8 +586,13 @@ template <class S, class R> struct Scan {
           adjoint<R, true>(own, steps, p.states, b.width, p.b_fixed, p.c_fixed, part_B, part_C);
         else
           adjoint<R, false>(own, steps, p.states, b.width, false, false, part_B, part_C);
+        settle(own.dA, own.dA_all, matrix);
+        if (p.b_fixed) settle(own.db_fixed, own.db_fixed_all, matrix);
+        if (p.c_fixed) settle(own.dc_fixed, own.dc_fixed_all, matrix);
       }
       finish(w, panel, blocks, q, t0, steps);
+      settle(w.dD, w.dD_all, kRow);
+      settle(w.dbias, w.dbias_all, kRow);
     }
     if (p.dinitial)
       for (int64_t i = 0; i < blocks; ++i) turn_out<R>(w.dh + i * matrix, panel[i], p.states, static_cast<R*>(p.dinitial) + state_at);
@@ -650,8 +677,11 @@ template <class S, class R> int32_t run_backward(const ss_scan_args& p, const Bl
       const Block* panel = blocks + first;
       if (i == begin || slot == 0) scan.load_panel(w, panel, wide);
       const size_t matrices = size_t(kPanel * p.states * kPitch) * sizeof(R), lanes = size_t((p.states + 16) * 16) * sizeof(R);
-      for (R* sums : {w.dA, w.db_fixed, w.dc_fixed}) std::memset(static_cast<void*>(sums), 0, matrices);
-      for (R* sums : {w.dD, w.dbias}) std::memset(static_cast<void*>(sums), 0, kRow * sizeof(R));
+      for (R* sums : {w.dA, w.db_fixed, w.dc_fixed, w.dA_all.sum, w.dA_all.lost, w.db_fixed_all.sum, w.db_fixed_all.lost,
+                      w.dc_fixed_all.sum, w.dc_fixed_all.lost})
+        std::memset(static_cast<void*>(sums), 0, matrices);
+      for (R* sums : {w.dD, w.dbias, w.dD_all.sum, w.dD_all.lost, w.dbias_all.sum, w.dbias_all.lost})
+        std::memset(static_cast<void*>(sums), 0, kRow * sizeof(R));
       for (R* sums : {w.db_lanes, w.dc_lanes}) std::memset(static_cast<void*>(sums), 0, lanes);
       for (int64_t s = slot * p.sequences / slots; s < (slot + 1) * p.sequences / slots; ++s) scan.backward(w, panel, first, wide, s, parts);
       for (int64_t k = 0; k < wide; ++k) {
@@ -659,12 +689,12 @@ template <class S, class R> int32_t run_backward(const ss_scan_args& p, const Bl
         const size_t bytes = size_t(panel[k].width) * sizeof(R);
         for (int64_t n = 0; n < p.states; ++n) {
           const int64_t to = (slot * p.states + n) * p.channels + panel[k].begin;
-          std::memcpy(parts.A + to, block.dA + n * kPitch, bytes);
-          if (p.b_fixed) std::memcpy(parts.b_fixed + to, block.db_fixed + n * kPitch, bytes);
-          if (p.c_fixed) std::memcpy(parts.c_fixed + to, block.dc_fixed + n * kPitch, bytes);
+          std::memcpy(parts.A + to, block.dA_all.sum + n * kPitch, bytes);
+          if (p.b_fixed) std::memcpy(parts.b_fixed + to, block.db_fixed_all.sum + n * kPitch, bytes);
+          if (p.c_fixed) std::memcpy(parts.c_fixed + to, block.dc_fixed_all.sum + n * kPitch, bytes);
         }
-        std::memcpy(parts.D + slot * p.channels + panel[k].begin, block.dD, bytes);
-        std::memcpy(parts.bias + slot * p.channels + panel[k].begin, block.dbias, bytes);
+        std::memcpy(parts.D + slot * p.channels + panel[k].begin, block.dD_all.sum, bytes);
+        std::memcpy(parts.bias + slot * p.channels + panel[k].begin, block.dbias_all.sum, bytes);
       }
     }
   });
