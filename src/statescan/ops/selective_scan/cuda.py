@@ -52,9 +52,10 @@ class Plan:
     states: int
     channels_forward: int
     channels_backward: int
-    channels_each: int
+    threads_backward: int
     tile: int
     history: int
+    parts: int
     shared: int
     chunks_forward: int
     chunks_backward: int
@@ -62,9 +63,10 @@ class Plan:
     chunk_len_backward: int
 
 
-_NT_FORWARD, _NT_BACKWARD = 256, 128
-_RESIDENT_FORWARD, _RESIDENT_BACKWARD = 3, 2  # blocks that a multiprocessor holds at once
-_HISTORY = (8, 4, 2)
+_NT_FORWARD, _NT_BACKWARD = 256, 256  # threads a block
+_RESIDENT_FORWARD, _RESIDENT_BACKWARD = 2, 2  # blocks that a multiprocessor holds at once
+_HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the most that fit
+_KEEP_DECAYS = 1
 
 
 def _chunks(blocks: int, wanted: int, length: int, tile: int) -> tuple[int, int]:
@@ -83,19 +85,28 @@ def plan(
     `packed`: with cu_seqlens."""
     lanes = max(4, min(32, 1 << math.ceil(math.log2(max(1, math.ceil(d_state / 4))))))
     states = 4 if d_state <= 128 else 8
-    each = 2
-    channels_backward = _NT_BACKWARD // lanes * each
     channels_forward = _NT_FORWARD // lanes
     size = 8 if wide else 4
     padded = lanes * states
 
-    def shared(tile: int, history: int) -> int:
-        kept = tile // history * each * states * _NT_BACKWARD
-        sums = history * (2 * _NT_BACKWARD * states + 3 * lanes * channels_backward)
-        return size * ((3 * tile + 2) * channels_backward + 2 * tile * padded + kept + sums) + 8 * tile * packed
+    def shared(threads: int, tile: int, history: int, parts: int) -> int:  # struct Shared in scan_backward.cu
+        channels = threads // lanes
+        staged = 4 * tile * channels + 2 * tile * padded + 2 * channels
+        kept = tile // history * states * threads
+        sums = 2 * parts * threads // 32 * history * padded + 2 * states * threads
+        shares = 16 * min(threads, tile * channels // 8)
+        return size * (staged + kept + sums + shares) + 8 * tile * packed
 
-    options = [(t, h) for t in (32, 16, 8, 4) for h in _HISTORY if h <= t and h * states <= 32]
-    tile, history = next((t, h) for t, h in options if shared(t, h) <= _SHARED_LIMIT)
+    options = [
+        (threads, tile, history, parts)
+        for parts in (2, 1)
+        for threads in (_NT_BACKWARD, 128)
+        for tile in (32, 16, 8, 4)
+        for history in _HISTORY
+        if history <= tile and history * states <= 32 and threads // lanes >= 8
+    ]
+    threads, tile, history, parts = next(o for o in options if shared(*o) <= _SHARED_LIMIT)
+    channels_backward = threads // lanes
     group_channels = d_inner // groups
     forward_blocks = batch * groups * math.ceil(group_channels / channels_forward)
     backward_blocks = batch * groups * math.ceil(group_channels / channels_backward)
@@ -106,10 +117,11 @@ def plan(
         states,
         channels_forward,
         channels_backward,
-        each,
+        threads,
         tile,
         history,
-        shared(tile, history),
+        parts,
+        shared(threads, tile, history, parts),
         forward[0],
         backward[0],
         forward[1],
@@ -187,6 +199,7 @@ class _Call:
             "FIXB": int(self.fixed_B),
             "FIXC": int(self.fixed_C),
             "HASZ": int(self.z is not None),
+            "SOFTPLUS": int(self.softplus),
             **more,
         }
 
@@ -210,10 +223,14 @@ class _Call:
             self.ends,
         ]
 
-    def flags(self, *outputs: Tensor | None) -> int:
-        vec = _aligned(self.u, self.dt, self.z) and (self.u.shape[2] // self.groups) % 8 == 0
-        out = (self.u.shape[2] // self.groups) % 8 == 0 and _aligned(*outputs)
-        return int(vec) | 2 * int(self.softplus) | 4 * int(out)
+    def wide_access(self, channels: int, *others: Tensor | None) -> dict[str, int]:
+        """Whether the kernels may move eight neighbouring numbers at once: VEC for activations, VECB for B and C."""
+        whole = (self.u.shape[2] // self.groups) % channels == 0
+        matrices = [x for x, fixed in ((self.B, self.fixed_B), (self.C, self.fixed_C)) if not fixed]
+        return {
+            "VEC": int(whole and _aligned(self.u, self.dt, self.z, *others)),
+            "VECB": int(self.A.shape[1] % 8 == 0 and _aligned(*matrices)),
+        }
 
     def grid(self, channels: int, chunks: int) -> tuple[tuple[int, int, int], int]:
         per_group = math.ceil(self.u.shape[2] // self.groups / channels)
@@ -288,22 +305,21 @@ def _forward(
     checkpoints = torch.empty(0, dtype=c.real, device=device)
     if want_checkpoints:
         checkpoints = torch.empty(batch, math.ceil(length / p.tile), d_inner, n, dtype=c.real, device=device)
-    tile = min(p.tile, 16 if c.real == torch.float64 else 32)
-    while (
-        4
-        * (2 if c.real == torch.float64 else 1)
-        * (2 * tile * p.channels_forward + 2 * tile * p.lanes * p.states + tile * (p.channels_forward + 8))
-        + 8 * tile
-        > _SHARED_BYTES
-    ):
+    tile = p.tile
+    slot = 8 if c.real == torch.float64 else 4
+    while slot * 4 * tile * (p.channels_forward + 8 + p.lanes * p.states) + 16 * tile + 1024 > _SHARED_BYTES:
         tile //= 2
     states = sums = None
     if p.chunks_forward > 1:
         states, sums = _states(c, p.chunks_forward)
 
+    def forward_options(**more: int) -> dict[str, int]:
+        access = c.wide_access(p.channels_forward, y)
+        return c.options(TILE=tile, NT=_NT_FORWARD, MINB=_RESIDENT_FORWARD, EVERY=p.tile, **access, **more)
+
     def launch(part: int, chunks: int) -> None:
         grid, per_group = c.grid(p.channels_forward, chunks)
-        options = c.options(PASS=part, TILE=tile, NT=_NT_FORWARD, MINB=_RESIDENT_FORWARD)
+        options = forward_options(PASS=part)
         run = _cuda.kernel(_FORWARD, "scan_forward", options, _NT_FORWARD, device.index or 0)
         run(
             grid,
@@ -314,12 +330,12 @@ def _forward(
             states,
             sums,
             *(i32(v) for v in (length, d_inner, d_inner // c.groups, per_group, p.chunk_len_forward)),
-            *(i32(v) for v in (p.chunks_forward, p.tile, c.flags(y))),
+            i32(p.chunks_forward),
         )
 
     if states is not None and sums is not None:
         launch(1, p.chunks_forward - 1)
-        options = c.options(PASS=1, TILE=tile, NT=_NT_FORWARD, MINB=_RESIDENT_FORWARD)
+        options = forward_options(PASS=1)
         combine = _cuda.kernel(_FORWARD, "scan_combine", options, 128, device.index or 0)
         first = None if c.varlen else c.initial
         sizes = (i32(d_inner), i32(p.chunks_forward))
@@ -361,11 +377,15 @@ def _backward(
     if chunks > 1:
         states, sums = _states(c, chunks)
 
+    def backward_options(**more: int) -> dict[str, int]:
+        access = c.wide_access(p.channels_backward, dy, gu, gdt)
+        resident = 1 if c.real == torch.float64 else _RESIDENT_BACKWARD  # a double takes two registers
+        sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
+        return c.options(KEEP=_KEEP_DECAYS, **sizes, **access, **more)
+
     def launch(part: int) -> None:
-        options = c.options(
-            PASS=part, TILE=p.tile, HT=p.history, NT=_NT_BACKWARD, CPT=p.channels_each, MINB=_RESIDENT_BACKWARD
-        )
-        run = _cuda.kernel(_BACKWARD, "scan_backward", options, _NT_BACKWARD, device.index or 0, p.shared)
+        options = backward_options(PASS=part)
+        run = _cuda.kernel(_BACKWARD, "scan_backward", options, p.threads_backward, device.index or 0, p.shared)
         run(
             grid,
             *c.inputs(),
@@ -384,14 +404,12 @@ def _backward(
             states,
             sums,
             *(i32(v) for v in (length, d_inner, d_inner // c.groups, per_group, p.chunk_len_backward)),
-            *(i32(v) for v in (chunks, c.flags(dy, gu, gdt))),
+            i32(chunks),
         )
 
     if states is not None and sums is not None:
         launch(1)
-        options = c.options(
-            PASS=1, TILE=p.tile, HT=p.history, NT=_NT_BACKWARD, CPT=p.channels_each, MINB=_RESIDENT_BACKWARD
-        )
+        options = backward_options(PASS=1)
         combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", options, 128, device.index or 0)
         last = None if c.varlen else dfinal
         sizes = (i32(d_inner), i32(chunks))

@@ -1,13 +1,12 @@
-// Selective scan, backward. A thread holds CPT channels x NS states, G lanes a channel; a tile of TILE steps starts from the
-// forward's checkpoint. Sub-chunks of HT steps are run again forwards into registers (never into device memory) and then
-// walked backwards. Sums over states (for du and d dt) and over channels (for dB and dC) go through shared memory once a
-// sub-chunk, which costs half the instructions of butterflies and none of their latency; one partial of dB and dC a block
-// goes to memory. No atomics: the same bits in every run.
+// Selective scan, backward. G threads a channel with NS states each; a tile of TILE steps starts from the forward's
+// checkpoint. Sub-chunks of HT steps are run again forwards, states and decays kept in registers (never in device memory),
+// then walked backwards. A warp holds 32 / G channels side by side, so that
+// - sums over states (for du, d dt and the output before the gate) are butterflies over lane bits above, four steps at once,
+// - sums over channels (for dB and dC) are a product with a 0/1 matrix on the tensor cores where the result is rounded to
+//   bfloat16 anyway, and butterflies over the lane bits below elsewhere; then over warps through shared memory, once a
+//   sub-chunk. One partial of dB and dC a block goes to memory. No atomics: the same bits in every run.
 //
 // PASS 1 (only where time is cut into chunks) makes the adjoint that leaves a chunk at its start, from zero at its end.
-#ifndef CPT
-#define CPT 2
-#endif
 #ifndef G
 #define G 4
 #endif
@@ -15,7 +14,7 @@
 #define NS 4
 #endif
 #ifndef NT
-#define NT 128
+#define NT 256
 #endif
 #ifndef MINB
 #define MINB 2
@@ -44,29 +43,67 @@
 #ifndef HASZ
 #define HASZ 1
 #endif
-#define CB (NT / G * CPT)
+#ifndef SOFTPLUS
+#define SOFTPLUS 1
+#endif
+#ifndef VEC
+#define VEC 0  // all activations are aligned to 16 bytes, and every block has all its channels
+#endif
+#ifndef VECB
+#define VECB 0  // B and C are
+#endif
+#ifndef KEEP
+#define KEEP 1  // decays stay in registers from the run forwards to the walk back
+#endif
+#ifndef PARTS
+#define PARTS 2  // sub-chunks whose partial dB and dC have room at once
+#endif
+#define CPW (32 / G)  // channels of a warp
+#define CB (NT / G)
 #define NP (G * NS)
-#define SEGS (TILE * CB / 8)
+#define NQ (NS / 4)
+#define PER (CB / 8)
+#define SEGS (TILE * PER)
 #define ITEMS ((SEGS + NT - 1) / NT)
+#define ROWS_APART (NT / PER)
+#define SHARERS (SEGS < NT ? SEGS : NT)  // threads with an elementwise role
 #define NSUB (TILE / HT)
-#define PAIRS (NT / G)
+#define WARPS (NT / 32)
+#define R (HT < 4 ? HT : 4)  // steps of one butterfly over states
+#define TENSOR (IN == 1 && G == 4 && NS == 4 && HT == 8)
+#define PIECES (TILE * N / 8)
+
+// A channel at a step. dv: dt; du: dt*u, afterwards the sum over states of adjoint * B; dy: gradient before the gate,
+// afterwards the sum of adjoint * decay * h * A; y: the output before D and the gate.
+struct alignas(16) Slot { real du, dy, y, dv; };
+// Neighbouring pieces of eight channels permute their slots differently, so that threads writing them meet no bank twice.
+DEV int place(int ch) { return (ch & ~7) | ((ch ^ (ch >> 3)) & 7); }
 
 // One block's shared memory; the host computes its size (plan in cuda.py).
 struct Shared {
-  real sdd[TILE][CB][2];  // dt and dt*u; afterwards y and the sum over states of adjoint * B
-  real sdy[TILE][CB];     // gradient before the gate; afterwards the sum of adjoint * decay * h * A
+  Slot slots[TILE][CB];
   real sb[TILE][NP], sc[TILE][NP];
   real sbias[CB], sD[CB];
 #if PASS == 0
-  real hs[NSUB][CPT * NS][NT];  // the state at the start of every sub-chunk
-  // What threads have to sum: over channels for dC (0) and dB (1); over lanes for y, adjoint*B, adjoint*decay*h*A.
-  real over_channels[HT][2][PAIRS][G][NS];
-  real over_lanes[HT][3][G][CB];
+  Four hs[NSUB][NQ][NT];             // the state at the start of every sub-chunk
+  real part[PARTS][WARPS][HT][2][NP];  // each warp's dC (0) and dB (1)
+  Four sums[4][SHARERS];             // each thread's share of dD and d dt_bias
+  Four sumA[2][NQ][NT];              // dA over tiles, and what its additions lost
 #endif
 #if VARLEN
   int start[TILE], end[TILE];
 #endif
 };
+
+#if TENSOR
+// d += rows * v, rows 16 x 8 with a row of ones for the steps' sums: row r adds v0 over four lanes, row r + 8 adds v1.
+DEV void row_sums(float (&d)[4], float one, float v0, float v1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(one)), "r"(0), "r"(0), "r"(__float_as_uint(one)), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)));
+}
+#endif
+DEV void touch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     const act* __restrict__ u, i64 u_b, i64 u_l, const act* __restrict__ dt, i64 dt_b, i64 dt_l,
@@ -78,383 +115,481 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     act* __restrict__ gu, act* __restrict__ gdt, act* __restrict__ gz, real* __restrict__ gA, real* __restrict__ gB,
     real* __restrict__ gC, real* __restrict__ gD, real* __restrict__ gbias, real* __restrict__ ginit,
     real* __restrict__ chunk_state, real* __restrict__ chunk_dt, int L, int d_inner, int group_channels,
-    int blocks_per_group, int chunk_len, int chunks, int flags) {
-  const bool vec = flags & 1, has_softplus = flags & 2, vec_out = flags & 4;
+    int blocks_per_group, int chunk_len, int chunks) {
   extern __shared__ __align__(16) unsigned char raw_shared[];
   Shared& S = *reinterpret_cast<Shared*>(raw_shared);
-  auto& sdd = S.sdd;
-  auto &sb = S.sb, &sc = S.sc;
-  auto &sdy = S.sdy;
-  auto &sbias = S.sbias, &sD = S.sD;
-#if PASS == 0
-  auto& hs = S.hs;
-  auto& over_channels = S.over_channels;
-  auto& over_lanes = S.over_lanes;
-#endif
-#if VARLEN
-  auto &sstart = S.start, &send = S.end;
-#endif
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, p = tid / G, g = tid % G, ch = p * CPT;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane / CPW, ch = warp * CPW + lane % CPW, at = place(ch);
   const int grp = blockIdx.x / blocks_per_group, first = (blockIdx.x % blocks_per_group) * CB;
-  const int c0 = grp * group_channels + first, width = min(CB, group_channels - first);
+  const int c0 = grp * group_channels + first, width = VEC ? CB : min(CB, group_channels - first);
+  const int c = c0 + ch;
+  const bool live = VEC || ch < width;
   const i64 b = blockIdx.y;
   const int k0 = blockIdx.z, t_begin = k0 * chunk_len, t_end = min(L, t_begin + chunk_len);
   const i64 tiles = (L + TILE - 1) / TILE;
-  for (int q = threadIdx.x; q < CB; q += NT) {
-    sbias[q] = bias && q < width ? bias[c0 + q] : real(0);
-    sD[q] = D && q < width ? D[c0 + q] : real(0);
+  for (int q = tid; q < CB; q += NT) {
+    S.sbias[q] = bias && q < width ? bias[c0 + q] : real(0);
+    S.sD[q] = D && q < width ? D[c0 + q] : real(0);
   }
+#if N < NP
+  for (int q = tid; q < TILE * (NP - N); q += NT) {
+    (&S.sb[0][0])[q / (NP - N) * NP + N + q % (NP - N)] = real(0);
+    (&S.sc[0][0])[q / (NP - N) * NP + N + q % (NP - N)] = real(0);
+  }
+#endif
+#if PASS == 0
+#pragma unroll
+  for (int i = 0; i < 4; i++) if (tid < SHARERS) S.sums[i][tid] = Four{};
+#pragma unroll
+  for (int i = 0; i < NQ; i++) S.sumA[0][i][tid] = S.sumA[1][i][tid] = Four{};
+#endif
   __syncthreads();
 
-  real a[CPT][NS], carry[CPT][NS], gA_[CPT][NS];
+  real a[NS], carry[NS];
 #if FIXB
-  real bf[CPT][NS], gB_[CPT][NS];
+  real bf[NS], gB_[NS];
 #endif
 #if FIXC
-  real cf[CPT][NS], gC_[CPT][NS];
+  real cf[NS], gC_[NS];
 #endif
 #pragma unroll
-  for (int i = 0; i < CPT; i++)
-#pragma unroll
-    for (int n = 0; n < NS; n++) {
-      const int s = g * NS + n, c = c0 + ch + i;
-      const bool here = ch + i < width && s < N;
-      a[i][n] = here ? A[(i64)c * N + s] * LOG2E : real(0);
-      gA_[i][n] = carry[i][n] = real(0);
+  for (int n = 0; n < NS; n++) {
+    const int s = g * NS + n;
+    const bool here = live && s < N;
+    a[n] = here ? A[(i64)c * N + s] * LOG2E : real(0);
+    carry[n] = real(0);
 #if FIXB
-      bf[i][n] = here ? Bfix[(i64)c * N + s] : real(0);
-      gB_[i][n] = real(0);
+    bf[n] = here ? Bfix[(i64)c * N + s] : real(0);
+    gB_[n] = real(0);
 #endif
 #if FIXC
-      cf[i][n] = here ? Cfix[(i64)c * N + s] : real(0);
-      gC_[i][n] = real(0);
+    cf[n] = here ? Cfix[(i64)c * N + s] : real(0);
+    gC_[n] = real(0);
 #endif
-      if (here) {
-        if (PASS == 0 && chunks > 1) carry[i][n] = chunk_state[((b * chunks + k0) * d_inner + c) * N + s];
-        else if (PASS == 0 && !VARLEN && dfinal && k0 == chunks - 1) carry[i][n] = dfinal[(b * d_inner + c) * N + s];
-      }
+    if (here) {
+      if (PASS == 0 && chunks > 1) carry[n] = chunk_state[((b * chunks + k0) * d_inner + c) * N + s];
+      else if (PASS == 0 && !VARLEN && dfinal && k0 == chunks - 1) carry[n] = dfinal[(b * d_inner + c) * N + s];
     }
-  real dt_sum[CPT];
-#pragma unroll
-  for (int i = 0; i < CPT; i++) dt_sum[i] = real(0);
+  }
+#if PASS == 1
+  real dt_sum = real(0);
   bool was_reset = false;
-  real accD[8], accb[8];
+#elif TENSOR
+  const float one_lane = lane >> 2;  // the step whose row this lane holds
+#else
+  int kept = 0;  // which of its 2 * NS values a lane ends with after the butterfly over channels
+  {
+    int half = NS;
 #pragma unroll
-  for (int j = 0; j < 8; j++) accD[j] = accb[j] = real(0);
+    for (int m = 1; m < CPW; m <<= 1) { if (lane & m) kept += half; half >>= 1; }
+  }
+#endif
+  // The elementwise role: piece i of this thread is row `row0 + i * ROWS_APART`, channels seg..seg+7 of the block.
+  const int row0 = tid / PER, seg = (tid % PER) * 8, swap = (tid % PER) & 7;
+  const int count = (SEGS >= NT || tid < SEGS) ? max(0, min(8, width - seg)) : 0;
+
+#if FIXB
+#define BVAL(n) bf[n]
+#else
+#define BVAL(n) fb.v[n]
+#endif
+#if FIXC
+#define CVAL(n) cf[n]
+#else
+#define CVAL(n) fc.v[n]
+#endif
+  struct Row { real v[NS]; };
+  auto states_of = [&](const real* p) {
+    Row r;
+#pragma unroll
+    for (int m = 0; m < NS; m += 4) {
+      const Four f = *reinterpret_cast<const Four*>(p + g * NS + m);
+#pragma unroll
+      for (int q = 0; q < 4; q++) r.v[m + q] = f.v[q];
+    }
+    return r;
+  };
 
   for (int t0 = t_begin + (t_end - t_begin - 1) / TILE * TILE; t0 >= t_begin; t0 -= TILE) {
     const int steps = min(TILE, t_end - t0);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-      const int q = tid + i * NT, row = q / (CB / 8), seg = (q % (CB / 8)) * 8;
-      if (q < SEGS) {
-        const i64 t = t0 + row;
-        const int n = row < steps ? max(0, min(8, width - seg)) : 0;
-        const Pack8 pu = load8(u + b * u_b + t * u_l + c0 + seg, n, vec), pd = load8(dt + b * dt_b + t * dt_l + c0 + seg, n, vec);
-        const Pack8 po = load8(dout + (b * L + t) * d_inner + c0 + seg, n, vec_out);
-        Pack8 pz;
-        if (HASZ) pz = load8(z + b * z_b + t * z_l + c0 + seg, n, vec);
+      const int row = row0 + i * ROWS_APART;
+      if ((SEGS < NT && tid >= SEGS) || (ITEMS * NT > SEGS && row >= TILE)) continue;
+      const i64 t = t0 + row;
+      const int n = row < steps ? count : 0;
+      if (n > 0) {
+        const act *pu = u + b * u_b + t * u_l + c0 + seg, *pd = dt + b * dt_b + t * dt_l + c0 + seg;
+        const act *po = dout + (b * L + t) * d_inner + c0 + seg, *pz = HASZ ? z + b * z_b + t * z_l + c0 + seg : nullptr;
+        const Pack8 vu = load8(pu, VEC ? 8 : n, VEC), vd = load8(pd, VEC ? 8 : n, VEC), vo = load8(po, VEC ? 8 : n, VEC);
+        Pack8 vz;
+        if (HASZ) vz = load8(pz, VEC ? 8 : n, VEC);
+        if (t0 > t_begin) {
+          touch(pu - TILE * u_l);
+          touch(pd - TILE * dt_l);
+          touch(po - (i64)TILE * d_inner);
+          if (HASZ) touch(pz - TILE * z_l);
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-          real v = to_real(pd.v[j]) + sbias[seg + j];
-          if (has_softplus) v = softplus(v);
-          if (j >= n) v = real(0);
-          sdd[row][seg + j][0] = v;
-          sdd[row][seg + j][1] = v * to_real(pu.v[j]);
-          real dyv = to_real(po.v[j]);
-          if (HASZ) dyv *= silu(to_real(pz.v[j]));
-          sdy[row][seg + j] = dyv;
+          Slot f;
+          f.dv = to_real(vd.v[j]) + S.sbias[seg + j];
+          if (SOFTPLUS) f.dv = softplus(f.dv);
+          if (!VEC && j >= n) f.dv = real(0);
+          f.du = f.dv * to_real(vu.v[j]);
+          f.dy = to_real(vo.v[j]);
+          if (HASZ) f.dy *= silu(to_real(vz.v[j]));
+          f.y = real(0);
+          S.slots[row][seg + (j ^ swap)] = f;
         }
+      } else {  // a step of length zero
+#pragma unroll
+        for (int j = 0; j < 8; j++) S.slots[row][seg + j] = Slot{};
       }
     }
-    for (int q = tid; q < TILE * NP; q += NT) {
-      const int row = q / NP, n = q % NP;
-      const bool here = row < steps && n < N;
-      if (!FIXB) sb[row][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + row) * B_l + grp * B_g + n]) : real(0);
-      if (!FIXC) sc[row][n] = here ? to_real(Cm[b * C_b + (i64)(t0 + row) * C_l + grp * C_g + n]) : real(0);
+#if VECB
+    for (int q = tid; q < 2 * PIECES; q += NT) {
+      const bool is_c = q >= PIECES;
+      const int p = is_c ? q - PIECES : q, row = p / (N / 8), n = p % (N / 8) * 8;
+      if (is_c ? FIXC : FIXB) continue;
+      const bool here = row < steps;
+      Pack8 v{};
+      if (here) v = load8(is_c ? Cm + b * C_b + (i64)(t0 + row) * C_l + grp * C_g + n : Bm + b * B_b + (i64)(t0 + row) * B_l + grp * B_g + n, 8, true);
+      Four* to = reinterpret_cast<Four*>(is_c ? &S.sc[row][n] : &S.sb[row][n]);
+#pragma unroll
+      for (int j = 0; j < 2; j++) to[j] = Four{to_real(v.v[4 * j]), to_real(v.v[4 * j + 1]), to_real(v.v[4 * j + 2]), to_real(v.v[4 * j + 3])};
     }
+#else
+    for (int q = tid; q < TILE * N; q += NT) {
+      const int row = q / N, n = q % N;
+      const bool here = row < steps;
+      if (!FIXB) S.sb[row][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + row) * B_l + grp * B_g + n]) : real(0);
+      if (!FIXC) S.sc[row][n] = here ? to_real(Cm[b * C_b + (i64)(t0 + row) * C_l + grp * C_g + n]) : real(0);
+    }
+#endif
 #if VARLEN
     for (int q = tid; q < TILE; q += NT) {
-      sstart[q] = q < steps ? starts[t0 + q] : 0;
-      send[q] = q < steps ? ends[t0 + q] : 0;
+      S.start[q] = q < steps ? starts[t0 + q] : 0;
+      S.end[q] = q < steps ? ends[t0 + q] : 0;
+    }
+#endif
+#if PASS == 0
+    real h[NS];
+    {
+      const real* p = ckpt + ((b * tiles + t0 / TILE) * d_inner + c) * N;
+#if N == NP
+      if (live) {
+        const Row r = states_of(p);
+#pragma unroll
+        for (int n = 0; n < NS; n++) h[n] = r.v[n];
+      } else {
+#pragma unroll
+        for (int n = 0; n < NS; n++) h[n] = real(0);
+      }
+#else
+#pragma unroll
+      for (int n = 0; n < NS; n++) h[n] = live && g * NS + n < N ? p[g * NS + n] : real(0);
+#endif
     }
 #endif
     __syncthreads();
 
-#if FIXB
-#define BVAL(s, i, n) bf[i][n]
-#else
-#define BVAL(s, i, n) sb[s][g * NS + n]
-#endif
-#if FIXC
-#define CVAL(s, i, n) cf[i][n]
-#else
-#define CVAL(s, i, n) sc[s][g * NS + n]
-#endif
-
 #if PASS == 1
+#pragma unroll 4
     for (int s = steps - 1; s >= 0; s--) {
 #if VARLEN
-      if (send[s] && dfinal)
+      if (S.end[s] && dfinal)
 #pragma unroll
-        for (int i = 0; i < CPT; i++)
-#pragma unroll
-          for (int n = 0; n < NS; n++)
-            if (ch + i < width && g * NS + n < N) carry[i][n] += dfinal[((i64)(send[s] - 1) * d_inner + c0 + ch + i) * N + g * NS + n];
+        for (int n = 0; n < NS; n++)
+          if (live && g * NS + n < N) carry[n] += dfinal[((i64)(S.end[s] - 1) * d_inner + c) * N + g * NS + n];
 #endif
+      const Slot f = S.slots[s][at];
+#if !FIXC
+      const Row fc = states_of(S.sc[s]);
+#endif
+      dt_sum += f.dv;
 #pragma unroll
-      for (int i = 0; i < CPT; i++) {
-        const real dv = sdd[s][ch + i][0], dy = sdy[s][ch + i];
-        dt_sum[i] += dv;
-#pragma unroll
-        for (int n = 0; n < NS; n++) carry[i][n] = ex2(dv * a[i][n]) * fma_(dy, CVAL(s, i, n), carry[i][n]);
-      }
+      for (int n = 0; n < NS; n++) carry[n] = decay(f.dv, a[n]) * fma_(f.dy, CVAL(n), carry[n]);
 #if VARLEN
-      if (sstart[s]) {
+      if (S.start[s]) {
         was_reset = true;
 #pragma unroll
-        for (int i = 0; i < CPT; i++)
-#pragma unroll
-          for (int n = 0; n < NS; n++) carry[i][n] = real(0);
+        for (int n = 0; n < NS; n++) carry[n] = real(0);
       }
 #endif
     }
     __syncthreads();
 #else  // PASS == 0
-    real h[CPT][NS];
-#pragma unroll
-    for (int i = 0; i < CPT; i++)
-#pragma unroll
-      for (int n = 0; n < NS; n++) {
-        const bool here = ch + i < width && g * NS + n < N;
-        h[i][n] = here ? ckpt[((b * tiles + t0 / TILE) * d_inner + c0 + ch + i) * N + g * NS + n] : real(0);
-      }
+    real e[NS];
     auto step = [&](int s) {
 #if VARLEN
-      if (sstart[s])
+      if (S.start[s])
 #pragma unroll
-        for (int i = 0; i < CPT; i++)
-#pragma unroll
-          for (int n = 0; n < NS; n++)
-            h[i][n] = (init && ch + i < width && g * NS + n < N) ? init[((i64)(sstart[s] - 1) * d_inner + c0 + ch + i) * N + g * NS + n] : real(0);
+        for (int n = 0; n < NS; n++)
+          h[n] = (init && live && g * NS + n < N) ? init[((i64)(S.start[s] - 1) * d_inner + c) * N + g * NS + n] : real(0);
+#endif
+      const Slot f = S.slots[s][at];
+#if !FIXB
+      const Row fb = states_of(S.sb[s]);
 #endif
 #pragma unroll
-      for (int i = 0; i < CPT; i++) {
-        const real dv = sdd[s][ch + i][0], du = sdd[s][ch + i][1];
-#pragma unroll
-        for (int n = 0; n < NS; n++) h[i][n] = fma_(ex2(dv * a[i][n]), h[i][n], du * BVAL(s, i, n));
+      for (int n = 0; n < NS; n++) {
+        e[n] = decay(f.dv, a[n]);
+        h[n] = fma_(e[n], h[n], f.du * BVAL(n));
       }
     };
     const int subs = (steps + HT - 1) / HT;
     for (int j = 0; j < subs; j++) {
 #pragma unroll
-      for (int i = 0; i < CPT; i++)
-#pragma unroll
-        for (int n = 0; n < NS; n++) hs[j][i * NS + n][tid] = h[i][n];
+      for (int m = 0; m < NQ; m++) S.hs[j][m][tid] = Four{h[4 * m], h[4 * m + 1], h[4 * m + 2], h[4 * m + 3]};
       if (j + 1 < subs)
 #pragma unroll
         for (int s = 0; s < HT; s++) step(j * HT + s);
     }
+    real gA_[NS];  // of this tile
+#pragma unroll
+    for (int n = 0; n < NS; n++) gA_[n] = real(0);
+#pragma unroll 1
     for (int j = subs - 1; j >= 0; j--) {
-      real hist[HT][CPT][NS];
+      real hist[HT + 1][NS];  // the state before step r
+#if KEEP
+      real kept_e[HT][NS];
+#endif
 #pragma unroll
-      for (int i = 0; i < CPT; i++)
+      for (int m = 0; m < NQ; m++) {
+        const Four f = S.hs[j][m][tid];
 #pragma unroll
-        for (int n = 0; n < NS; n++) h[i][n] = hs[j][i * NS + n][tid];
+        for (int q = 0; q < 4; q++) hist[0][4 * m + q] = h[4 * m + q] = f.v[q];
+      }
 #pragma unroll
       for (int r = 0; r < HT; r++) {
         step(j * HT + r);
 #pragma unroll
-        for (int i = 0; i < CPT; i++)
-#pragma unroll
-          for (int n = 0; n < NS; n++) hist[r][i][n] = h[i][n];
+        for (int n = 0; n < NS; n++) {
+          hist[r + 1][n] = h[n];
+#if KEEP
+          kept_e[r][n] = e[n];
+#endif
+        }
       }
+      real(*part)[2][NP] = S.part[j % PARTS][warp];
+#if TENSOR
+      float rows[NS][4];
+#pragma unroll
+      for (int n = 0; n < NS; n++)
+#pragma unroll
+        for (int q = 0; q < 4; q++) rows[n][q] = 0.f;
+#endif
+      real sum[3][R];
 #pragma unroll
       for (int r = HT - 1; r >= 0; r--) {
         const int s = j * HT + r;
 #if VARLEN
-        if (send[s] && dfinal)
+        if (S.end[s] && dfinal)
 #pragma unroll
-          for (int i = 0; i < CPT; i++)
-#pragma unroll
-            for (int n = 0; n < NS; n++)
-              if (ch + i < width && g * NS + n < N) carry[i][n] += dfinal[((i64)(send[s] - 1) * d_inner + c0 + ch + i) * N + g * NS + n];
+          for (int n = 0; n < NS; n++)
+            if (live && g * NS + n < N) carry[n] += dfinal[((i64)(S.end[s] - 1) * d_inner + c) * N + g * NS + n];
 #endif
-        // The state before step r: the one kept before it, the sub-chunk's first, or a packed sequence's initial one.
-        auto before = [&](int r_, int i, int n) -> real {
-#if VARLEN
-          if (sstart[s]) return (init && ch + i < width && g * NS + n < N) ? init[((i64)(sstart[s] - 1) * d_inner + c0 + ch + i) * N + g * NS + n] : real(0);
+        const Slot f = S.slots[s][at];
+#if !FIXB
+        const Row fb = states_of(S.sb[s]);
 #endif
-          return r_ ? hist[r_ > 0 ? r_ - 1 : 0][i][n] : hs[j][i * NS + n][tid];
-        };
-        real v[2][NS], sum[3][CPT];
-#pragma unroll
-        for (int n = 0; n < NS; n++) v[0][n] = v[1][n] = real(0);
-#pragma unroll
-        for (int i = 0; i < CPT; i++) {
-          const real dv = sdd[s][ch + i][0], du = sdd[s][ch + i][1], dy = sdy[s][ch + i];
-          real y_ = real(0), s1 = real(0), s2 = real(0);
-#pragma unroll
-          for (int n = 0; n < NS; n++) {
-            const real hh = hist[r][i][n], bv = BVAL(s, i, n), cv = CVAL(s, i, n);
-            const real e = ex2(dv * a[i][n]), gg = fma_(dy, cv, carry[i][n]);
-            carry[i][n] = e * gg;
-            // Decay times the previous state, not h - dt u B, which cancels where dt is large.
-            const real q = carry[i][n] * before(r, i, n);
-            if (HASZ) y_ = fma_(hh, cv, y_);
-            s1 = fma_(gg, bv, s1);
-            s2 = fma_(q, a[i][n], s2);
-            gA_[i][n] = fma_(q, dv, gA_[i][n]);
-#if FIXC
-            gC_[i][n] = fma_(dy, hh, gC_[i][n]);
-#else
-            v[0][n] = fma_(dy, hh, v[0][n]);
+#if !FIXC
+        const Row fc = states_of(S.sc[s]);
 #endif
-#if FIXB
-            gB_[i][n] = fma_(gg, du, gB_[i][n]);
-#else
-            v[1][n] = fma_(gg, du, v[1][n]);
-#endif
-          }
-          sum[0][i] = y_; sum[1][i] = s1; sum[2][i] = s2;
-        }
-#if VARLEN
-        if (sstart[s]) {
-#pragma unroll
-          for (int i = 0; i < CPT; i++)
-#pragma unroll
-            for (int n = 0; n < NS; n++) {
-              if (ginit && ch + i < width && g * NS + n < N) ginit[((i64)(sstart[s] - 1) * d_inner + c0 + ch + i) * N + g * NS + n] = carry[i][n];
-              carry[i][n] = real(0);
-            }
-        }
-#endif
-#pragma unroll
-        for (int k = 0; k < 3; k++)
-#pragma unroll
-          for (int i = 0; i < CPT; i++) over_lanes[r][k][g][ch + i] = sum[k][i];
+        real v[2 * NS];
 #pragma unroll
         for (int n = 0; n < NS; n++) {
-          if (!FIXC) over_channels[r][0][p][g][n] = v[0][n];
-          if (!FIXB) over_channels[r][1][p][g][n] = v[1][n];
+          const real hh = hist[r + 1][n], gg = fma_(f.dy, CVAL(n), carry[n]);
+          real before = hist[r][n];
+#if VARLEN
+          if (S.start[s]) before = (init && live && g * NS + n < N) ? init[((i64)(S.start[s] - 1) * d_inner + c) * N + g * NS + n] : real(0);
+#endif
+#if KEEP
+          carry[n] = kept_e[r][n] * gg;
+#else
+          carry[n] = decay(f.dv, a[n]) * gg;
+#endif
+          // Decay times the previous state, not h - dt u B, which cancels where dt is large.
+          const real q = carry[n] * before;
+          if (HASZ) sum[0][r % R] = n ? fma_(hh, CVAL(n), sum[0][r % R]) : hh * CVAL(n);
+          sum[1][r % R] = n ? fma_(gg, BVAL(n), sum[1][r % R]) : gg * BVAL(n);
+          sum[2][r % R] = n ? fma_(q, a[n], sum[2][r % R]) : q * a[n];
+          gA_[n] = fma_(q, f.dv, gA_[n]);
+          v[n] = v[NS + n] = real(0);
+#if FIXC
+          gC_[n] = fma_(f.dy, hh, gC_[n]);
+#else
+          v[n] = f.dy * hh;
+#endif
+#if FIXB
+          gB_[n] = fma_(gg, f.du, gB_[n]);
+#else
+          v[NS + n] = gg * f.du;
+#endif
+        }
+#if VARLEN
+        if (S.start[s])
+#pragma unroll
+          for (int n = 0; n < NS; n++) {
+            if (ginit && live && g * NS + n < N) ginit[((i64)(S.start[s] - 1) * d_inner + c) * N + g * NS + n] = carry[n];
+            carry[n] = real(0);
+          }
+#endif
+#if TENSOR
+        const float one = one_lane == float(r) ? 1.f : 0.f;
+#pragma unroll
+        for (int n = 0; n < NS; n++) row_sums(rows[n], one, v[n], v[NS + n]);
+#else
+        if (!FIXB || !FIXC) {
+          constexpr int left = 2 * NS / CPW;  // values that a lane ends with
+          int half = NS;
+#pragma unroll
+          for (int m = 1; m < CPW; m <<= 1) {
+            const bool up = lane & m;
+#pragma unroll
+            for (int i = 0; i < NS; i++)
+              if (i < half) {
+                const real mine = up ? v[i + half] : v[i], other = up ? v[i] : v[i + half];
+                v[i] = mine + __shfl_xor_sync(~0u, other, m);
+              }
+            half >>= 1;
+          }
+#pragma unroll
+          for (int i = 0; i < left; i++) part[r][(kept + i) / NS][g * NS + (kept + i) % NS] = v[i];
+        }
+#endif
+        if (r % R == 0) {
+          // Butterfly over the lanes of a channel: lane g ends with step s + g % R, whose slot every lane has read.
+#pragma unroll
+          for (int k = HASZ ? 0 : 1; k < 3; k++) {
+            const bool b0 = g & 1, b1 = g & 2;
+            real t_;
+            if (R == 4) {
+              real x = b0 ? sum[k][1] : sum[k][0], y_ = b0 ? sum[k][3 % R] : sum[k][2 % R];
+              x += __shfl_xor_sync(~0u, b0 ? sum[k][0] : sum[k][1], CPW);
+              y_ += __shfl_xor_sync(~0u, b0 ? sum[k][2 % R] : sum[k][3 % R], CPW);
+              t_ = (b1 ? y_ : x) + __shfl_xor_sync(~0u, b1 ? x : y_, 2 * CPW);
+            } else {
+              t_ = (b0 ? sum[k][1] : sum[k][0]) + __shfl_xor_sync(~0u, b0 ? sum[k][0] : sum[k][1], CPW);
+            }
+#pragma unroll
+            for (int m = R; m < G; m <<= 1) t_ += __shfl_xor_sync(~0u, t_, m * CPW);
+            sum[k][0] = t_;
+          }
+          if (G == R || g < R) {
+            Slot& to = S.slots[s + g % R][at];
+            to.du = sum[1][0];
+            to.dy = sum[2][0];
+            if (HASZ) to.y = sum[0][0];
+          }
         }
       }
-      __syncthreads();
-      // Over lanes: the sums take the places of dt, dt*u and dy, which these steps no longer need.
-      for (int q = tid; q < HT * CB; q += NT) {
-        const int r = q / CB, k = q % CB, s = j * HT + r;
-        real y_ = real(0), s1 = real(0), s2 = real(0);
+#if TENSOR
 #pragma unroll
-        for (int m = 0; m < G; m++) { y_ += over_lanes[r][0][m][k]; s1 += over_lanes[r][1][m][k]; s2 += over_lanes[r][2][m][k]; }
-        sdd[s][k][0] = y_;
-        sdd[s][k][1] = s1;
-        sdy[s][k] = s2;
-      }
-      // Over channels: a warp takes one (step, dC or dB) at a time; a lane sums NS states of every 32 / G-th pair, then the
-      // lanes of the same states add up.
+      for (int k = 0; k < 2; k++)
+        *reinterpret_cast<Four*>(&part[lane >> 2][k][(lane & 3) * 4]) = Four{
+            rows[0][2 * k] + rows[0][2 * k + 1], rows[1][2 * k] + rows[1][2 * k + 1],
+            rows[2][2 * k] + rows[2][2 * k + 1], rows[3][2 * k] + rows[3][2 * k + 1]};
+#endif
+      __syncthreads();
       if (!FIXB || !FIXC)
-        for (int q = warp; q < HT * 2; q += NT / 32) {
-          const int r = q >> 1, which = q & 1, t = t0 + j * HT + r;
-          if (which ? FIXB : FIXC) continue;
-          real total[NS];
+        for (int q = tid; q < HT * 2 * NP; q += NT) {
+          const int r = q / (2 * NP), which = q / NP & 1, n = q % NP, t = t0 + j * HT + r;
+          real total = real(0);
 #pragma unroll
-          for (int n = 0; n < NS; n++) total[n] = real(0);
-          const real* from = &over_channels[r][which][0][0][0];
-#pragma unroll
-          for (int i = 0; i < PAIRS * G / 32; i++)
-#pragma unroll
-            for (int n = 0; n < NS; n++) total[n] += from[(i * 32 + lane) * NS + n];
-#pragma unroll
-          for (int m = G; m < 32; m <<= 1)
-#pragma unroll
-            for (int n = 0; n < NS; n++) total[n] += __shfl_xor_sync(~0u, total[n], m);
+          for (int w = 0; w < WARPS; w++) total += S.part[j % PARTS][w][r][which][n];
           real* out = which ? gB : gC;
-          if (out && lane < G && t < t_end)
-#pragma unroll
-            for (int n = 0; n < NS; n++)
-              if (lane * NS + n < N) out[(((i64)blockIdx.x * gridDim.y + b) * L + t) * N + lane * NS + n] = total[n];
+          if (!(which ? FIXB : FIXC) && n < N && t < t_end) out[(((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n] = total;
         }
-      __syncthreads();
+      if (PARTS == 1) __syncthreads();
+    }
+    // dA: sums of tiles, added with what earlier additions lost.
+#pragma unroll
+    for (int m = 0; m < NQ; m++) {
+      Four total = S.sumA[0][m][tid], lost = S.sumA[1][m][tid];
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        const real y_ = gA_[4 * m + q] - lost.v[q], t_ = total.v[q] + y_;
+        lost.v[q] = (t_ - total.v[q]) - y_;
+        total.v[q] = t_;
+      }
+      S.sumA[0][m][tid] = total;
+      S.sumA[1][m][tid] = lost;
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-      const int q = tid + i * NT, row = q / (CB / 8), seg = (q % (CB / 8)) * 8;
-      const int n = (q < SEGS && row < steps) ? min(8, width - seg) : 0;
+      const int row = row0 + i * ROWS_APART;
+      const int n = (ITEMS * NT == SEGS || row < TILE) && row < steps ? count : 0;
       if (n > 0) {
         const i64 t = t0 + row;
-        const Pack8 pu = load8(u + b * u_b + t * u_l + c0 + seg, n, vec), pd = load8(dt + b * dt_b + t * dt_l + c0 + seg, n, vec);
-        const Pack8 po = load8(dout + (b * L + t) * d_inner + c0 + seg, n, vec_out);
-        Pack8 pz, ou, od, oz;
-        if (HASZ) pz = load8(z + b * z_b + t * z_l + c0 + seg, n, vec);
+        const Pack8 vu = load8(u + b * u_b + t * u_l + c0 + seg, VEC ? 8 : n, VEC), vd = load8(dt + b * dt_b + t * dt_l + c0 + seg, VEC ? 8 : n, VEC);
+        const Pack8 vo = load8(dout + (b * L + t) * d_inner + c0 + seg, VEC ? 8 : n, VEC);
+        Pack8 vz, ou, od, oz;
+        if (HASZ) vz = load8(z + b * z_b + t * z_l + c0 + seg, VEC ? 8 : n, VEC);
+        real share[16];
+#pragma unroll
+        for (int j = 0; j < 4; j++) *reinterpret_cast<Four*>(share + 4 * j) = S.sums[j][tid];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-          if (j >= n) continue;
-          const real uv = to_real(pu.v[j]), s1 = sdd[row][seg + j][1], ov = to_real(po.v[j]);
-          const real Dv = sD[seg + j], raw = to_real(pd.v[j]) + sbias[seg + j];
+          if (!VEC && j >= n) continue;
+          const Slot f = S.slots[row][seg + (j ^ swap)];
+          const real uv = to_real(vu.v[j]), ov = to_real(vo.v[j]), Dv = S.sD[seg + j], raw = to_real(vd.v[j]) + S.sbias[seg + j];
           real dyv = ov;
-          const real dv = has_softplus ? softplus(raw) : raw;
           if (HASZ) {
-            const real zv = to_real(pz.v[j]), sig = sigmoid(zv), yv = fma_(Dv, uv, sdd[row][seg + j][0]);
-            dyv = ov * zv * sig;
-            oz.v[j] = to_act(ov * yv * sig * fma_(zv, real(1) - sig, real(1)));
+            const real zv = to_real(vz.v[j]), sig = quick_sigmoid(zv), yv = fma_(Dv, uv, f.y), os = ov * sig;
+            dyv = os * zv;
+            oz.v[j] = to_act(os * yv * fma_(zv, real(1) - sig, real(1)));
           }
-          real ddt = fma_(uv, s1, sdy[row][seg + j] * LN2);
-          if (has_softplus && !(raw > real(20))) ddt *= sigmoid(raw);
-          accD[j] = fma_(dyv, uv, accD[j]);
-          accb[j] += ddt;
-          ou.v[j] = to_act(fma_(dv, s1, Dv * dyv));
+          real ddt = fma_(uv, f.du, f.dy * LN2);
+          if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= sigmoid(raw);
+          share[j] = fma_(dyv, uv, share[j]);
+          share[8 + j] += ddt;
+          ou.v[j] = to_act(fma_(f.dv, f.du, Dv * dyv));
           od.v[j] = to_act(ddt);
         }
-        const i64 at = (b * L + t) * d_inner + c0 + seg;
-        store8(gu + at, ou, n, vec_out);
-        store8(gdt + at, od, n, vec_out);
-        if (HASZ) store8(gz + at, oz, n, vec_out);
+#pragma unroll
+        for (int j = 0; j < 4; j++) S.sums[j][tid] = *reinterpret_cast<Four*>(share + 4 * j);
+        const i64 to = (b * L + t) * d_inner + c0 + seg;
+        store8(gu + to, ou, VEC ? 8 : n, VEC);
+        store8(gdt + to, od, VEC ? 8 : n, VEC);
+        if (HASZ) store8(gz + to, oz, VEC ? 8 : n, VEC);
       }
     }
-    __syncthreads();
 #endif
   }
+  __syncthreads();
 #pragma unroll
-  for (int i = 0; i < CPT; i++) {
-    const int c = c0 + ch + i;
-    if (ch + i >= width) continue;
-#pragma unroll
-    for (int n = 0; n < NS; n++) {
-      const int s = g * NS + n;
-      if (s >= N) continue;
+  for (int n = 0; n < NS; n++) {
+    const int s = g * NS + n;
+    if (!live || s >= N) continue;
+    const i64 to = ((b * chunks + k0) * d_inner + c) * N + s;
 #if PASS == 1
-      chunk_state[((b * chunks + k0) * d_inner + c) * N + s] = carry[i][n];
+    chunk_state[to] = carry[n];
 #else
-      const i64 at = ((b * chunks + k0) * d_inner + c) * N + s;
-      gA[at] = gA_[i][n];
+    gA[to] = S.sumA[0][n / 4][tid].v[n % 4];
 #if FIXB
-      gB[at] = gB_[i][n];
+    gB[to] = gB_[n];
 #endif
 #if FIXC
-      gC[at] = gC_[i][n];
+    gC[to] = gC_[n];
 #endif
-      if (!VARLEN && ginit && k0 == 0) ginit[(b * d_inner + c) * N + s] = carry[i][n];
+    if (!VARLEN && ginit && k0 == 0) ginit[(b * d_inner + c) * N + s] = carry[n];
 #endif
-    }
-    if (PASS == 1 && g == 0) chunk_dt[(b * chunks + k0) * d_inner + c] = was_reset ? real(-1) : dt_sum[i];
   }
-#if PASS == 0
-  // dD and d dt_bias: every thread has eight channels of some rows; summed over rows in fixed order.
-  real* scratch = &sdd[0][0][0];
-  constexpr int lanes = NT / (CB / 8) < TILE ? NT / (CB / 8) : TILE;  // rows that a thread's pieces begin in
-  const int seg = (tid % (CB / 8)) * 8, row = tid / (CB / 8);
-  if (row < lanes)
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      scratch[(row * CB + seg + j) * 2] = accD[j];
-      scratch[(row * CB + seg + j) * 2 + 1] = accb[j];
-    }
-  __syncthreads();
+#if PASS == 1
+  if (live && g == 0) chunk_dt[(b * chunks + k0) * d_inner + c] = was_reset ? real(-1) : dt_sum;
+#else
+  // dD and d dt_bias: the threads that had a piece of eight channels, one after the other.
+  constexpr int sharers = ROWS_APART < TILE ? ROWS_APART : TILE;
   for (int q = tid; q < width; q += NT) {
     real d = real(0), e = real(0);
-    for (int k = 0; k < lanes; k++) { d += scratch[(k * CB + q) * 2]; e += scratch[(k * CB + q) * 2 + 1]; }
-    if (gD) gD[(b * chunks + k0) * d_inner + c0 + q] = d;
-    if (gbias) gbias[(b * chunks + k0) * d_inner + c0 + q] = e;
+    const int from = q / 8, j = q % 8;
+    for (int k = 0; k < sharers; k++) {
+      d += S.sums[j / 4][k * PER + from].v[j % 4];
+      e += S.sums[2 + j / 4][k * PER + from].v[j % 4];
+    }
+    gD[(b * chunks + k0) * d_inner + c0 + q] = d;
+    gbias[(b * chunks + k0) * d_inner + c0 + q] = e;
   }
 #endif
 }
@@ -473,7 +608,7 @@ extern "C" __global__ void __launch_bounds__(128) scan_combine_backward(
     real* p = chunk_state + (b * chunks + k) * size + i;
     const real out = *p, s = chunk_dt[(b * chunks + k) * d_inner + c];
     *p = carry;
-    carry = s < real(0) ? out : fma_(ex2(s * a), carry, out);
+    carry = s < real(0) ? out : fma_(decay(s, a), carry, out);
   }
 }
 #endif

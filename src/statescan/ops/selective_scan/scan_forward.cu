@@ -1,9 +1,11 @@
 // Selective scan, forward. G threads a channel with NS states each in registers; time is walked in tiles of TILE steps.
-// For every tile the block makes softplus(dt), dt*u once (elementwise phase, 16-byte loads, next tile already on its way in
-// registers), scans it, sums over states by a butterfly that leaves each lane one step, and gates the output.
+// A block keeps two tiles in shared memory. Between two barriers every warp gates and writes the outputs of tile k - 1, puts
+// softplus(dt) and dt*u of tile k + 1 into the very slots it took them from, and scans tile k: the warps of a block drift
+// apart, so one's elementwise instructions fill the cycles in which another waits for exponentials. Inputs are asked for a
+// whole tile ahead, in 16-byte pieces. Sums over states go through a butterfly that leaves each lane one step.
 //
 // Grid (groups * blocks per group, batch, chunks). PASS 1 writes only a chunk's end state and its sum of dt: the decay of a
-// whole chunk is exp(A * sum dt). `combine` turns these into every chunk's start state; PASS 0 writes the outputs.
+// whole chunk is exp(A * sum dt). `scan_combine` turns these into every chunk's start state; PASS 0 writes the outputs.
 #ifndef G
 #define G 4
 #endif
@@ -37,12 +39,37 @@
 #ifndef HASZ
 #define HASZ 1
 #endif
+#ifndef SOFTPLUS
+#define SOFTPLUS 1
+#endif
+#ifndef EVERY
+#define EVERY 32  // steps between checkpoints
+#endif
+#ifndef VEC
+#define VEC 0  // u, dt, z, y are aligned to 16 bytes, and every block has all its channels
+#endif
+#ifndef VECB
+#define VECB 0  // the same of B and C
+#endif
 #define CB (NT / G)        // channels of a block
 #define NP (G * NS)        // states, padded
-#define SEGS (TILE * CB / 8)  // eight-channel pieces of a tile
+#define PER (CB / 8)       // eight-channel pieces of a row
+#define SEGS (TILE * PER)  // and of a tile
 #define ITEMS ((SEGS + NT - 1) / NT)
-#define R (G < 4 ? G : 4)  // steps that one butterfly spreads over lanes
-#define YS (CB + 8)        // row of the y tile: four rows on four sets of banks
+#define ROWS_APART (NT / PER)
+#define ROW (CB + 8)       // slots of a row in shared memory: two rows on other banks
+#define PIECES (TILE * N / 8)
+#define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for a tile ahead
+#define LAST_PASS (PASS == 0)
+#ifndef UNROLL
+#define UNROLL 2
+#endif
+
+struct alignas(2 * sizeof(real)) Slot { real dv, du; };  // dt and dt*u; afterwards y stands where dt stood
+
+// Where a channel's slot is in its row: pairs of channels are permuted so that threads that write neighbouring pieces of
+// eight channels meet no bank twice.
+DEV int place(int ch) { return (ch & ~7) | ((((ch >> 1) ^ (ch >> 4)) & 3) << 1) | (ch & 1); }
 
 extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
     const act* __restrict__ u, i64 u_b, i64 u_l, const act* __restrict__ dt, i64 dt_b, i64 dt_l,
@@ -52,26 +79,29 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
     const real* __restrict__ init, const int* __restrict__ starts, const int* __restrict__ ends,
     act* __restrict__ y, real* __restrict__ final_state, real* __restrict__ ckpt, real* __restrict__ chunk_state,
     real* __restrict__ chunk_dt, int L, int d_inner, int group_channels, int blocks_per_group, int chunk_len,
-    int chunks, int ckpt_every, int flags) {
-  const bool vec = flags & 1, has_softplus = flags & 2;
-  __shared__ __align__(16) real sdu[TILE][CB][2];
+    int chunks) {
+  __shared__ __align__(16) Slot slots[2][TILE][ROW];
+  __shared__ __align__(16) real sb[2][TILE][NP], sc[2][TILE][NP];
   __shared__ __align__(16) real sbias[CB], sD[CB];
-  __shared__ __align__(16) real sb[TILE][NP], sc[TILE][NP];
-#if PASS == 0
-  __shared__ __align__(16) real sy[TILE][YS];
-#endif
 #if VARLEN
-  __shared__ int sstart[TILE], send[TILE];
+  __shared__ int sstart[2][TILE], send[2][TILE];
 #endif
-  const int tid = threadIdx.x, ch = tid / G, g = tid % G;
+  const int tid = threadIdx.x, ch = tid / G, g = tid % G, at = place(ch);
   const int grp = blockIdx.x / blocks_per_group, first = (blockIdx.x % blocks_per_group) * CB;
-  const int c0 = grp * group_channels + first, width = min(CB, group_channels - first);
+  const int c0 = grp * group_channels + first, width = VEC ? CB : min(CB, group_channels - first);
   const int c = c0 + ch;
-  const bool live = ch < width;
-  for (int q = threadIdx.x; q < CB; q += NT) {
+  const bool live = VEC || ch < width;
+  for (int q = tid; q < CB; q += NT) {
     sbias[q] = bias && q < width ? bias[c0 + q] : real(0);
     sD[q] = D && q < width ? D[c0 + q] : real(0);
   }
+#if N < NP
+  for (int q = tid; q < 2 * TILE * (NP - N); q += NT) {
+    (&sb[0][0][0])[q / (NP - N) * NP + N + q % (NP - N)] = real(0);
+    (&sc[0][0][0])[q / (NP - N) * NP + N + q % (NP - N)] = real(0);
+  }
+#endif
+  __syncthreads();
   const i64 b = blockIdx.y;
   const int k0 = blockIdx.z, t_begin = k0 * chunk_len, t_end = min(L, t_begin + chunk_len);
 
@@ -95,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
 #endif
     h[n] = real(0);
     if (here) {
-      if (PASS == 0 && chunks > 1) h[n] = chunk_state[((b * chunks + k0) * d_inner + c) * N + s];
-      else if (PASS == 0 && !VARLEN && init && k0 == 0) h[n] = init[(b * d_inner + c) * N + s];
+      if (LAST_PASS && chunks > 1) h[n] = chunk_state[((b * chunks + k0) * d_inner + c) * N + s];
+      else if (LAST_PASS && !VARLEN && init && k0 == 0) h[n] = init[(b * d_inner + c) * N + s];
     }
   }
   real dt_sum = real(0);
@@ -104,146 +134,221 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
   bool was_reset = false;
 #endif
 
-  // The elementwise role: piece i of this thread is row `row[i]`, channels seg[i]..seg[i]+7 of the block.
-  Pack8 nu[ITEMS], nd[ITEMS], nz[ITEMS];
-  auto prefetch = [&](int t0) {
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      const int q = tid + i * NT, row = q / (CB / 8), seg = (q % (CB / 8)) * 8;
-      const int n = (q < SEGS && t0 + row < t_end) ? max(0, min(8, width - seg)) : 0;
-      const i64 t = t0 + row;
-      nu[i] = load8(u + b * u_b + t * u_l + c0 + seg, n, vec);
-      nd[i] = load8(dt + b * dt_b + t * dt_l + c0 + seg, n, vec);
-      if (PASS == 0 && HASZ) nz[i] = load8(z + b * z_b + t * z_l + c0 + seg, n, vec);
-    }
-  };
-  prefetch(t_begin);
-  __syncthreads();
-  for (int t0 = t_begin; t0 < t_end; t0 += TILE) {
-    const int steps = min(TILE, t_end - t0);
-#if PASS == 0
-    if (ckpt && live && t0 % ckpt_every == 0) {
-      real* p = ckpt + ((b * ((L + ckpt_every - 1) / ckpt_every) + t0 / ckpt_every) * d_inner + c) * N;
-#pragma unroll
-      for (int n = 0; n < NS; n++) if (g * NS + n < N) p[g * NS + n] = h[n];
-    }
+  // The elementwise role: piece i of this thread is row `row0 + i * ROWS_APART`, channels seg..seg+7 of the block.
+  const int row0 = tid / PER, seg = (tid % PER) * 8, swap = (tid % PER) >> 1;
+  const bool busy = SEGS >= NT || tid < SEGS;
+  const int count = busy ? max(0, min(8, width - seg)) : 0;
+  const act *pu = u + b * u_b + (i64)(t_begin + row0) * u_l + c0 + seg, *pd = dt + b * dt_b + (i64)(t_begin + row0) * dt_l + c0 + seg;
+  const act *pu_late = pu, *pz = HASZ ? z + b * z_b + (i64)(t_begin + row0) * z_l + c0 + seg : nullptr;
+  act* py = y + (b * L + t_begin + row0) * d_inner + c0 + seg;
+  Pack8 nu[ITEMS], nd[ITEMS], lu[ITEMS], lz[ITEMS];  // tile k + 1: u, dt; tile k: u once more, z
+#if AHEAD
+  const bool is_c = tid >= PIECES;
+  const int brow = (is_c ? tid - PIECES : tid) / (N / 8), bn = (is_c ? tid - PIECES : tid) % (N / 8) * 8;
+  const bool brings = is_c ? (LAST_PASS && !FIXC && tid < 2 * PIECES) : !FIXB;
+  const i64 pb_l = is_c ? C_l : B_l;
+  const act* pb = brings ? (is_c ? Cm + b * C_b + grp * C_g : Bm + b * B_b + grp * B_g) + (i64)(t_begin + brow) * pb_l + bn : nullptr;
+  Pack8 nb;
 #endif
-    Pack8 cu[ITEMS], cz[ITEMS];
+  auto fetch = [&](int t0) {  // u, dt, B, C of the tile that starts at t0
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-      const int q = tid + i * NT, row = q / (CB / 8), seg = (q % (CB / 8)) * 8;
-      cu[i] = nu[i];
-      if (PASS == 0 && HASZ) cz[i] = nz[i];
-      if (q < SEGS) {
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          real v = to_real(nd[i].v[j]) + sbias[seg + j];
-          if (has_softplus) v = softplus(v);
-          if (row >= steps) v = real(0);  // a step of length zero leaves the state as it is
-          sdu[row][seg + j][0] = v;
-          sdu[row][seg + j][1] = v * to_real(nu[i].v[j]);
-        }
+      const int n = t0 + row0 + i * ROWS_APART < t_end && (ITEMS * NT == SEGS || row0 + i * ROWS_APART < TILE) ? count : 0;
+      if (!VEC || n) {
+        nu[i] = load8(pu + (i64)(i * ROWS_APART) * u_l, VEC ? 8 : n, VEC);
+        nd[i] = load8(pd + (i64)(i * ROWS_APART) * dt_l, VEC ? 8 : n, VEC);
       }
     }
+    pu += TILE * u_l;
+    pd += TILE * dt_l;
+#if AHEAD
+    if (brings && t0 + brow < t_end) nb = load8(pb, 8, true);
+    pb += TILE * pb_l;
+#endif
+  };
+  auto fetch_late = [&](int t0) {
+    if (!LAST_PASS) return;
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      const int n = t0 + row0 + i * ROWS_APART < t_end && (ITEMS * NT == SEGS || row0 + i * ROWS_APART < TILE) ? count : 0;
+      if (!VEC || n) {
+        lu[i] = load8(pu_late + (i64)(i * ROWS_APART) * u_l, VEC ? 8 : n, VEC);
+        if (HASZ) lz[i] = load8(pz + (i64)(i * ROWS_APART) * z_l, VEC ? 8 : n, VEC);
+      }
+    }
+    pu_late += TILE * u_l;
+    if (HASZ) pz += TILE * z_l;
+  };
+  // Outputs of the tile at t0, from the slots of buffer w.
+  auto gate = [&](int t0, int w) {
+    if (!LAST_PASS) return;
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      const int row = row0 + i * ROWS_APART;
+      const int n = t0 + row < t_end && (ITEMS * NT == SEGS || row < TILE) ? count : 0;
+      if (n > 0) {
+        Pack8 out;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const Four f = *reinterpret_cast<const Four*>(&slots[w][row][seg + ((j ^ swap) & 3) * 2]);
+#pragma unroll
+          for (int m = 0; m < 2; m++) {
+            const int e = 2 * j + m;
+            real v = fma_(sD[seg + e], to_real(lu[i].v[e]), f.v[2 * m]);
+            if (HASZ) v *= silu(to_real(lz[i].v[e]));
+            out.v[e] = to_act(v);
+          }
+        }
+        store8(py + (i64)(i * ROWS_APART) * d_inner, out, VEC ? 8 : n, VEC);
+      }
+    }
+    py += (i64)TILE * d_inner;
+  };
+  // softplus(dt) and dt*u of the tile at t0 into buffer w, with its B and C.
+  auto stage = [&](int t0, int w) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      const int row = row0 + i * ROWS_APART;
+      if (!busy || (ITEMS * NT != SEGS && row >= TILE)) continue;
+      if (t0 + row < t_end) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          Four f;
+#pragma unroll
+          for (int m = 0; m < 2; m++) {
+            const int e = 2 * j + m;
+            real v = to_real(nd[i].v[e]) + sbias[seg + e];
+            if (SOFTPLUS) v = softplus(v);
+            f.v[2 * m] = v;
+            f.v[2 * m + 1] = v * to_real(nu[i].v[e]);
+          }
+          *reinterpret_cast<Four*>(&slots[w][row][seg + ((j ^ swap) & 3) * 2]) = f;
+        }
+      } else {  // a step of length zero leaves the state as it is
+#pragma unroll
+        for (int j = 0; j < 4; j++) *reinterpret_cast<Four*>(&slots[w][row][seg + j * 2]) = Four{};
+      }
+    }
+#if AHEAD
+    if (brings) {
+      real* to = is_c ? &sc[w][brow][bn] : &sb[w][brow][bn];
+      const bool here = t0 + brow < t_end;
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        Four f;
+#pragma unroll
+        for (int m = 0; m < 4; m++) f.v[m] = here ? to_real(nb.v[4 * j + m]) : real(0);
+        reinterpret_cast<Four*>(to)[j] = f;
+      }
+    }
+#else
 #pragma unroll 4
     for (int q = tid; q < TILE * N; q += NT) {
       const int row = q / N, n = q % N;
-      const bool here = row < steps;
-      if (!FIXB) sb[row][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + row) * B_l + grp * B_g + n]) : real(0);
-      if (PASS == 0 && !FIXC) sc[row][n] = here ? to_real(Cm[b * C_b + (i64)(t0 + row) * C_l + grp * C_g + n]) : real(0);
-    }
-    if (N < NP)
-      for (int q = tid; q < TILE * (NP - N); q += NT) {
-        sb[q / (NP - N)][N + q % (NP - N)] = real(0);
-        sc[q / (NP - N)][N + q % (NP - N)] = real(0);
-      }
-#if VARLEN
-    if (tid < TILE) {
-      sstart[tid] = t0 + tid < t_end ? starts[t0 + tid] : 0;
-      send[tid] = t0 + tid < t_end ? ends[t0 + tid] : 0;
+      const bool here = t0 + row < t_end;
+      if (!FIXB) sb[w][row][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + row) * B_l + grp * B_g + n]) : real(0);
+      if (LAST_PASS && !FIXC) sc[w][row][n] = here ? to_real(Cm[b * C_b + (i64)(t0 + row) * C_l + grp * C_g + n]) : real(0);
     }
 #endif
-    if (t0 + TILE < t_end) prefetch(t0 + TILE);
-    __syncthreads();
-
-#pragma unroll 2
-    for (int s0 = 0; s0 < TILE; s0 += R) {
-      if (s0 >= steps) break;
-      real acc[R];
+#if VARLEN
+    if (tid < TILE) {
+      sstart[w][tid] = t0 + tid < t_end ? starts[t0 + tid] : 0;
+      send[w][tid] = t0 + tid < t_end ? ends[t0 + tid] : 0;
+    }
+#endif
+  };
+  auto scan = [&](int t0, int w) {
+#if PASS == 0
+    if (ckpt && live && t0 % EVERY == 0) {
+      real* p = ckpt + ((b * ((L + EVERY - 1) / EVERY) + t0 / EVERY) * d_inner + c) * N;
+#if N == NP && NS == 4
+      reinterpret_cast<Four*>(p)[g] = Four{h[0], h[1], h[2], h[3]};
+#else
 #pragma unroll
-      for (int r = 0; r < R; r++) {
+      for (int n = 0; n < NS; n++) if (g * NS + n < N) p[g * NS + n] = h[n];
+#endif
+    }
+#endif
+    constexpr int unrolled = UNROLL;
+#pragma unroll unrolled
+    for (int s0 = 0; s0 < TILE; s0 += 4) {
+      real acc[4];
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
         const int s = s0 + r;
 #if VARLEN
-        if (sstart[s]) {  // the same for every thread of the block
+        if (sstart[w][s]) {  // the same for every thread of the block
 #if PASS == 1
           was_reset = true;
 #endif
 #pragma unroll
           for (int n = 0; n < NS; n++)
-            h[n] = (init && live && g * NS + n < N) ? init[((i64)(sstart[s] - 1) * d_inner + c) * N + g * NS + n] : real(0);
+            h[n] = (init && live && g * NS + n < N) ? init[((i64)(sstart[w][s] - 1) * d_inner + c) * N + g * NS + n] : real(0);
         }
 #endif
-        const real dv = sdu[s][ch][0], du = sdu[s][ch][1];
-        if (PASS == 1) dt_sum += dv;
+        const Slot f = slots[w][s][at];
+        if (PASS == 1) dt_sum += f.dv;
         acc[r] = real(0);
 #pragma unroll
-        for (int n = 0; n < NS; n++) {
+        for (int m = 0; m < NS; m += 4) {
+#if !FIXB
+          const Four fb = *reinterpret_cast<const Four*>(&sb[w][s][g * NS + m]);
+#endif
+#if PASS == 0 && !FIXC
+          const Four fc = *reinterpret_cast<const Four*>(&sc[w][s][g * NS + m]);
+#endif
+#pragma unroll
+          for (int q = 0; q < 4; q++) {
+            const int n = m + q;
 #if FIXB
-          const real bv = bf[n];
+            const real bv = bf[n];
 #else
-          const real bv = sb[s][g * NS + n];
+            const real bv = fb.v[q];
 #endif
-          h[n] = fma_(ex2(dv * a[n]), h[n], du * bv);
+            h[n] = fma_(decay(f.dv, a[n]), h[n], f.du * bv);
 #if PASS == 0 && FIXC
-          acc[r] = fma_(h[n], cf[n], acc[r]);
+            acc[r] = fma_(h[n], cf[n], acc[r]);
 #elif PASS == 0
-          acc[r] = fma_(h[n], sc[s][g * NS + n], acc[r]);
+            acc[r] = n ? fma_(h[n], fc.v[q], acc[r]) : h[n] * fc.v[q];
 #endif
+          }
         }
 #if VARLEN && PASS == 0
-        if (send[s] && final_state && live) {
+        if (send[w][s] && final_state && live) {
 #pragma unroll
           for (int n = 0; n < NS; n++)
-            if (g * NS + n < N) final_state[((i64)(send[s] - 1) * d_inner + c) * N + g * NS + n] = h[n];
+            if (g * NS + n < N) final_state[((i64)(send[w][s] - 1) * d_inner + c) * N + g * NS + n] = h[n];
         }
 #endif
       }
 #if PASS == 0
-      // Butterfly over the G lanes of a channel: lane g ends with step s0 + g % R.
-      real keep = acc[0];
-      if (R == 4) {
-        const bool b0 = g & 1, b1 = g & 2;
-        real k0_ = b0 ? acc[1] : acc[0], k1_ = b0 ? acc[3] : acc[2];
-        k0_ += __shfl_xor_sync(~0u, b0 ? acc[0] : acc[1], 1);
-        k1_ += __shfl_xor_sync(~0u, b0 ? acc[2] : acc[3], 1);
-        keep = (b1 ? k1_ : k0_) + __shfl_xor_sync(~0u, b1 ? k0_ : k1_, 2);
-      } else if (R == 2) {
-        keep = ((g & 1) ? acc[1] : acc[0]) + __shfl_xor_sync(~0u, (g & 1) ? acc[0] : acc[1], 1);
-      }
+      // Butterfly over the G lanes of a channel: lane g ends with step s0 + g % 4. It comes back from the shuffles only
+      // when every lane of the channel has read the slot it now writes.
+      const bool b0 = g & 1, b1 = g & 2;
+      real k0_ = b0 ? acc[1] : acc[0], k1_ = b0 ? acc[3] : acc[2];
+      k0_ += __shfl_xor_sync(~0u, b0 ? acc[0] : acc[1], 1);
+      k1_ += __shfl_xor_sync(~0u, b0 ? acc[2] : acc[3], 1);
+      real keep = (b1 ? k1_ : k0_) + __shfl_xor_sync(~0u, b1 ? k0_ : k1_, 2);
 #pragma unroll
-      for (int m = R; m < G; m <<= 1) keep += __shfl_xor_sync(~0u, keep, m);
-      if (g < R) sy[s0 + g][ch] = keep;
+      for (int m = 4; m < G; m <<= 1) keep += __shfl_xor_sync(~0u, keep, m);
+      if (G == 4 || g < 4) slots[w][s0 + g % 4][at].dv = keep;
 #endif
+    }
+  };
+
+  const int tiles = (t_end - t_begin + TILE - 1) / TILE;
+  fetch(t_begin);
+  for (int k = -1; k <= tiles; k++) {
+    const int t0 = t_begin + k * TILE, w = k & 1;
+    if (k > 0) gate(t0 - TILE, w ^ 1);
+    if (k + 1 < tiles) stage(t0 + TILE, w ^ 1);
+    if (k == tiles) break;
+    if (k + 2 < tiles) fetch(t0 + 2 * TILE);
+    if (k >= 0) {
+      fetch_late(t0);
+      scan(t0, w);
     }
     __syncthreads();
-#if PASS == 0
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      const int q = tid + i * NT, row = q / (CB / 8), seg = (q % (CB / 8)) * 8;
-      const int n = (q < SEGS && row < steps) ? min(8, width - seg) : 0;
-      if (n > 0) {
-        Pack8 out;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          real v = sy[row][seg + j];
-          v = fma_(sD[seg + j], to_real(cu[i].v[j]), v);
-          if (HASZ) v *= silu(to_real(cz[i].v[j]));
-          out.v[j] = to_act(v);
-        }
-        store8(y + (b * L + t0 + row) * d_inner + c0 + seg, out, n, flags & 4);
-      }
-    }
-#endif
   }
   if (!live) return;
 #if PASS == 1
@@ -274,6 +379,6 @@ extern "C" __global__ void __launch_bounds__(128) scan_combine(
     real* p = chunk_state + (b * chunks + k) * size + i;
     const real end = k + 1 < chunks ? *p : real(0), s = k + 1 < chunks ? chunk_dt[(b * chunks + k) * d_inner + c] : real(0);
     *p = h;
-    h = s < real(0) ? end : fma_(ex2(s * a), h, end);
+    h = s < real(0) ? end : fma_(decay(s, a), h, end);
   }
 }
