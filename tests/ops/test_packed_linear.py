@@ -206,14 +206,14 @@ WRONG = [
     (lambda: pack_weight(torch.ones(4, 6, dtype=torch.int32)), errors.DTypeError, "weight must be float32.*int32"),
     (lambda: pack_weight(torch.full((2, 2), float("inf")), "int8"), errors.ConfigError, "non-finite.*mend the weight"),
     (lambda: packed_linear(torch.ones(2, 5), WEIGHT), errors.ShapeError, r"x must have shape \(..., 6\), got \(2, 5\)"),
-    (lambda: packed_linear(torch.ones(2, 6).int(), WEIGHT), errors.DTypeError, "x must be float64.*got int32"),
+    (lambda: packed_linear(torch.ones(2, 6).int(), WEIGHT), errors.DTypeError, "x must be float32.*got int32"),
     (lambda: packed_linear(torch.ones(2, 6), torch.ones(4, 6)), errors.ConfigError, "make one with pack_weight"),  # type: ignore
     (
         lambda: packed_linear(torch.ones(2, 6), WEIGHT, torch.ones(5)),
         errors.ShapeError,
         r"bias must have shape \(out,\) = \(4,\), got \(5,\)",
     ),
-    (lambda: packed_linear(torch.ones(2, 6), WEIGHT, torch.ones(4).int()), errors.DTypeError, "bias must be float64"),
+    (lambda: packed_linear(torch.ones(2, 6), WEIGHT, torch.ones(4).int()), errors.DTypeError, "bias must be float32.*got int32"),
     (
         lambda: packed_linear(torch.ones(2, 6, device="meta"), WEIGHT),
         errors.ShapeError,
