@@ -213,7 +213,11 @@ WRONG = [
         errors.ShapeError,
         r"bias must have shape \(out,\) = \(4,\), got \(5,\)",
     ),
-    (lambda: packed_linear(torch.ones(2, 6), WEIGHT, torch.ones(4).int()), errors.DTypeError, "bias must be float32.*got int32"),
+    (
+        lambda: packed_linear(torch.ones(2, 6), WEIGHT, torch.ones(4).int()),
+        errors.DTypeError,
+        "bias must be float32.*got int32",
+    ),
     (
         lambda: packed_linear(torch.ones(2, 6, device="meta"), WEIGHT),
         errors.ShapeError,
