@@ -35,6 +35,7 @@ using namespace ss;
 constexpr int64_t kBlock = 64;      // channels whose parts of dB and dC are summed together; a multiple of every W
 constexpr int64_t kPitch = kBlock;  // row of a block's [states][channels] matrix
 constexpr int64_t kPanel = 4;       // most blocks of a task
+constexpr int64_t kSkew = 7;        // cache lines between buffers, see lay_out
 constexpr int64_t kRow = kPanel * kPitch;  // row of a task's [chunk][channels] buffers
 constexpr int64_t kSlots = 16;      // groups of sequences whose gradients of A, D, dt_bias are summed apart
 constexpr int kStates = SS_VECTOR_REGISTERS == 32 ? 16 : 8;  // states of a vector of channels that registers hold
@@ -154,7 +155,7 @@ template <class R> struct Buffers {
   R *dt, *dtu, *y;                     // [chunk][kRow]
   R *B, *C;                            // [chunk][states] of the block at work
   R *slope, *dyz, *s, *ddt;            // [chunk][kRow], backward
-  R *states, *decays;                  // [chunk + 1][states][kPitch], [chunk][states][kPitch] of the block at work, backward
+  R *states, *decays;                  // chunk + 1 and chunk of the block at work's [states][kPitch], history() apart, backward
   R *dh, *dA, *db_fixed, *dc_fixed;    // kPanel x [states][kPitch], backward; the sums over one chunk
   R *dD, *dbias;                       // [kRow], backward; likewise
   Total<R> dA_all, db_fixed_all, dc_fixed_all, dD_all, dbias_all;  // the sums over all chunks
@@ -172,13 +173,18 @@ template <class R> struct Buffers {
   }
 };
 
+// Distance between two positions in the states and decays that the backward keeps, off a page's length as in lay_out.
+SS_INLINE constexpr int64_t history(int64_t states) { return states * kPitch + 5 * 16; }
+
 // Lays the buffers out from `base`; returns the bytes taken (base may be null to measure).
 template <class R> size_t lay_out(Buffers<R>& w, const ss_scan_args& p, bool backward, char* base) {
   w = Buffers<R>();
+  // Matrices are often a whole page long: without the few lines between them the same element of each would fall into the
+  // same set of the first-level cache, which the adjoint's streams then fill up.
   size_t at = 0;
   auto take = [&](R*& pointer, int64_t count) {
     pointer = base ? reinterpret_cast<R*>(base + at) : nullptr;
-    at += (size_t(count) * sizeof(R) + 63) / 64 * 64;
+    at += (size_t(count) * sizeof(R) + 63) / 64 * 64 + kSkew * 64;
   };
   int64_t n = p.states, k = p.chunk, rows = n * kPitch, panel = kPanel * rows, tile = k * kRow;
   take(w.A, panel), take(w.h, panel), take(w.b_fixed, panel), take(w.c_fixed, panel);
@@ -187,7 +193,7 @@ template <class R> size_t lay_out(Buffers<R>& w, const ss_scan_args& p, bool bac
   take(w.B, k * n), take(w.C, k * n);
   if (backward) {
     take(w.slope, tile), take(w.dyz, tile), take(w.s, tile), take(w.ddt, tile);
-    take(w.states, (k + 1) * rows), take(w.decays, k * rows);
+    take(w.states, (k + 1) * history(n)), take(w.decays, k * history(n));
     take(w.dh, panel), take(w.dA, panel), take(w.db_fixed, panel), take(w.dc_fixed, panel);
     take(w.dD, kRow), take(w.dbias, kRow);
     for (Total<R>* q : {&w.dA_all, &w.db_fixed_all, &w.dc_fixed_all}) take(q->sum, panel), take(q->lost, panel);
@@ -268,8 +274,8 @@ SS_NOINLINE void recur(const Run<typename V::scalar>& r, int64_t n0) {
     V dt = V::load(r.dt + t * kRow), dtu = V::load(r.dtu + t * kRow);
     V y = Out ? V::load(r.y + t * kRow) : V::zero();
     if (n0 == 0) r.ahead->touch(t, r.ahead_offset);
-    R* SS_RESTRICT hs = Keep ? r.kept_states + ((t + 1) * r.states + n0) * kPitch : nullptr;
-    R* SS_RESTRICT as = Keep ? r.kept_decays + (t * r.states + n0) * kPitch : nullptr;
+    R* SS_RESTRICT hs = Keep ? r.kept_states + (t + 1) * history(r.states) + n0 * kPitch : nullptr;
+    R* SS_RESTRICT as = Keep ? r.kept_decays + t * history(r.states) + n0 * kPitch : nullptr;
     SS_UNROLL
     for (int n = 0; n < N; ++n) {
       V x = dt * V::load(A + n * kPitch);
@@ -356,9 +362,9 @@ SS_INLINE void step_back(const Buffers<typename V::scalar>& w, int64_t t, int64_
   }
   const R* SS_RESTRICT B = w.B + t * states;
   const R* SS_RESTRICT C = w.C + t * states;
-  const R* SS_RESTRICT before = w.states + t * states * kPitch + v;
-  const R* SS_RESTRICT after = before + states * kPitch;
-  const R* SS_RESTRICT decays = w.decays + t * states * kPitch + v;
+  const R* SS_RESTRICT before = w.states + t * history(states) + v;
+  const R* SS_RESTRICT after = before + history(states);
+  const R* SS_RESTRICT decays = w.decays + t * history(states) + v;
   R* SS_RESTRICT dh_row = w.dh + v;
   R* SS_RESTRICT dA_row = w.dA + v;
   const R* SS_RESTRICT A_row = w.A + v;
