@@ -1,0 +1,91 @@
+"""The demo leaves what it names, goes on where it was interrupted, and harms nothing that isn't its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from statescan.errors import ConfigError
+from statescan.evaluate import ngram_bits_per_byte
+from statescan.models import MambaConfig
+from statescan.recipes import demo as recipe
+from statescan.recipes.demo import demo, demo_run
+from statescan.train import train
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "MODEL", MambaConfig(d_model=16, n_layer=1, vocab_size=256, initializer_range=0.08))
+
+
+def test_a_demo_leaves_what_it_names_and_is_replaced_by_the_next(tmp_path: Path) -> None:
+    out, lines = tmp_path / "demo", []
+    summary = demo(out, steps=3, say=lines.append, progress=False)
+    assert [name for name in summary["files"] if not (out / name).exists()] == []
+    assert json.loads((out / "summary.json").read_text())["bits_per_byte"] == summary["bits_per_byte"]
+    assert [entry["step"] for entry in summary["evaluations"]] == [0, 1, 2, 3]
+    assert summary["evaluations"][-1]["bits_per_byte"] < summary["evaluations"][0]["bits_per_byte"]
+    assert any("5-gram" in line for line in lines)
+    assert any("worse than 5-gram" in line for line in lines)  # three updates don't beat it, and it says so
+    assert f"{summary['bits_per_byte']:.4f}" in (out / "summary.md").read_text()
+
+    from statescan.data import build_token_file
+
+    learnt, held_out = build_token_file(recipe.CORPUS).split(0.05)
+    assert summary["yardsticks"]["5-gram"] == pytest.approx(ngram_bits_per_byte(learnt.tobytes(), held_out.tobytes()))
+    assert summary["held_out_bytes"] == len(held_out)
+
+    (out / "old").touch()
+    again = demo(out, steps=3, say=lines.append, progress=False)
+    assert not (out / "old").exists()
+    # The same machine, the same figures (another precision may have been the faster one in the probe).
+    if again["run"] == summary["run"]:
+        assert again["bits_per_byte"] == summary["bits_per_byte"]
+
+
+def test_an_interrupted_demo_goes_on(tmp_path: Path) -> None:
+    run = demo_run(4, "float32", seed=1)
+
+    class Stop(recipe.Callback):
+        def on_checkpoint(self, step: int, path: Path) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "model", progress=False, callbacks=[Stop()])
+    lines: list[str] = []
+    summary = demo(tmp_path, steps=4, seed=1, say=lines.append, progress=False)
+    assert any("going on where it was interrupted" in line for line in lines)
+    assert summary["steps"] == 4
+    train(run, tmp_path / "whole", progress=False)
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        tmp_path / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_slow_machine_trains_fewer_steps_and_its_time_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "_probe", lambda: {"float32": 0.5, "bf16": 2.0})
+    resumed, run, _ = recipe._plan(tmp_path / "slow", None, 0)
+    assert not resumed
+    assert (run.train.steps, run.train.precision) == (250, "float32")
+    monkeypatch.setattr(recipe, "_LIMIT", 0.0)
+    summary = demo(tmp_path / "ended", steps=30, say=lambda line: None, progress=False)
+    assert summary["stopped_by_time"]
+    assert summary["steps"] < 30
+    assert "stopped by its time limit" in (tmp_path / "ended" / "summary.md").read_text()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="--out must be new, empty or an earlier demo's folder"):
+        demo(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+    with pytest.raises(ConfigError, match="got the file"):
+        demo(tmp_path / "thesis.txt")
