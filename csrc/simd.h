@@ -527,7 +527,8 @@ template <class V> SS_INLINE V softplus(V x) {
 template <class V> SS_INLINE V sigmoid(V x) { return V::set(1) / (V::set(1) + exp(V::zero() - x)); }
 // d softplus(x) / dx with the same threshold.
 template <class V> SS_INLINE V softplus_slope(V x) { return select_lt(V::set(20), x, V::set(1), sigmoid(x)); }
-template <class V> SS_INLINE V silu(V x) { return x * sigmoid(x); }
+// One division and no product: a rounding less than x times its sigmoid.
+template <class V> SS_INLINE V silu(V x) { return x / (V::set(1) + exp(V::zero() - x)); }
 
 }  // namespace SS_ISA
 }  // namespace ss

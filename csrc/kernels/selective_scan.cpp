@@ -157,7 +157,7 @@ template <class R> struct Buffers {
   R *slope, *dyz, *s, *ddt;            // [chunk][kRow], backward
   R *states, *decays;                  // chunk + 1 and chunk of the block at work's [states][kPitch], history() apart, backward
   R *dh, *dA, *db_fixed, *dc_fixed;    // kPanel x [states][kPitch], backward; the sums over one chunk
-  R *dD, *dbias;                       // [kRow], backward; likewise
+  R *dD, *dbias;                       // [kRow], backward; the sums over a few positions
   Total<R> dA_all, db_fixed_all, dc_fixed_all, dD_all, dbias_all;  // the sums over all chunks
   R *db_lanes, *dc_lanes;              // [states rounded up to W][W], backward
 
@@ -538,7 +538,7 @@ template <class S, class R> struct Scan {
     const S* u = at(p.u, q.row * p.u_batch + row * p.u_step);
     const S* dy = at(p.dy, q.row * p.dy_batch + row * p.dy_step);
     const S* z = p.z ? at(p.z, q.row * p.z_batch + row * p.z_step) : nullptr;
-    for (int64_t t = steps - 1; t >= 0; --t)
+    for (int64_t t = steps - 1; t >= 0; --t) {
       each_vector(panel, blocks, [&](int64_t c, int64_t place, int64_t left) {
         const int64_t o = t * kRow + place, to = out + t * p.channels + c;
         V x = read<V>(u + t * p.u_step + c, left), g = V::load(w.dyz + o), s = V::load(w.s + o);
@@ -554,6 +554,8 @@ template <class S, class R> struct Scan {
           write(read<V>(dy + t * p.dy_step + c, left) * V::load(w.y + o) * slope, at(p.dz, to), left);
         }
       });
+      if (t % 4 == 0) settle(w.dD, w.dD_all, kRow), settle(w.dbias, w.dbias_all, kRow);
+    }
   }
 
   void backward(Buffers<R>& w, const Block* panel, int64_t first, int64_t blocks, int64_t s, const Parts<R>& parts) const {
@@ -597,8 +599,6 @@ template <class S, class R> struct Scan {
         if (p.c_fixed) settle(own.dc_fixed, own.dc_fixed_all, matrix);
       }
       finish(w, panel, blocks, q, t0, steps);
-      settle(w.dD, w.dD_all, kRow);
-      settle(w.dbias, w.dbias_all, kRow);
     }
     if (p.dinitial)
       for (int64_t i = 0; i < blocks; ++i) turn_out<R>(w.dh + i * matrix, panel[i], p.states, static_cast<R*>(p.dinitial) + state_at);
