@@ -4,6 +4,9 @@ Every adapter takes a `CausalLM` and builds the peer's model from its weights, s
 figure is believed.
 """
 
+# The peers are no dependency of ours: where they are not installed nothing here is called.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import ctypes
@@ -223,7 +226,7 @@ class GgmlScan:
     def __init__(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, threads: int) -> None:
         import llama_cpp
 
-        folder = Path(llama_cpp.__file__).parent / "lib"
+        folder = Path(str(llama_cpp.__file__)).parent / "lib"
         base, cpu = (
             ctypes.CDLL(str(folder / f"lib{n}.so"), mode=ctypes.RTLD_GLOBAL) for n in ("ggml-base", "ggml-cpu")
         )
