@@ -278,7 +278,15 @@ def test_missing_extras_are_named(make_run, tmp_path, monkeypatch, capsys):
         train(make_run(steps=1), tmp_path / "other", progress=False)
 
 
-def test_a_second_signal_ends_it_at_once(make_run, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Python's own SIGINT handler, which a process started in the background with the signal ignored lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_ends_it_at_once(make_run, tmp_path, interruptible):
     class Twice(Callback):
         def on_log(self, row):
             signal.raise_signal(signal.SIGINT)
