@@ -41,9 +41,33 @@ def _core() -> Any:
     return core
 
 
+_PROBE = 'extern "C" __global__ void probe() {}'
+
+
+def _probe() -> str | None:
+    """Compiles and loads an empty kernel: finds a missing compiler or too old a driver before a real call does."""
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        name = torch.cuda.get_device_name()
+        return f"its kernels need compute capability 8.0, {name} has {major}.{minor}; use backend='torch'"
+    try:
+        core = _core()
+        core.Device(torch.cuda.current_device()).set_current()
+        core.ObjectCode.from_cubin(_cached(_PROBE, (), f"sm_{major}{minor}")).get_kernel("probe")
+    except Exception as problem:
+        wanted = torch.version.cuda or "13"
+        text = " ".join(str(problem).split())
+        return (
+            f"an empty kernel could not be compiled and loaded ({type(problem).__name__}: {text}); it takes a driver "
+            f"for CUDA {wanted} and pip install 'cuda-core[cu{wanted.split('.')[0]}]'"
+        )
+    return None
+
+
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why CUDA kernels can't be compiled here, with the cure; None where they can."""
+    """Why CUDA kernels can't be compiled here, with the cure; None where they can. Where there is a GPU that goes
+    unused for it, it also warns, once a process."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip:
@@ -52,8 +76,12 @@ def unavailable_reason() -> str | None:
         _core()
     except ImportError as problem:
         major = (torch.version.cuda or "13").split(".")[0]
-        return f"cuda-core does not import ({problem}); install it: pip install 'cuda-core[cu{major}]'"
-    return None
+        reason = f"cuda-core does not import ({problem}); install it: pip install 'cuda-core[cu{major}]'"
+    else:
+        reason = _probe()
+    if reason is not None:
+        warnings.warn(f"statescan's CUDA kernels are not used: {reason}", stacklevel=2)
+    return reason
 
 
 def cache_folder() -> Path:
@@ -65,13 +93,15 @@ def cache_folder() -> Path:
 
 def _compile(source: str, options: tuple[str, ...], arch: str) -> bytes:
     core = _core()
-    defines = [o.split("=", 1) for o in options]
-    settings = core.ProgramOptions(arch=arch, std="c++17", define_macro=[(k, v) for k, v in defines])
+    defines = [tuple(o.split("=", 1)) for o in options] or None  # it takes no empty list
+    settings = core.ProgramOptions(arch=arch, std="c++17", define_macro=defines)
     try:
         code = core.Program(source, "c++", settings).compile("cubin").code
     except Exception as problem:
+        text = " ".join(str(problem).split())
         raise BackendUnavailableError(
-            f"a CUDA kernel did not compile for {arch} with {options}: {problem}"
+            f"a CUDA kernel did not compile for {arch} with {' '.join(options) or 'no options'}: {text}; "
+            "use backend='torch' and report this"
         ) from problem
     return bytes(code)
 

@@ -115,11 +115,33 @@ DEV act to_act(real x) {
 #endif
 }
 
+// Every q < count once over the block's NT threads; how often a thread comes by is known when compiling.
+#define FOR_EACH(q, count)                                                \
+  _Pragma("unroll") for (int q##_ = 0; q##_ < ((count) + NT - 1) / NT; q##_++) \
+    if (const int q = threadIdx.x + q##_ * NT; (count) % NT == 0 || q < (count))
+
 // Four numbers that move as one (16 bytes in float32).
 struct alignas(16) Four { real v[4]; };
 
-// Eight neighbouring channels of one position. `n` of them exist; `vec`: 16-byte aligned and whole.
+// Eight neighbouring channels of one position. 16-bit numbers stay in pairs until they are used: taken apart where they
+// arrive, they would make the thread wait for memory there. `n` of the eight exist; `vec`: 16-byte aligned and whole.
+#if IN == 1 || IN == 2
+struct alignas(16) Pack8 { u32 w[4]; };
+DEV real part(const Pack8& p, int j) {
+#if IN == 1
+  return __uint_as_float(j & 1 ? p.w[j / 2] & 0xffff0000u : p.w[j / 2] << 16);
+#else
+  return to_real(act(j & 1 ? p.w[j / 2] >> 16 : p.w[j / 2]));
+#endif
+}
+DEV void set_pair(Pack8& p, int j, real low, real high) { p.w[j / 2] = u32(to_act(low)) | u32(to_act(high)) << 16; }
+DEV act piece(const Pack8& p, int j) { return act(j & 1 ? p.w[j / 2] >> 16 : p.w[j / 2]); }
+#else
 struct alignas(16) Pack8 { act v[8]; };
+DEV real part(const Pack8& p, int j) { return p.v[j]; }
+DEV void set_pair(Pack8& p, int j, real low, real high) { p.v[j] = low; p.v[j + 1] = high; }
+DEV act piece(const Pack8& p, int j) { return p.v[j]; }
+#endif
 DEV Pack8 load8(const act* p, int n, bool vec) {
   Pack8 r;
   if (vec && n >= 8) {
@@ -127,7 +149,7 @@ DEV Pack8 load8(const act* p, int n, bool vec) {
     for (int i = 0; i < (int)sizeof(Pack8) / 16; i++) reinterpret_cast<uint4*>(&r)[i] = reinterpret_cast<const uint4*>(p)[i];
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) r.v[i] = i < n ? p[i] : act(0);
+    for (int i = 0; i < 8; i += 2) set_pair(r, i, i < n ? to_real(p[i]) : real(0), i + 1 < n ? to_real(p[i + 1]) : real(0));
   }
   return r;
 }
@@ -137,6 +159,6 @@ DEV void store8(act* p, const Pack8& r, int n, bool vec) {
     for (int i = 0; i < (int)sizeof(Pack8) / 16; i++) reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(&r)[i];
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) if (i < n) p[i] = r.v[i];
+    for (int i = 0; i < 8; i++) if (i < n) p[i] = piece(r, i);
   }
 }

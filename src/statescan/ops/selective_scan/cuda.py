@@ -66,7 +66,6 @@ class Plan:
 _NT_FORWARD, _NT_BACKWARD = 256, 256  # threads a block
 _RESIDENT_FORWARD, _RESIDENT_BACKWARD = 2, 2  # blocks that a multiprocessor holds at once
 _HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the most that fit
-_KEEP_DECAYS = 1
 
 
 def _chunks(blocks: int, wanted: int, length: int, tile: int) -> tuple[int, int]:
@@ -94,7 +93,7 @@ def plan(
         staged = 4 * tile * channels + 2 * tile * padded + 2 * channels
         kept = tile // history * states * threads
         sums = 2 * parts * threads // 32 * history * padded + 2 * states * threads
-        shares = 16 * min(threads, tile * channels // 8)
+        shares = 16 * min(threads, tile * channels // 8) + 128 * history
         return size * (staged + kept + sums + shares) + 8 * tile * packed
 
     options = [
@@ -237,6 +236,14 @@ class _Call:
         return (self.groups * per_group, self.u.shape[0], chunks), per_group
 
 
+def _spread(x: Tensor, groups: int) -> Tensor:
+    """B or C with as many groups as the kernels run: without a copy where all groups share one."""
+    if groups == 1 or x.dim() == 2 or (x.dim() == 4 and x.shape[2] == groups):
+        return x
+    x = x.unsqueeze(2) if x.dim() == 3 else x
+    return x.expand(-1, -1, groups, -1) if x.shape[2] == 1 else x.repeat_interleave(groups // x.shape[2], dim=2)
+
+
 def _prepare(
     u: Tensor,
     dt: Tensor,
@@ -252,10 +259,8 @@ def _prepare(
 ) -> _Call:
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     batch, length, d_inner = u.shape
-    groups = max(x.shape[2] if x.dim() == 4 else 1 for x in (B, C))
-    if groups > 1:  # an operand without groups is the same for each
-        B = B.unsqueeze(2).expand(-1, -1, groups, -1) if B.dim() == 3 else B
-        C = C.unsqueeze(2).expand(-1, -1, groups, -1) if C.dim() == 3 else C
+    groups = math.lcm(*(x.shape[2] if x.dim() == 4 else 1 for x in (B, C)))
+    B, C = (_spread(x, groups) for x in (B, C))
     u, dt, z, B, C = (_contiguous_last(x) for x in (u, dt, z, B, C))  # type: ignore[assignment]
     starts = ends = None
     if cu_seqlens is not None:
@@ -352,19 +357,18 @@ def _backward(
     n, p, device = c.A.shape[1], c.plan, c.u.device
     dy = dy.contiguous()
     gu, gdt = (torch.empty(batch, length, d_inner, dtype=c.u.dtype, device=device) for _ in range(2))
-    none = torch.empty(0, dtype=c.real, device=device)
-    gz = torch.empty_like(gu) if c.z is not None else none
     chunks = p.chunks_backward
     grid, per_group = c.grid(p.channels_backward, chunks)
 
     def real(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=c.real, device=device)
 
+    gz = torch.empty_like(gu) if c.z is not None else real(0)
     gA = real(batch, chunks, d_inner, n)
     gB = real(batch, chunks, d_inner, n) if c.fixed_B else real(grid[0], batch, length, n)
     gC = real(batch, chunks, d_inner, n) if c.fixed_C else real(grid[0], batch, length, n)
     gD, gbias = real(batch, chunks, d_inner), real(batch, chunks, d_inner)
-    ginit = none
+    ginit = real(0)
     if c.initial is not None:
         # An empty sequence hands its final state's gradient through.
         if c.varlen:
@@ -381,7 +385,7 @@ def _backward(
         access = c.wide_access(p.channels_backward, dy, gu, gdt)
         resident = 1 if c.real == torch.float64 else _RESIDENT_BACKWARD  # a double takes two registers
         sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
-        return c.options(KEEP=_KEEP_DECAYS, **sizes, **access, **more)
+        return c.options(**sizes, **access, **more)
 
     def launch(part: int) -> None:
         options = backward_options(PASS=part)
@@ -428,9 +432,9 @@ def _backward(
         gA.sum((0, 1)),
         shared(gB, c.B, c.fixed_B),
         shared(gC, c.C, c.fixed_C),
-        gD.sum((0, 1)) if c.D is not None else none,
+        gD.sum((0, 1)) if c.D is not None else real(0),
         gz,
-        gbias.sum((0, 1)) if c.bias is not None else none,
+        gbias.sum((0, 1)) if c.bias is not None else real(0),
         ginit,
     )
 
@@ -460,9 +464,11 @@ def _backward_op(*a: Any) -> tuple[Tensor, ...]:
 
 
 def _ungroup(gradient: Tensor, like: Tensor) -> Tensor:
-    """The gradient of an operand that was the same for every group is the sum over groups."""
+    """The gradient of an operand that was the same for several groups is the sum over them."""
     if like.dim() == 3 and gradient.dim() == 4:
         gradient = gradient.sum(2)
+    elif like.dim() == 4 and gradient.shape[2] != like.shape[2]:
+        gradient = gradient.unflatten(2, (like.shape[2], -1)).sum(3)
     return gradient.to(like.dtype).contiguous()
 
 

@@ -52,9 +52,6 @@
 #ifndef VECB
 #define VECB 0  // B and C are
 #endif
-#ifndef KEEP
-#define KEEP 1  // decays stay in registers from the run forwards to the walk back
-#endif
 #ifndef PARTS
 #define PARTS 2  // sub-chunks whose partial dB and dC have room at once
 #endif
@@ -64,14 +61,16 @@
 #define NQ (NS / 4)
 #define PER (CB / 8)
 #define SEGS (TILE * PER)
-#define ITEMS ((SEGS + NT - 1) / NT)
-#define ROWS_APART (NT / PER)
+#if SEGS > NT
+#error "a thread has one piece of a tile at most: TILE <= 32 and G >= 4"
+#endif
 #define SHARERS (SEGS < NT ? SEGS : NT)  // threads with an elementwise role
 #define NSUB (TILE / HT)
 #define WARPS (NT / 32)
 #define R (HT < 4 ? HT : 4)  // steps of one butterfly over states
 #define TENSOR (IN == 1 && G == 4 && NS == 4 && HT == 8)
 #define PIECES (TILE * N / 8)
+#define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for ahead
 
 // A channel at a step. dv: dt; du: dt*u, afterwards the sum over states of adjoint * B; dy: gradient before the gate,
 // afterwards the sum of adjoint * decay * h * A; y: the output before D and the gate.
@@ -90,6 +89,9 @@ struct Shared {
   Four sums[4][SHARERS];             // each thread's share of dD and d dt_bias
   Four sumA[2][NQ][NT];              // dA over tiles, and what its additions lost
 #endif
+#if TENSOR && PASS == 0
+  Four ones[HT][32];                 // the 0/1 matrices of row_sums, as a lane holds them
+#endif
 #if VARLEN
   int start[TILE], end[TILE];
 #endif
@@ -97,13 +99,14 @@ struct Shared {
 
 #if TENSOR
 // d += rows * v, rows 16 x 8 with a row of ones for the steps' sums: row r adds v0 over four lanes, row r + 8 adds v1.
-DEV void row_sums(float (&d)[4], float one, float v0, float v1) {
+DEV void row_sums(float (&d)[4], const Four& one, float v0, float v1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(__float_as_uint(one)), "r"(0), "r"(0), "r"(__float_as_uint(one)), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)));
+      : "r"(__float_as_uint(one.v[0])), "r"(__float_as_uint(one.v[1])), "r"(__float_as_uint(one.v[2])),
+        "r"(__float_as_uint(one.v[3])), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)));
 }
 #endif
-DEV void touch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+struct Raw { Pack8 u, dt, dout, z; };
 
 extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     const act* __restrict__ u, i64 u_b, i64 u_l, const act* __restrict__ dt, i64 dt_b, i64 dt_l,
@@ -125,13 +128,12 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   const bool live = VEC || ch < width;
   const i64 b = blockIdx.y;
   const int k0 = blockIdx.z, t_begin = k0 * chunk_len, t_end = min(L, t_begin + chunk_len);
-  const i64 tiles = (L + TILE - 1) / TILE;
-  for (int q = tid; q < CB; q += NT) {
+  FOR_EACH(q, CB) {
     S.sbias[q] = bias && q < width ? bias[c0 + q] : real(0);
     S.sD[q] = D && q < width ? D[c0 + q] : real(0);
   }
 #if N < NP
-  for (int q = tid; q < TILE * (NP - N); q += NT) {
+  FOR_EACH(q, TILE * (NP - N)) {
     (&S.sb[0][0])[q / (NP - N) * NP + N + q % (NP - N)] = real(0);
     (&S.sc[0][0])[q / (NP - N) * NP + N + q % (NP - N)] = real(0);
   }
@@ -174,7 +176,10 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   real dt_sum = real(0);
   bool was_reset = false;
 #elif TENSOR
-  const float one_lane = lane >> 2;  // the step whose row this lane holds
+  FOR_EACH(q, HT * 32) {  // row r for k < 4, row r + 8 for k >= 4; a lane holds row lane / 4
+    const float one = q % 32 / 4 == q / 32 ? 1.f : 0.f;
+    S.ones[q / 32][q % 32] = Four{one, 0.f, 0.f, one};
+  }
 #else
   int kept = 0;  // which of its 2 * NS values a lane ends with after the butterfly over channels
   {
@@ -183,9 +188,36 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     for (int m = 1; m < CPW; m <<= 1) { if (lane & m) kept += half; half >>= 1; }
   }
 #endif
-  // The elementwise role: piece i of this thread is row `row0 + i * ROWS_APART`, channels seg..seg+7 of the block.
-  const int row0 = tid / PER, seg = (tid % PER) * 8, swap = (tid % PER) & 7;
-  const int count = (SEGS >= NT || tid < SEGS) ? max(0, min(8, width - seg)) : 0;
+  // The elementwise role: this thread has row `row` of a tile, channels seg..seg+7 of the block.
+  const int row = tid / PER, seg = (tid % PER) * 8, swap = (tid % PER) & 7;
+  const int count = VEC && SEGS == NT ? 8 : tid < SEGS ? max(0, min(8, width - seg)) : 0;
+  const act *pu = u + b * u_b + row * u_l + c0 + seg, *pd = dt + b * dt_b + row * dt_l + c0 + seg;
+  const act* pz = HASZ ? z + b * z_b + row * z_l + c0 + seg : nullptr;
+  const i64 dense = (b * L + row) * d_inner + c0 + seg;  // the same place in dout and in the gradients
+  // Rows past the end read the last one instead, so that every call writes all of `r`: what it held need not be kept.
+  auto fetch = [&](int t0) {
+    Raw r{};
+    const i64 t = min(t0, t_end - 1 - row);
+    if (count > 0 && t_begin + row < t_end) {
+      r.u = load8(pu + t * u_l, VEC ? 8 : count, VEC);
+      r.dt = load8(pd + t * dt_l, VEC ? 8 : count, VEC);
+      r.dout = load8(dout + dense + t * d_inner, VEC ? 8 : count, VEC);
+      if (HASZ) r.z = load8(pz + t * z_l, VEC ? 8 : count, VEC);
+    }
+    return r;
+  };
+#if AHEAD
+  const bool is_c = tid >= PIECES;
+  const int brow = (is_c ? tid - PIECES : tid) / (N / 8), bn = (is_c ? tid - PIECES : tid) % (N / 8) * 8;
+  const bool brings = is_c ? (!FIXC && tid < 2 * PIECES) : !FIXB;
+  const i64 pb_l = is_c ? C_l : B_l;
+  const act* pb = brings ? (is_c ? Cm + b * C_b + grp * C_g : Bm + b * B_b + grp * B_g) + brow * pb_l + bn : nullptr;
+  auto fetch_bc = [&](int t0) {
+    Pack8 r{};
+    if (brings && t0 + brow < t_end) r = load8(pb + t0 * pb_l, 8, true);
+    return r;
+  };
+#endif
 
 #if FIXB
 #define BVAL(n) bf[n]
@@ -209,91 +241,88 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     return r;
   };
 
-  for (int t0 = t_begin + (t_end - t_begin - 1) / TILE * TILE; t0 >= t_begin; t0 -= TILE) {
-    const int steps = min(TILE, t_end - t0);
+#if PASS == 0
+  auto fetch_state = [&](int t0) {
+    Row r{};
+    const real* p = ckpt + ((b * ((L + TILE - 1) / TILE) + t0 / TILE) * d_inner + c) * N;
+#if N == NP
+    if (live) r = states_of(p);
+#else
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      const int row = row0 + i * ROWS_APART;
-      if ((SEGS < NT && tid >= SEGS) || (ITEMS * NT > SEGS && row >= TILE)) continue;
-      const i64 t = t0 + row;
+    for (int n = 0; n < NS; n++) if (live && g * NS + n < N) r.v[n] = p[g * NS + n];
+#endif
+    return r;
+  };
+#endif
+  const int t_last = t_begin + (t_end - t_begin - 1) / TILE * TILE;
+  Raw next = fetch(t_last);
+#if AHEAD
+  Pack8 next_bc = fetch_bc(t_last);
+#endif
+#if PASS == 0
+  Row next_h = fetch_state(t_last);
+#endif
+  for (int t0 = t_last; t0 >= t_begin; t0 -= TILE) {
+    const int steps = min(TILE, t_end - t0);
+    if (tid < SEGS) {
       const int n = row < steps ? count : 0;
       if (n > 0) {
-        const act *pu = u + b * u_b + t * u_l + c0 + seg, *pd = dt + b * dt_b + t * dt_l + c0 + seg;
-        const act *po = dout + (b * L + t) * d_inner + c0 + seg, *pz = HASZ ? z + b * z_b + t * z_l + c0 + seg : nullptr;
-        const Pack8 vu = load8(pu, VEC ? 8 : n, VEC), vd = load8(pd, VEC ? 8 : n, VEC), vo = load8(po, VEC ? 8 : n, VEC);
-        Pack8 vz;
-        if (HASZ) vz = load8(pz, VEC ? 8 : n, VEC);
-        if (t0 > t_begin) {
-          touch(pu - TILE * u_l);
-          touch(pd - TILE * dt_l);
-          touch(po - (i64)TILE * d_inner);
-          if (HASZ) touch(pz - TILE * z_l);
-        }
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-          Slot f;
-          f.dv = to_real(vd.v[j]) + S.sbias[seg + j];
-          if (SOFTPLUS) f.dv = softplus(f.dv);
-          if (!VEC && j >= n) f.dv = real(0);
-          f.du = f.dv * to_real(vu.v[j]);
-          f.dy = to_real(vo.v[j]);
-          if (HASZ) f.dy *= silu(to_real(vz.v[j]));
-          f.y = real(0);
-          S.slots[row][seg + (j ^ swap)] = f;
+        for (int quad = 0; quad < 8; quad += 4) {  // four at a time, so that their chains of instructions interleave
+          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[seg + quad]);
+          Slot f[4];
+#pragma unroll
+          for (int m = 0; m < 4; m++) {
+            const int j = quad + m;
+            f[m].dv = part(next.dt, j) + shift.v[m];
+            if (SOFTPLUS) f[m].dv = softplus(f[m].dv);
+            if (!VEC && j >= n) f[m].dv = real(0);
+            f[m].du = f[m].dv * part(next.u, j);
+            f[m].dy = part(next.dout, j);
+            if (HASZ) f[m].dy *= silu(part(next.z, j));
+            f[m].y = real(0);
+          }
+#pragma unroll
+          for (int m = 0; m < 4; m++) S.slots[row][seg + ((quad + m) ^ swap)] = f[m];
         }
       } else {  // a step of length zero
 #pragma unroll
         for (int j = 0; j < 8; j++) S.slots[row][seg + j] = Slot{};
       }
     }
-#if VECB
-    for (int q = tid; q < 2 * PIECES; q += NT) {
-      const bool is_c = q >= PIECES;
-      const int p = is_c ? q - PIECES : q, row = p / (N / 8), n = p % (N / 8) * 8;
-      if (is_c ? FIXC : FIXB) continue;
-      const bool here = row < steps;
-      Pack8 v{};
-      if (here) v = load8(is_c ? Cm + b * C_b + (i64)(t0 + row) * C_l + grp * C_g + n : Bm + b * B_b + (i64)(t0 + row) * B_l + grp * B_g + n, 8, true);
-      Four* to = reinterpret_cast<Four*>(is_c ? &S.sc[row][n] : &S.sb[row][n]);
+#if AHEAD
+    if (brings) {
+      Four* to = reinterpret_cast<Four*>(is_c ? &S.sc[brow][bn] : &S.sb[brow][bn]);
+      const bool here = brow < steps;
 #pragma unroll
-      for (int j = 0; j < 2; j++) to[j] = Four{to_real(v.v[4 * j]), to_real(v.v[4 * j + 1]), to_real(v.v[4 * j + 2]), to_real(v.v[4 * j + 3])};
+      for (int j = 0; j < 2; j++) {
+        Four f;
+#pragma unroll
+        for (int m = 0; m < 4; m++) f.v[m] = here ? part(next_bc, 4 * j + m) : real(0);
+        to[j] = f;
+      }
     }
 #else
-    for (int q = tid; q < TILE * N; q += NT) {
-      const int row = q / N, n = q % N;
-      const bool here = row < steps;
-      if (!FIXB) S.sb[row][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + row) * B_l + grp * B_g + n]) : real(0);
-      if (!FIXC) S.sc[row][n] = here ? to_real(Cm[b * C_b + (i64)(t0 + row) * C_l + grp * C_g + n]) : real(0);
+    FOR_EACH(q, TILE * N) {
+      const int r = q / N, n = q % N;
+      const bool here = r < steps;
+      if (!FIXB) S.sb[r][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + r) * B_l + grp * B_g + n]) : real(0);
+      if (!FIXC) S.sc[r][n] = here ? to_real(Cm[b * C_b + (i64)(t0 + r) * C_l + grp * C_g + n]) : real(0);
     }
 #endif
 #if VARLEN
-    for (int q = tid; q < TILE; q += NT) {
+    FOR_EACH(q, TILE) {
       S.start[q] = q < steps ? starts[t0 + q] : 0;
       S.end[q] = q < steps ? ends[t0 + q] : 0;
-    }
-#endif
-#if PASS == 0
-    real h[NS];
-    {
-      const real* p = ckpt + ((b * tiles + t0 / TILE) * d_inner + c) * N;
-#if N == NP
-      if (live) {
-        const Row r = states_of(p);
-#pragma unroll
-        for (int n = 0; n < NS; n++) h[n] = r.v[n];
-      } else {
-#pragma unroll
-        for (int n = 0; n < NS; n++) h[n] = real(0);
-      }
-#else
-#pragma unroll
-      for (int n = 0; n < NS; n++) h[n] = live && g * NS + n < N ? p[g * NS + n] : real(0);
-#endif
     }
 #endif
     __syncthreads();
 
 #if PASS == 1
+    next = fetch(max(t0 - TILE, t_begin));
+#if AHEAD
+    next_bc = fetch_bc(max(t0 - TILE, t_begin));
+#endif
 #pragma unroll 4
     for (int s = steps - 1; s >= 0; s--) {
 #if VARLEN
@@ -319,7 +348,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     }
     __syncthreads();
 #else  // PASS == 0
-    real e[NS];
+    real h[NS], e[NS];
+#pragma unroll
+    for (int n = 0; n < NS; n++) h[n] = next_h.v[n];
     auto step = [&](int s) {
 #if VARLEN
       if (S.start[s])
@@ -345,15 +376,32 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
         for (int s = 0; s < HT; s++) step(j * HT + s);
     }
+    // A sub-chunk's dB and dC: the warps' sums, in order.
+    auto reduce = [&](int j) {
+      if (FIXB && FIXC) return;
+      FOR_EACH(q, HT * 2 * NP) {
+        const int r = q / (2 * NP), which = q / NP & 1, n = q % NP, t = t0 + j * HT + r;
+        real total = real(0);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) total += S.part[j % PARTS][w][r][which][n];
+        real* out = which ? gB : gC;
+        if (!(which ? FIXB : FIXC) && n < N && t < t_end) out[(((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n] = total;
+      }
+    };
     real gA_[NS];  // of this tile
 #pragma unroll
     for (int n = 0; n < NS; n++) gA_[n] = real(0);
+    int waiting = 0;
 #pragma unroll 1
     for (int j = subs - 1; j >= 0; j--) {
+      asm volatile("" : "+r"(waiting));  // or the first sub-chunk becomes a second copy of this loop
+      if (waiting) {
+        __syncthreads();
+        reduce(j + 1);
+        if (PARTS == 1) __syncthreads();
+      }
       real hist[HT + 1][NS];  // the state before step r
-#if KEEP
       real kept_e[HT][NS];
-#endif
 #pragma unroll
       for (int m = 0; m < NQ; m++) {
         const Four f = S.hs[j][m][tid];
@@ -366,9 +414,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
         for (int n = 0; n < NS; n++) {
           hist[r + 1][n] = h[n];
-#if KEEP
           kept_e[r][n] = e[n];
-#endif
         }
       }
       real(*part)[2][NP] = S.part[j % PARTS][warp];
@@ -404,11 +450,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #if VARLEN
           if (S.start[s]) before = (init && live && g * NS + n < N) ? init[((i64)(S.start[s] - 1) * d_inner + c) * N + g * NS + n] : real(0);
 #endif
-#if KEEP
           carry[n] = kept_e[r][n] * gg;
-#else
-          carry[n] = decay(f.dv, a[n]) * gg;
-#endif
           // Decay times the previous state, not h - dt u B, which cancels where dt is large.
           const real q = carry[n] * before;
           if (HASZ) sum[0][r % R] = n ? fma_(hh, CVAL(n), sum[0][r % R]) : hh * CVAL(n);
@@ -436,7 +478,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
           }
 #endif
 #if TENSOR
-        const float one = one_lane == float(r) ? 1.f : 0.f;
+        const Four one = S.ones[r][lane];
 #pragma unroll
         for (int n = 0; n < NS; n++) row_sums(rows[n], one, v[n], v[NS + n]);
 #else
@@ -459,7 +501,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         }
 #endif
         if (r % R == 0) {
-          // Butterfly over the lanes of a channel: lane g ends with step s + g % R, whose slot every lane has read.
+          // Butterfly over the lanes of a channel: lane g ends with step s + g % R.
 #pragma unroll
           for (int k = HASZ ? 0 : 1; k < 3; k++) {
             const bool b0 = g & 1, b1 = g & 2;
@@ -491,18 +533,17 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             rows[0][2 * k] + rows[0][2 * k + 1], rows[1][2 * k] + rows[1][2 * k + 1],
             rows[2][2 * k] + rows[2][2 * k + 1], rows[3][2 * k] + rows[3][2 * k + 1]};
 #endif
-      __syncthreads();
-      if (!FIXB || !FIXC)
-        for (int q = tid; q < HT * 2 * NP; q += NT) {
-          const int r = q / (2 * NP), which = q / NP & 1, n = q % NP, t = t0 + j * HT + r;
-          real total = real(0);
-#pragma unroll
-          for (int w = 0; w < WARPS; w++) total += S.part[j % PARTS][w][r][which][n];
-          real* out = which ? gB : gC;
-          if (!(which ? FIXB : FIXC) && n < N && t < t_end) out[(((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n] = total;
-        }
-      if (PARTS == 1) __syncthreads();
+      waiting = 1;
     }
+    // What the rest of this tile and the next one need is on its way while the block meets and adds up.
+    const Raw again = fetch(t0);
+    next = fetch(max(t0 - TILE, t_begin));
+    next_h = fetch_state(max(t0 - TILE, t_begin));
+#if AHEAD
+    next_bc = fetch_bc(max(t0 - TILE, t_begin));
+#endif
+    __syncthreads();
+    reduce(0);
     // dA: sums of tiles, added with what earlier additions lost.
 #pragma unroll
     for (int m = 0; m < NQ; m++) {
@@ -516,40 +557,49 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       S.sumA[0][m][tid] = total;
       S.sumA[1][m][tid] = lost;
     }
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      const int row = row0 + i * ROWS_APART;
-      const int n = (ITEMS * NT == SEGS || row < TILE) && row < steps ? count : 0;
+    {
+      const int n = row < steps ? count : 0;
       if (n > 0) {
-        const i64 t = t0 + row;
-        const Pack8 vu = load8(u + b * u_b + t * u_l + c0 + seg, VEC ? 8 : n, VEC), vd = load8(dt + b * dt_b + t * dt_l + c0 + seg, VEC ? 8 : n, VEC);
-        const Pack8 vo = load8(dout + (b * L + t) * d_inner + c0 + seg, VEC ? 8 : n, VEC);
-        Pack8 vz, ou, od, oz;
-        if (HASZ) vz = load8(z + b * z_b + t * z_l + c0 + seg, VEC ? 8 : n, VEC);
+        Pack8 ou, od, oz;
         real share[16];
 #pragma unroll
         for (int j = 0; j < 4; j++) *reinterpret_cast<Four*>(share + 4 * j) = S.sums[j][tid];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-          if (!VEC && j >= n) continue;
-          const Slot f = S.slots[row][seg + (j ^ swap)];
-          const real uv = to_real(vu.v[j]), ov = to_real(vo.v[j]), Dv = S.sD[seg + j], raw = to_real(vd.v[j]) + S.sbias[seg + j];
-          real dyv = ov;
-          if (HASZ) {
-            const real zv = to_real(vz.v[j]), sig = quick_sigmoid(zv), yv = fma_(Dv, uv, f.y), os = ov * sig;
-            dyv = os * zv;
-            oz.v[j] = to_act(os * yv * fma_(zv, real(1) - sig, real(1)));
+        for (int quad = 0; quad < 8; quad += 4) {
+          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[seg + quad]), skip = *reinterpret_cast<const Four*>(&S.sD[seg + quad]);
+          real to_u[4], to_dt[4], to_z[4];
+          Slot f[4];
+#pragma unroll
+          for (int m = 0; m < 4; m++) f[m] = S.slots[row][seg + ((quad + m) ^ swap)];
+#pragma unroll
+          for (int m = 0; m < 4; m++) {
+            const int j = quad + m;
+            const real uv = part(again.u, j), ov = part(again.dout, j), Dv = skip.v[m], raw = part(again.dt, j) + shift.v[m];
+            real dyv = ov;
+            if (HASZ) {
+              const real zv = part(again.z, j), sig = quick_sigmoid(zv), os = ov * sig;
+              dyv = os * zv;
+              to_z[m] = os * fma_(Dv, uv, f[m].y) * fma_(zv, real(1) - sig, real(1));
+            }
+            real ddt = fma_(uv, f[m].du, f[m].dy * LN2);
+            if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= sigmoid(raw);
+            if (VEC || j < n) {
+              share[j] = fma_(dyv, uv, share[j]);
+              share[8 + j] += ddt;
+            }
+            to_u[m] = fma_(f[m].dv, f[m].du, Dv * dyv);
+            to_dt[m] = ddt;
           }
-          real ddt = fma_(uv, f.du, f.dy * LN2);
-          if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= sigmoid(raw);
-          share[j] = fma_(dyv, uv, share[j]);
-          share[8 + j] += ddt;
-          ou.v[j] = to_act(fma_(f.dv, f.du, Dv * dyv));
-          od.v[j] = to_act(ddt);
+#pragma unroll
+          for (int m = 0; m < 4; m += 2) {
+            set_pair(ou, quad + m, to_u[m], to_u[m + 1]);
+            set_pair(od, quad + m, to_dt[m], to_dt[m + 1]);
+            if (HASZ) set_pair(oz, quad + m, to_z[m], to_z[m + 1]);
+          }
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) S.sums[j][tid] = *reinterpret_cast<Four*>(share + 4 * j);
-        const i64 to = (b * L + t) * d_inner + c0 + seg;
+        const i64 to = dense + (i64)t0 * d_inner;
         store8(gu + to, ou, VEC ? 8 : n, VEC);
         store8(gdt + to, od, VEC ? 8 : n, VEC);
         if (HASZ) store8(gz + to, oz, VEC ? 8 : n, VEC);
@@ -580,7 +630,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   if (live && g == 0) chunk_dt[(b * chunks + k0) * d_inner + c] = was_reset ? real(-1) : dt_sum;
 #else
   // dD and d dt_bias: the threads that had a piece of eight channels, one after the other.
-  constexpr int sharers = ROWS_APART < TILE ? ROWS_APART : TILE;
+  constexpr int sharers = NT / PER < TILE ? NT / PER : TILE;
   for (int q = tid; q < width; q += NT) {
     real d = real(0), e = real(0);
     const int from = q / 8, j = q % 8;

@@ -62,7 +62,7 @@
 #define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for a tile ahead
 #define LAST_PASS (PASS == 0)
 #ifndef UNROLL
-#define UNROLL 2
+#define UNROLL 4
 #endif
 
 struct alignas(2 * sizeof(real)) Slot { real dv, du; };  // dt and dt*u; afterwards y stands where dt stood
@@ -91,12 +91,12 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
   const int c0 = grp * group_channels + first, width = VEC ? CB : min(CB, group_channels - first);
   const int c = c0 + ch;
   const bool live = VEC || ch < width;
-  for (int q = tid; q < CB; q += NT) {
+  FOR_EACH(q, CB) {
     sbias[q] = bias && q < width ? bias[c0 + q] : real(0);
     sD[q] = D && q < width ? D[c0 + q] : real(0);
   }
 #if N < NP
-  for (int q = tid; q < 2 * TILE * (NP - N); q += NT) {
+  FOR_EACH(q, 2 * TILE * (NP - N)) {
     (&sb[0][0][0])[q / (NP - N) * NP + N + q % (NP - N)] = real(0);
     (&sc[0][0][0])[q / (NP - N) * NP + N + q % (NP - N)] = real(0);
   }
@@ -191,13 +191,15 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const Four f = *reinterpret_cast<const Four*>(&slots[w][row][seg + ((j ^ swap) & 3) * 2]);
+          real v2[2];
 #pragma unroll
           for (int m = 0; m < 2; m++) {
             const int e = 2 * j + m;
-            real v = fma_(sD[seg + e], to_real(lu[i].v[e]), f.v[2 * m]);
-            if (HASZ) v *= silu(to_real(lz[i].v[e]));
-            out.v[e] = to_act(v);
+            real v = fma_(sD[seg + e], part(lu[i], e), f.v[2 * m]);
+            if (HASZ) v *= silu(part(lz[i], e));
+            v2[m] = v;
           }
+          set_pair(out, 2 * j, v2[0], v2[1]);
         }
         store8(py + (i64)(i * ROWS_APART) * d_inner, out, VEC ? 8 : n, VEC);
       }
@@ -217,10 +219,10 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
 #pragma unroll
           for (int m = 0; m < 2; m++) {
             const int e = 2 * j + m;
-            real v = to_real(nd[i].v[e]) + sbias[seg + e];
+            real v = part(nd[i], e) + sbias[seg + e];
             if (SOFTPLUS) v = softplus(v);
             f.v[2 * m] = v;
-            f.v[2 * m + 1] = v * to_real(nu[i].v[e]);
+            f.v[2 * m + 1] = v * part(nu[i], e);
           }
           *reinterpret_cast<Four*>(&slots[w][row][seg + ((j ^ swap) & 3) * 2]) = f;
         }
@@ -237,13 +239,12 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
       for (int j = 0; j < 2; j++) {
         Four f;
 #pragma unroll
-        for (int m = 0; m < 4; m++) f.v[m] = here ? to_real(nb.v[4 * j + m]) : real(0);
+        for (int m = 0; m < 4; m++) f.v[m] = here ? part(nb, 4 * j + m) : real(0);
         reinterpret_cast<Four*>(to)[j] = f;
       }
     }
 #else
-#pragma unroll 4
-    for (int q = tid; q < TILE * N; q += NT) {
+    FOR_EACH(q, TILE * N) {
       const int row = q / N, n = q % N;
       const bool here = t0 + row < t_end;
       if (!FIXB) sb[w][row][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + row) * B_l + grp * B_g + n]) : real(0);
@@ -269,10 +270,20 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
 #endif
     }
 #endif
+    Slot ahead[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++) ahead[r] = slots[w][r][at];
     constexpr int unrolled = UNROLL;
 #pragma unroll unrolled
     for (int s0 = 0; s0 < TILE; s0 += 4) {
       real acc[4];
+      // The next four steps' slots come before this round's store, across which the compiler moves no load.
+      Slot now[4];
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        now[r] = ahead[r];
+        ahead[r] = slots[w][(s0 + 4 + r) % TILE][at];
+      }
 #pragma unroll
       for (int r = 0; r < 4; r++) {
         const int s = s0 + r;
@@ -286,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
             h[n] = (init && live && g * NS + n < N) ? init[((i64)(sstart[w][s] - 1) * d_inner + c) * N + g * NS + n] : real(0);
         }
 #endif
-        const Slot f = slots[w][s][at];
+        const Slot f = now[r];
         if (PASS == 1) dt_sum += f.dv;
         acc[r] = real(0);
 #pragma unroll

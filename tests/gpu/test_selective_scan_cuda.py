@@ -1,0 +1,382 @@
+"""The contract of `selective_scan` on the `cuda` backend, plus what only a GPU shows: tiles and chunks of its kernels,
+offsets above 2^31, compilation at first use.
+
+tests/ops/test_selective_scan.py runs there too, with STATESCAN_TEST_DEVICE=cuda in the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from statescan.errors import BackendUnavailableError
+from statescan.ops import _cuda, selective_scan
+from statescan.ops.selective_scan import cuda as backend
+from statescan.testing import (
+    REAL_CASES,
+    SCAN_CASES,
+    Derivatives,
+    ScanCase,
+    assert_within_budget,
+    check_registration,
+    derivatives,
+    oracles,
+    poisoned_memory,
+    random_cotangents,
+    recorded_calls,
+)
+from statescan.testing import scan_problem as problem_on
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+scan_problem = functools.partial(problem_on, device="cuda")
+OUTPUTS = ("y", "final_state")
+EVERY = {"D": True, "z": True, "dt_bias": True, "initial_state": True, "dt_softplus": True}
+
+# Shapes that reach every path of the kernels: 16-byte and single accesses, whole and cut tiles and blocks of channels,
+# every count of lanes a channel, one pass and chunks of time.
+KERNEL_CASES = {
+    "whole blocks": ScanCase(batch=2, length=64, d_inner=64, d_state=16, **EVERY),
+    "whole blocks, cut tile": ScanCase(batch=2, length=77, d_inner=128, d_state=16, **EVERY),
+    "cut block": ScanCase(batch=2, length=40, d_inner=72, d_state=16, **EVERY),
+    "no gate, no softplus": ScanCase(batch=2, length=70, d_inner=64, d_state=16),
+    "groups of whole blocks": ScanCase(batch=1, length=70, d_inner=128, d_state=16, B=2, C=2, **EVERY),
+    "fixed B": ScanCase(batch=2, length=70, d_inner=64, d_state=16, B="fixed", **EVERY),
+    "fixed C": ScanCase(batch=2, length=70, d_inner=64, d_state=16, C="fixed", **EVERY),
+    "d_state 8": ScanCase(batch=2, length=45, d_inner=64, d_state=8, **EVERY),
+    "d_state 17": ScanCase(batch=2, length=45, d_inner=40, d_state=17, **EVERY),
+    "d_state 32": ScanCase(batch=2, length=45, d_inner=64, d_state=32, **EVERY),
+    "d_state 64": ScanCase(batch=2, length=45, d_inner=32, d_state=64, **EVERY),
+    "d_state 100": ScanCase(batch=1, length=37, d_inner=33, d_state=100, **EVERY),
+    "d_state 128": ScanCase(batch=1, length=37, d_inner=33, d_state=128, **EVERY),
+    "chunks": ScanCase(batch=1, length=1500, d_inner=64, d_state=16, **EVERY),
+    "chunks, packed": ScanCase(
+        batch=1, length=1500, d_inner=64, d_state=16, cu_seqlens=(0, 5, 5, 700, 701, 1024, 1500), **EVERY
+    ),
+    "packed on tile ends": ScanCase(
+        batch=1, length=128, d_inner=64, d_state=16, cu_seqlens=(0, 32, 64, 96, 128), **EVERY
+    ),
+}
+CASES = {**REAL_CASES, **KERNEL_CASES}
+
+
+def running(name: str = "cuda") -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return functools.partial(selective_scan, return_final_state=True, backend=name)
+
+
+def names(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The sequential reference is slow; where it would take thousands of steps the parallel PyTorch scan stands in.
+def same_precision(case: ScanCase) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return running("reference" if case.length <= 256 else "torch")
+
+
+def truth_of(problem: dict[str, Any], case: ScanCase, cotangents: dict[str, Tensor]) -> Derivatives:
+    oracle = oracles.selective_scan if case.length <= 256 else running("torch")
+    return derivatives(oracle, problem, cotangents=cotangents, exact=True)
+
+
+def hold_to_budget(run: Callable[..., Any], case: ScanCase, dtype: torch.dtype) -> None:
+    columns: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+    for seed in range(case.draws()):
+        problem = scan_problem(case, dtype, seed=seed)
+        reference = derivatives(same_precision(case), problem, seed=seed)
+        cotangents = random_cotangents({name: reference[name] for name in OUTPUTS}, seed)
+        truth = truth_of(problem, case, cotangents)
+        reference = derivatives(same_precision(case), problem, cotangents=cotangents)
+        aim = truth
+        if dtype == torch.float64:  # its rounding errors are judged by the reference's in float32
+            single = scan_problem(case, torch.float32, seed=seed)
+            reference = derivatives(same_precision(case), single, seed=seed)
+            short = random_cotangents({name: reference[name] for name in OUTPUTS}, seed)
+            aim = truth_of(single, case, short)
+            reference = derivatives(same_precision(case), single, cotangents=short)
+        actual = derivatives(run, problem, cotangents=cotangents)
+        for name in truth:
+            columns.setdefault(name, []).append((actual[name], truth[name], reference[name], aim[name]))
+    for name, rows in columns.items():
+        actual, truth, reference, aim = ([row[i] for row in rows] for i in range(4))
+        assert_within_budget(actual, truth, reference, name, reference_truth=aim if dtype == torch.float64 else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=names)
+@pytest.mark.parametrize("name", CASES)
+def test_within_budget(name: str, dtype: torch.dtype) -> None:
+    hold_to_budget(running(), CASES[name], dtype)
+
+
+def test_256_states() -> None:
+    hold_to_budget(running(), ScanCase(batch=1, length=37, d_inner=33, d_state=256, **EVERY), torch.float32)
+    with pytest.raises(BackendUnavailableError, match="d_state is 257; use backend='torch'"):
+        running()(**scan_problem(ScanCase(d_state=257), torch.float32))
+    with pytest.raises(BackendUnavailableError, match="up to 128 states"):
+        running()(**scan_problem(ScanCase(d_state=129), torch.float64))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257])
+def test_lengths_around_tiles(length: int) -> None:
+    hold_to_budget(running(), ScanCase(batch=1, length=length, d_inner=64, d_state=16, **EVERY), torch.float32)
+
+
+def test_long_sums_stay_within_budget() -> None:
+    case = ScanCase(batch=2, length=4000, d_inner=64, d_state=16, D=True, z=True, dt_bias=True, dt_softplus=True)
+    hold_to_budget(running(), case, torch.float32)
+
+
+def test_a_step_of_zero_changes_nothing() -> None:
+    problem = scan_problem(ScanCase(d_inner=64, d_state=16, length=40, initial_state=True), torch.float32)
+    problem["dt"] = torch.zeros_like(problem["dt"])
+    assert torch.equal(running()(**problem)[1], problem["initial_state"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize(
+    "name", ["whole blocks, cut tile", "cut block", "chunks", "chunks, packed", "groups", "fixed B and C"]
+)
+def test_runs_are_bit_equal(name: str, dtype: torch.dtype) -> None:
+    """Always the same bits, whatever stood in the memory that outputs and workspaces were given."""
+    problem = scan_problem(CASES[name], dtype)
+    first = derivatives(running(), problem)
+    with poisoned_memory():
+        poisoned = derivatives(running(), problem)
+    for key, value in first.items():
+        assert torch.isfinite(value).all(), key
+        assert torch.equal(value, poisoned[key]), key
+    for _ in range(5):
+        again = derivatives(running(), problem)
+        for key, value in first.items():
+            assert torch.equal(value, again[key]), key
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30], ids=str)
+def test_packed_never_leaks(poison: float) -> None:
+    """Whatever stands in a neighbour of the row, across tiles and chunks, a sequence's results keep their bits."""
+    case = ScanCase(batch=1, length=1500, d_inner=64, d_state=16, cu_seqlens=(0, 300, 1100, 1500), **EVERY)
+    clean = scan_problem(case, torch.float32)
+    dirty = {key: value.clone() if isinstance(value, Tensor) else value for key, value in clean.items()}
+    for key in ("u", "dt", "B", "C", "z"):
+        dirty[key][:, :300] = poison
+        dirty[key][:, 1100:] = poison
+    dirty["initial_state"][[0, 2]] = poison
+
+    def middle(**problem: Any) -> tuple[Tensor, Tensor]:
+        y, final_state = running()(**problem)
+        assert final_state is not None
+        return y[:, 300:1100], final_state[1]
+
+    results = [derivatives(middle, problem) for problem in (clean, dirty)]
+    for key in OUTPUTS:
+        assert torch.equal(results[0][key], results[1][key]), key
+    for key in ("d u", "d dt", "d B", "d C", "d z"):
+        assert torch.equal(results[0][key][:, 300:1100], results[1][key][:, 300:1100]), key
+    assert torch.equal(results[0]["d initial_state"][1], results[1]["d initial_state"][1])
+
+
+def test_infinite_and_missing_steps() -> None:
+    """softplus at both ends: -inf is no step at all, NaN stays NaN in its own channel."""
+    problem = scan_problem(ScanCase(batch=1, length=8, d_inner=64, d_state=16, dt_softplus=True, initial_state=True),
+                           torch.float32)  # fmt: skip
+    problem["dt"][..., 0] = float("-inf")
+    problem["dt"][:, 3, 1] = float("nan")
+    y, state = running()(**problem)
+    assert state is not None
+    assert torch.equal(state[:, 0], problem["initial_state"][:, 0])
+    assert y[:, 3:, 1].isnan().all()
+    assert y[:, :3].isfinite().all()
+    assert y[:, :, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["every other", "time first", "unaligned"])
+def test_strided_inputs(how: str) -> None:
+    def strided(value: Tensor) -> Tensor:
+        if how == "every other":
+            return torch.repeat_interleave(value, 2, dim=-1)[..., ::2]
+        if how == "time first":
+            return value.transpose(0, 1).contiguous().transpose(0, 1)
+        return torch.cat([value[..., :1], value, value[..., :2]], dim=-1)[..., 1:-2]
+
+    def run(**problem: Any) -> Any:
+        return running()(**{k: strided(v) if k in ("u", "dt", "z", "B", "C") else v for k, v in problem.items()})
+
+    hold_to_budget(run, CASES["whole blocks, cut tile"], torch.float32)
+    hold_to_budget(run, CASES["whole blocks, cut tile"], torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name", ["no options", "every option", "whole blocks", "groups", "fixed B and C", "packed, empty ones"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+def test_registration(name: str, dtype: torch.dtype) -> None:
+    problem = scan_problem(CASES[name], dtype)
+    with recorded_calls() as calls:
+        derivatives(running(), problem)
+    assert {str(func).split(".")[1] for func, _, _ in calls} >= {"selective_scan_cuda", "selective_scan_cuda_backward"}
+    check_registration(calls)
+
+
+@pytest.mark.parametrize("name", ["every option", "whole blocks", "packed, no state"])
+def test_compiles_as_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    problem = scan_problem(CASES[name], torch.float32)
+    eager = derivatives(running(), problem)
+    traced = derivatives(torch.compile(running(), fullgraph=True), problem)
+    for key, value in eager.items():
+        torch.testing.assert_close(traced[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_graph_capture() -> None:
+    """Forward and backward replay from a CUDA graph with the same bits."""
+    problem = scan_problem(CASES["whole blocks"], torch.bfloat16)
+
+    def step() -> list[Tensor]:
+        leaves = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in problem.items()}
+        y = selective_scan(**leaves, backend="cuda").y
+        return [y, *torch.autograd.grad(y.float().sum(), [v for v in leaves.values() if isinstance(v, Tensor)])]
+
+    eager = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, b in zip(eager, captured, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_offsets_above_2_31() -> None:
+    """A row of 2.2 billion numbers: its last steps are those of the same steps run alone from the state before them."""
+    d_inner, d_state, tail = 2048, 16, 512
+    length = 2**31 // d_inner + 3 * tail
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("takes 45 GB of device memory")
+    generator = torch.Generator("cuda").manual_seed(0)
+    big = functools.partial(torch.randn, generator=generator, device="cuda", dtype=torch.bfloat16)
+    u = big(1, length, d_inner)
+    dt = big(1, length, d_inner).sub_(3)
+    B, C = big(1, length, d_state), big(1, length, d_state)
+    A = -torch.rand(d_inner, d_state, generator=generator, device="cuda") - 0.1
+    D, bias = (torch.randn(d_inner, generator=generator, device="cuda") for _ in range(2))
+    cut = length - tail
+    with torch.no_grad():
+        before = selective_scan(u[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], dt_bias=bias, dt_softplus=True,
+                                return_final_state=True, backend="cuda").final_state  # fmt: skip
+    whole = {"u": u, "dt": dt, "A": A, "B": B, "C": C}
+    leaves = {name: whole[name].requires_grad_() for name in ("u", "dt", "B", "C")}
+    y, final_state = running()(**whole, D=D, dt_bias=bias, dt_softplus=True)
+    # only the last steps are asked about, so only they send a gradient
+    dy = torch.zeros_like(y)
+    dy[:, cut:] = big(1, tail, d_inner)
+    gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+    assert final_state is not None
+    got = {"y": y[:, cut:].detach(), "final_state": final_state.detach()}
+    got |= {f"d {name}": value[:, cut:] for name, value in gradients.items()}
+    alone = {name: value[:, cut:].detach().clone() for name, value in leaves.items()}
+    alone |= {"A": A, "D": D, "dt_bias": bias, "initial_state": before, "dt_softplus": True}
+    cotangents = {"y": dy[:, cut:].clone()}
+    del y, dy, gradients, whole, leaves, u, dt
+    torch.cuda.empty_cache()
+    truth = derivatives(running("torch"), alone, cotangents=cotangents, exact=True)
+    reference = derivatives(running("torch"), alone, cotangents=cotangents)
+    for name, value in got.items():
+        assert_within_budget(value, truth[name], reference[name], name)
+
+
+# ------------------------------------------------------------------------------------------------ compiled at first use
+
+
+def test_plan_is_the_same_for_checkpoints() -> None:
+    """The spacing of checkpoints, which the fake kernel tells the compiler, depends on no size but d_state."""
+    for n in range(1, 257):
+        for wide in (False, True):
+            if wide and n > 128:
+                continue
+            for packed in (False, True):
+                shapes = ((1, 1, 8, 1, 1), (8, 2048, 2048, 1, 132), (1, 65536, 1536, 3, 80))
+                tiles = {backend.plan(b, l, d, n, g, m, wide, packed).tile for b, l, d, g, m in shapes}
+                assert len(tiles) == 1
+
+
+def test_processes_that_start_together(tmp_path: Path) -> None:
+    """Three processes compile into one empty cache; a fourth finds whole files and compiles nothing."""
+    program = (
+        "import torch; from statescan.ops import selective_scan, _cuda\n"
+        "x = torch.ones(1, 9, 64, device='cuda', dtype=torch.bfloat16); b = x[..., :16].clone()\n"
+        "y = selective_scan(x, x, -torch.ones(64, 16, device='cuda'), b, b, backend='cuda').y\n"
+        "print(float(y.float().sum()), len(list(_cuda.cache_folder().iterdir())))\n"
+    )
+    environment = {**os.environ, "STATESCAN_CACHE": str(tmp_path)}
+    start = functools.partial(subprocess.Popen, [sys.executable, "-c", program], env=environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    together = [start() for _ in range(3)]
+    lines = [process.communicate(timeout=300) for process in together]
+    assert all(process.returncode == 0 for process in together), lines
+    fourth = start()
+    out, _ = fourth.communicate(timeout=300)
+    files = sorted((tmp_path / "kernels").iterdir())
+    assert all(file.suffix == ".cubin" for file in files)
+    assert int(out.split()[1]) == len(files)
+    assert len({line.split()[0] for line, _ in lines} | {out.split()[0]}) == 1
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("STATESCAN_CACHE", str(blocked))
+    major, minor = torch.cuda.get_device_capability()
+    with pytest.warns(UserWarning, match="set STATESCAN_CACHE to a folder that can be written"):
+        assert _cuda._cached('extern "C" __global__ void f() {}', (), f"sm_{major}{minor}")
+
+
+def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path))
+    with pytest.raises(BackendUnavailableError, match=r"did not compile for sm_.* with IN=1: .*use backend='torch'"):
+        _cuda._cached("no such code", ("IN=1",), "sm_80")
+    assert not list(tmp_path.rglob("*.cubin"))
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler: `auto` goes on with one warning that names cause and cure, a named backend raises."""
+    x = torch.ones(1, 4, 8, device="cuda")
+    b = torch.ones(1, 4, 2, device="cuda")
+    arguments = (x, x, -torch.ones(8, 2, device="cuda"), b, b)
+
+    def missing() -> Any:
+        raise ImportError("No module named 'cuda'")
+
+    monkeypatch.setattr(_cuda, "_core", missing)
+    _cuda.unavailable_reason.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="not used: cuda-core does not import .*pip install 'cuda-core") as caught:
+            selective_scan(*arguments)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            selective_scan(*arguments)
+        with pytest.raises(BackendUnavailableError, match="pip install 'cuda-core"):
+            selective_scan(*arguments, backend="cuda")
+    finally:
+        _cuda.unavailable_reason.cache_clear()
+
+
+def test_an_old_architecture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert "compute capability 8.0" in str(_cuda._probe())
+
+
+def test_cases_are_held_elsewhere_too() -> None:
+    """Nothing of the shared contract is left out here but complex A, which the backend refuses."""
+    assert set(SCAN_CASES) - set(CASES) == {name for name, case in SCAN_CASES.items() if case.complex_A}
