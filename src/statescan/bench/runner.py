@@ -122,7 +122,7 @@ def _prefill_jobs(o: dict[str, Any]) -> Iterable[_Job]:
         case = f"{o['preset']}, {length} tokens"
         for dtype in ("float32", "bfloat16", "int8"):
             rate = "matmul_f32_prepacked_gflops" if dtype == "float32" else "matmul_bf16_gflops"
-            yield _Job("prefill", case, "statescan", dtype, {"length": length}, lambda c, r=rate: floor(c, r))
+            yield _Job("prefill", case, "statescan", dtype, {"length": length}, lambda c, r=rate, f=floor: f(c, r))
         for kind, dtype in (("f32", "float32"), ("f16", "float16"), ("bf16", "bfloat16"), ("q8_0", "q8_0")):
             options = {"length": length, "kind": kind}
             yield _Job("prefill", case, "llama.cpp", dtype, options, None, 1, "llama.cpp")
@@ -146,7 +146,7 @@ def _decode_jobs(o: dict[str, Any]) -> Iterable[_Job]:
             return moved / c["read_gb_s"] / 1e6 * o["decode_count"]
 
         for dtype, width in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
-            yield _Job("decode", case, "statescan", dtype, options, lambda c, w=width: floor(c, w))
+            yield _Job("decode", case, "statescan", dtype, options, lambda c, w=width, f=floor: f(c, w))
         for kind, dtype in (("f32", "float32"), ("f16", "float16"), ("bf16", "bfloat16"), ("q8_0", "q8_0")):
             yield _Job("decode", case, "llama.cpp", dtype, {**options, "kind": kind}, None, 2, "llama.cpp")
         for dtype in ("float32", "bfloat16"):
@@ -164,7 +164,7 @@ def _train_jobs(o: dict[str, Any]) -> Iterable[_Job]:
         floor = lambda c, r=rate: flops / c[r] / 1e6
         for recompute in ("none", "cheap", "block"):
             options = {"length": length, "recompute": recompute}
-            yield _Job("train", case, f"statescan, recompute {recompute}", dtype, options, floor)
+            yield _Job("train", case, f"statescan, recompute {recompute}", dtype, options, floor, 1)
     options = {"length": length}
     yield _Job("train", case, "transformers, compiled", "float32", options, None, 1, "transformers")
     yield _Job("train", case, "mambapy pscan", "float32", options, None, 1, "mambapy")
