@@ -120,6 +120,19 @@ def test_within_budget(name: str, dtype: torch.dtype) -> None:
     hold_to_budget(running(), CASES[name], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=names)
+@pytest.mark.parametrize(
+    "name",
+    ["smallest", "every option", "d_state 5", "d_state 8", "fixed B and C", "packed, empty ones", "large steps",
+     "whole blocks, cut tile", "cut block", "groups of whole blocks", "chunks", "chunks, packed"],
+)  # fmt: skip
+def test_two_lanes_a_channel(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward's form for calls that fill the chip twice over, here made to run small ones."""
+    monkeypatch.setattr(backend, "_BLOCKS_FOR_TWO_LANES", 0)
+    assert backend.plan(1, 1, 8, 16, 1, 132, False, False).lanes_forward == 2
+    hold_to_budget(running(), CASES[name], dtype)
+
+
 def test_256_states() -> None:
     hold_to_budget(running(), ScanCase(batch=1, length=37, d_inner=33, d_state=256, **EVERY), torch.float32)
     with pytest.raises(BackendUnavailableError, match="d_state is 257; use backend='torch'"):

@@ -50,6 +50,9 @@ class Plan:
 
     lanes: int
     states: int
+    threads_forward: int
+    lanes_forward: int
+    states_forward: int
     channels_forward: int
     channels_backward: int
     threads_backward: int
@@ -65,6 +68,9 @@ class Plan:
 
 _NT_FORWARD, _NT_BACKWARD = 256, 256  # threads a block
 _RESIDENT_FORWARD, _RESIDENT_BACKWARD = 2, 2  # blocks that a multiprocessor holds at once
+# Two lanes a channel take fewer instructions a state than four, but give half the warps: worth it where there are this
+# many blocks of 64 channels a multiprocessor, or where time is long enough to be cut into as many chunks as it takes.
+_BLOCKS_FOR_TWO_LANES, _LENGTH_FOR_TWO_LANES = 3, 16384
 _HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the most that fit
 
 
@@ -84,7 +90,13 @@ def plan(
     `packed`: with cu_seqlens."""
     lanes = max(4, min(32, 1 << math.ceil(math.log2(max(1, math.ceil(d_state / 4))))))
     states = 4 if d_state <= 128 else 8
-    channels_forward = _NT_FORWARD // lanes
+    group_channels = d_inner // groups
+    two = batch * groups * math.ceil(group_channels / 64) >= _BLOCKS_FOR_TWO_LANES * multiprocessors
+    two = (two or length >= _LENGTH_FOR_TWO_LANES) and d_state <= 16 and not wide
+    threads_forward, lanes_forward = (128, 2) if two else (_NT_FORWARD, lanes)
+    states_forward = 8 if two and d_state > 8 else states
+    resident_forward = _RESIDENT_FORWARD * _NT_FORWARD // threads_forward
+    channels_forward = threads_forward // lanes_forward
     size = 8 if wide else 4
     padded = lanes * states
 
@@ -106,14 +118,16 @@ def plan(
     ]
     threads, tile, history, parts = next(o for o in options if shared(*o) <= _SHARED_LIMIT)
     channels_backward = threads // lanes
-    group_channels = d_inner // groups
     forward_blocks = batch * groups * math.ceil(group_channels / channels_forward)
     backward_blocks = batch * groups * math.ceil(group_channels / channels_backward)
-    forward = _chunks(forward_blocks, _RESIDENT_FORWARD * multiprocessors, length, max(tile, 32))
+    forward = _chunks(forward_blocks, resident_forward * multiprocessors, length, max(tile, 32))
     backward = _chunks(backward_blocks, _RESIDENT_BACKWARD * multiprocessors, length, tile)
     return Plan(
         lanes,
         states,
+        threads_forward,
+        lanes_forward,
+        states_forward,
         channels_forward,
         channels_backward,
         threads,
@@ -312,7 +326,10 @@ def _forward(
         checkpoints = torch.empty(batch, math.ceil(length / p.tile), d_inner, n, dtype=c.real, device=device)
     tile = p.tile
     slot = 8 if c.real == torch.float64 else 4
-    while slot * 4 * tile * (p.channels_forward + 8 + p.lanes * p.states) + 16 * tile + 1024 > _SHARED_BYTES:
+    while (
+        slot * 4 * tile * (p.channels_forward + 8 + p.lanes_forward * p.states_forward) + 16 * tile + 1024
+        > _SHARED_BYTES
+    ):
         tile //= 2
     states = sums = None
     if p.chunks_forward > 1:
@@ -320,12 +337,14 @@ def _forward(
 
     def forward_options(**more: int) -> dict[str, int]:
         access = c.wide_access(p.channels_forward, y)
-        return c.options(TILE=tile, NT=_NT_FORWARD, MINB=_RESIDENT_FORWARD, EVERY=p.tile, **access, **more)
+        lanes = {"G": p.lanes_forward, "NS": p.states_forward, "NT": p.threads_forward}
+        resident = _RESIDENT_FORWARD * _NT_FORWARD // p.threads_forward
+        return c.options(TILE=tile, MINB=resident, EVERY=p.tile, **lanes, **access, **more)
 
     def launch(part: int, chunks: int) -> None:
         grid, per_group = c.grid(p.channels_forward, chunks)
         options = forward_options(PASS=part)
-        run = _cuda.kernel(_FORWARD, "scan_forward", options, _NT_FORWARD, device.index or 0)
+        run = _cuda.kernel(_FORWARD, "scan_forward", options, p.threads_forward, device.index or 0)
         run(
             grid,
             *c.inputs(),

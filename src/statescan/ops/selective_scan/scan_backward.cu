@@ -379,6 +379,21 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     // A sub-chunk's dB and dC: the warps' sums, in order.
     auto reduce = [&](int j) {
       if (FIXB && FIXC) return;
+#if N == NP
+      FOR_EACH(q, HT * 2 * NP / 4) {
+        const int r = q / (NP / 2), which = q / (NP / 4) & 1, n = q % (NP / 4) * 4, t = t0 + j * HT + r;
+        Four total{};
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+          const Four f = *reinterpret_cast<const Four*>(&S.part[j % PARTS][w][r][which][n]);
+#pragma unroll
+          for (int m = 0; m < 4; m++) total.v[m] += f.v[m];
+        }
+        real* out = which ? gB : gC;
+        if (!(which ? FIXB : FIXC) && t < t_end)
+          *reinterpret_cast<Four*>(out + (((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n) = total;
+      }
+#else
       FOR_EACH(q, HT * 2 * NP) {
         const int r = q / (2 * NP), which = q / NP & 1, n = q % NP, t = t0 + j * HT + r;
         real total = real(0);
@@ -387,6 +402,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         real* out = which ? gB : gC;
         if (!(which ? FIXB : FIXC) && n < N && t < t_end) out[(((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n] = total;
       }
+#endif
     };
     real gA_[NS];  // of this tile
 #pragma unroll

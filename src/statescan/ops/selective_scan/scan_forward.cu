@@ -62,7 +62,7 @@
 #define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for a tile ahead
 #define LAST_PASS (PASS == 0)
 #ifndef UNROLL
-#define UNROLL 4
+#define UNROLL 8
 #endif
 
 struct alignas(2 * sizeof(real)) Slot { real dv, du; };  // dt and dt*u; afterwards y stands where dt stood
@@ -262,8 +262,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
 #if PASS == 0
     if (ckpt && live && t0 % EVERY == 0) {
       real* p = ckpt + ((b * ((L + EVERY - 1) / EVERY) + t0 / EVERY) * d_inner + c) * N;
-#if N == NP && NS == 4
-      reinterpret_cast<Four*>(p)[g] = Four{h[0], h[1], h[2], h[3]};
+#if N == NP
+#pragma unroll
+      for (int m = 0; m < NS; m += 4) *reinterpret_cast<Four*>(p + g * NS + m) = Four{h[m], h[m + 1], h[m + 2], h[m + 3]};
 #else
 #pragma unroll
       for (int n = 0; n < NS; n++) if (g * NS + n < N) p[g * NS + n] = h[n];
@@ -333,16 +334,23 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
 #endif
       }
 #if PASS == 0
-      // Butterfly over the G lanes of a channel: lane g ends with step s0 + g % 4. It comes back from the shuffles only
+      // Butterfly over the G lanes of a channel: lane g ends with step s0 + g % 4
+      // (of two lanes each with two steps). It comes back from the shuffles only
       // when every lane of the channel has read the slot it now writes.
-      const bool b0 = g & 1, b1 = g & 2;
+      const bool b0 = g & 1;
       real k0_ = b0 ? acc[1] : acc[0], k1_ = b0 ? acc[3] : acc[2];
       k0_ += __shfl_xor_sync(~0u, b0 ? acc[0] : acc[1], 1);
       k1_ += __shfl_xor_sync(~0u, b0 ? acc[2] : acc[3], 1);
+#if G == 2
+      slots[w][s0 + g][at].dv = k0_;
+      slots[w][s0 + 2 + g][at].dv = k1_;
+#else
+      const bool b1 = g & 2;
       real keep = (b1 ? k1_ : k0_) + __shfl_xor_sync(~0u, b1 ? k0_ : k1_, 2);
 #pragma unroll
       for (int m = 4; m < G; m <<= 1) keep += __shfl_xor_sync(~0u, keep, m);
       if (G == 4 || g < 4) slots[w][s0 + g % 4][at].dv = keep;
+#endif
 #endif
     }
   };
