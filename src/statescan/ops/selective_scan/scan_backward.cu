@@ -534,6 +534,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             for (int m = R; m < G; m <<= 1) t_ += __shfl_xor_sync(~0u, t_, m * CPW);
             sum[k][0] = t_;
           }
+          __syncwarp();
           if (G == R || g < R) {
             Slot& to = S.slots[s + g % R][at];
             to.du = sum[1][0];

@@ -342,6 +342,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
       k0_ += __shfl_xor_sync(~0u, b0 ? acc[0] : acc[1], 1);
       k1_ += __shfl_xor_sync(~0u, b0 ? acc[2] : acc[3], 1);
 #if G == 2
+      __syncwarp();
       slots[w][s0 + g][at].dv = k0_;
       slots[w][s0 + 2 + g][at].dv = k1_;
 #else
@@ -349,6 +350,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
       real keep = (b1 ? k1_ : k0_) + __shfl_xor_sync(~0u, b1 ? k0_ : k1_, 2);
 #pragma unroll
       for (int m = 4; m < G; m <<= 1) keep += __shfl_xor_sync(~0u, keep, m);
+      __syncwarp();
       if (G == 4 || g < 4) slots[w][s0 + g % 4][at].dv = keep;
 #endif
 #endif
