@@ -95,7 +95,7 @@ class Block(nn.Module):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._run(x, residual, state, cu_seqlens)
         if self.recompute == "block":
-            return checkpoint(self._run, x, residual, state, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self._run, x, residual, state, cu_seqlens, use_reentrant=False, preserve_rng_state=True)
         normed, stream = self.norm(x, residual, self._residual_dtype(x, residual))
         # in_proj keeps its input for its weight's gradient: that is the normed residual, which is quick to make again
         # from the residual, and that is kept in any case.

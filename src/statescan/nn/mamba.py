@@ -303,7 +303,7 @@ class Mamba(nn.Module):
         xz = self.in_proj(x)
         if recompute and torch.is_grad_enabled():
             output, after = checkpoint(
-                self._after_in_proj, xz, state, cu_seqlens, use_reentrant=False, preserve_rng_state=False
+                self._after_in_proj, xz, state, cu_seqlens, use_reentrant=False, preserve_rng_state=True
             )
         else:
             output, after = self._after_in_proj(xz, state, cu_seqlens)

@@ -204,7 +204,20 @@ def _check_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise ConfigError(f"demo: --out must be a folder, got the file '{out}'; name another path")
-    if any(out.iterdir()) and not (out / _SUMMARY).exists() and not (out / "model" / "run.json").exists():
+    found = {entry.name for entry in out.iterdir()}
+    # Every name must be one that a demo writes, since a new demo replaces the folder's contents.
+    written = {
+        _SUMMARY,
+        "summary.md",
+        "samples.txt",
+        "loss.png",
+        "position.png",
+        "inspection.html",
+        "inspection.png",
+        "model",
+    }
+    started = (out / _SUMMARY).exists() or (out / "model" / "run.json").exists()
+    if found and not (started and found <= written):
         raise ConfigError(f"demo: --out must be new, empty or an earlier demo's folder, got '{out}'; name another path")
 
 
