@@ -40,9 +40,14 @@ def test_a_demo_leaves_what_it_names_and_is_replaced_by_the_next(tmp_path: Path)
     assert summary["yardsticks"]["5-gram"] == pytest.approx(ngram_bits_per_byte(learnt.tobytes(), held_out.tobytes()))
     assert summary["held_out_bytes"] == len(held_out)
 
-    (out / "old").touch()
+    (out / "notes.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="an earlier demo's folder"):
+        demo(out, steps=3, say=lines.append, progress=False)
+    assert (out / "notes.txt").read_text() == "precious"
+    (out / "notes.txt").unlink()
+    (out / "samples.txt").write_text("stale")
     again = demo(out, steps=3, say=lines.append, progress=False)
-    assert not (out / "old").exists()
+    assert (out / "samples.txt").read_text() != "stale"
     # The same machine, the same figures (another precision may have been the faster one in the probe).
     if again["run"] == summary["run"]:
         assert again["bits_per_byte"] == summary["bits_per_byte"]
@@ -74,7 +79,7 @@ def test_a_slow_machine_trains_fewer_steps_and_its_time_has_an_end(
     monkeypatch.setattr(recipe, "_probe", lambda: {"float32": 0.5, "bf16": 2.0})
     resumed, run, _ = recipe._plan(tmp_path / "slow", None, 0)
     assert not resumed
-    assert (run.train.steps, run.train.precision) == (250, "float32")
+    assert (run.train.steps, run.train.precision) == (200, "float32")
     monkeypatch.setattr(recipe, "_LIMIT", 0.0)
     summary = demo(tmp_path / "ended", steps=30, say=lambda line: None, progress=False)
     assert summary["stopped_by_time"]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -37,7 +36,7 @@ STEPS = 1700
 MODEL = MambaConfig(d_model=192, n_layer=3, vocab_size=256, initializer_range=0.08)
 # A machine on which all steps would take longer than the first figure trains fewer: as many as fit into the second. The
 # third is the end in any case, for a machine that slows down on the way.
-_ACCEPTED, _PLANNED, _LIMIT = 150.0, 125.0, 160.0
+_ACCEPTED, _PLANNED, _LIMIT = 140.0, 120.0, 150.0
 _PROMPTS = ("Call me Ishmael. ", "The whale ", "In the morning, the captain ")
 _CONTEXT = 1024
 _SUMMARY = "summary.json"
@@ -250,7 +249,7 @@ def _probe() -> dict[str, float]:
     seconds = {}
     for precision in ("float32", "bf16"):
         times = []
-        for _ in range(5):
+        for _ in range(8):
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 loss = model(ids[:, :-1], labels=ids).loss
@@ -259,7 +258,8 @@ def _probe() -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
             times.append(time.perf_counter() - start)
-        seconds[precision] = float(np.median(times[2:]))
+        # The best of them: a neighbour that takes the cores for a moment says nothing about the minutes that follow.
+        seconds[precision] = min(times)
     torch.random.set_rng_state(random)
     return seconds
 
