@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -117,7 +116,3 @@ def ceilings() -> dict[str, float]:
     except (AttributeError, RuntimeError):
         pass
     return found
-
-
-def median(samples: list[float]) -> float:
-    return statistics.median(samples)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from statescan.bench.measure import ceilings, machine_facts
+from statescan.checkpoint import atomic_file
 from statescan.errors import ConfigError
 
 __all__ = ["BENCHMARKS", "BenchRow", "run"]
@@ -307,7 +308,5 @@ def _report(machine: dict[str, Any], limits: dict[str, float], found: list[tuple
 
 
 def _write(out: Path, machine: dict[str, Any], limits: dict[str, float], found: list[tuple[_Job, BenchRow]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(_report(machine, limits, found), indent=1) + "\n")
-    part.replace(out)
+    with atomic_file(out) as temporary:
+        temporary.write_text(json.dumps(_report(machine, limits, found), indent=1) + "\n")

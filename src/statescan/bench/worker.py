@@ -212,11 +212,11 @@ def _norm(job: dict[str, Any]) -> dict[str, Any]:
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
-def _model(job: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+def _model(job: dict[str, Any]) -> Any:
     from statescan.models import CausalLM, preset
 
     torch.manual_seed(0)
-    return CausalLM(preset(job["preset"])).to(dtype)
+    return CausalLM(preset(job["preset"], recompute=job.get("recompute", "none")))
 
 
 def _ids(model: Any, rows: int, length: int) -> torch.Tensor:
@@ -351,15 +351,6 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
     autocast = job["dtype"] == "bfloat16"
     loss_of: Callable[[], torch.Tensor]
     if name.startswith("statescan"):
-        import dataclasses
-
-        if job.get("recompute"):
-            from statescan.models import CausalLM
-
-            config = dataclasses.replace(model.config, recompute=job["recompute"])
-            again = CausalLM(config)
-            again.load_state_dict(model.state_dict())
-            model = again
         trained: torch.nn.Module = model
         loss_of = lambda: model(ids[:, :-1], labels=ids).loss
     elif name.startswith("transformers"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["ABI_VERSION", "NativeLibrary", "library", "unavailable_reason"]
+__all__ = ["ABI_VERSION", "NativeLibrary", "library", "refusal", "unavailable_reason"]
 
 ABI_VERSION = 1
 _CURE = (
@@ -81,6 +81,16 @@ def unavailable_reason() -> str | None:
     """Why the CPU kernels can't be used, with the cure; None where they can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
+
+
+def refusal(device: str, symbol: str) -> str | None:
+    """Why the kernel `symbol` can't run on tensors of this device type, with the cure; None where it can."""
+    if device != "cpu":
+        return f"it runs on the CPU, the inputs are on {device}; use backend='torch'"
+    reason = unavailable_reason()
+    if reason is None and not hasattr(library().lib, symbol):
+        reason = f"the C++ library {library().path} is older than this package; reinstall statescan"
+    return reason
 
 
 def library() -> NativeLibrary:

@@ -20,12 +20,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 
 def refuses(facts: Facts) -> str | None:
     """Why the C++ kernel does not take this call, with the cure; None if it does."""
-    if facts.device != "cpu":
-        return f"it runs on the CPU, the inputs are on {facts.device}; use backend='torch'"
-    reason = _native.unavailable_reason()
-    if reason is None and not hasattr(_native.library().lib, "ss_causal_conv1d"):
-        reason = f"the C++ library {_native.library().path} is older than this package; reinstall statescan"
-    return reason
+    return _native.refusal(facts.device, "ss_causal_conv1d")
 
 
 class _Args(ctypes.Structure):

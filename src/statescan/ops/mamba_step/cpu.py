@@ -19,11 +19,9 @@ __all__ = ["Stack", "mamba_step", "refuses"]
 
 def refuses(facts: Facts) -> str | None:
     """Why the C++ kernel does not take this call, with the cure; None if it does."""
-    if facts.device != "cpu":
-        return f"it runs on the CPU, the inputs are on {facts.device}; use backend='torch'"
-    if facts.dtype != torch.float32:
+    if facts.device == "cpu" and facts.dtype != torch.float32:
         return f"it computes in float32, the input is {str(facts.dtype).removeprefix('torch.')}; use backend='torch'"
-    return _native.unavailable_reason()
+    return _native.refusal(facts.device, "ss_mamba_step")
 
 
 class _Block(ctypes.Structure):

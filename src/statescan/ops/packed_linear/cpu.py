@@ -20,11 +20,9 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 4}
 
 def refuses(facts: Facts) -> str | None:
     """Why the C++ kernel does not take this call, with the cure; None if it does."""
-    if facts.device != "cpu":
-        return f"it runs on the CPU, the inputs are on {facts.device}; use backend='torch'"
-    if facts.dtype == torch.float64:
+    if facts.device == "cpu" and facts.dtype == torch.float64:
         return "it sums in float32, the input is float64; use backend='torch'"
-    return _native.unavailable_reason()
+    return _native.refusal(facts.device, "ss_packed_linear")
 
 
 class Matrix(ctypes.Structure):

@@ -41,11 +41,9 @@ class _Args(ctypes.Structure):
 
 def refuses(facts: Facts) -> str | None:
     """Why the C++ kernel does not take this call, with the cure; None if it does."""
-    if facts.device != "cpu":
-        return f"it runs on the CPU, the inputs are on {facts.device}; use backend='torch'"
-    if facts.complex_A:
+    if facts.device == "cpu" and facts.complex_A:
         return "its states are real, A is complex; use backend='torch'"
-    return _native.unavailable_reason()
+    return _native.refusal(facts.device, "ss_selective_scan")
 
 
 @functools.cache
