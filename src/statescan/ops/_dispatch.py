@@ -25,8 +25,9 @@ BACKENDS: dict[str, dict[str, str]] = {
     "causal_conv1d_update": {"cpu": "cpu", "torch": "torch_conv", "reference": "reference"},
     "add_rms_norm": {"cpu": "cpu", "torch": "torch_norm", "reference": "reference"},
     "packed_linear": {"cpu": "cpu", "torch": "torch_linear", "reference": "reference"},
-    "linear_cross_entropy": {"torch": "torch_chunked", "reference": "reference"},
+    "linear_cross_entropy": {"cuda": "cuda", "torch": "torch_chunked", "reference": "reference"},
     "mamba_step": {"cpu": "cpu", "torch": "torch_step", "reference": "reference"},
+    "fft_conv": {"torch": "torch_fft", "reference": "reference"},
 }
 
 # op -> folder, where it isn't the op's own name.

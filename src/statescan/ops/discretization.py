@@ -1,0 +1,211 @@
+"""From a continuous system to a recurrence: the rules that turn (A, B) and a step into (A_bar, B_bar).
+
+The continuous system is ``x'(t) = A x(t) + B u(t)``, the recurrence ``x_k = A_bar x_{k-1} + B_bar u_k``. Every rule is
+one function with its equation, computed in float64 (complex128) and differentiable by autograd. All take a dense A, or
+with ``diagonal=True`` the diagonal alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.ops._checks import check_tensor
+
+__all__ = [
+    "DISCRETIZATIONS",
+    "Discretized",
+    "check_stable",
+    "discretize",
+    "discretize_backward_euler",
+    "discretize_bilinear",
+    "discretize_forward_euler",
+    "discretize_zoh",
+]
+
+
+class Discretized(NamedTuple):
+    """``x_k = A_bar x_{k-1} + B_bar u_k``; shapes as A and B, behind the dimensions of dt."""
+
+    A_bar: Tensor
+    B_bar: Tensor
+
+
+def _wide(op: str, A: Tensor, B: Tensor, dt: Tensor | float, diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks the arguments; returns A, B and dt in double precision, B with its inputs last, dt ready to multiply A."""
+    check_tensor(op, "A", A)
+    check_tensor(op, "B", B)
+    for name, value in (("A", A), ("B", B)):
+        if not (value.is_floating_point() or value.is_complex()):
+            raise DTypeError(
+                f"{op}: {name} must be a floating or complex tensor, got {value.dtype}; pass {name}.double()"
+            )
+    dt = torch.as_tensor(dt, dtype=torch.float64, device=A.device)
+    if not torch.compiler.is_compiling() and not bool((torch.isfinite(dt) & (dt > 0)).all()):
+        raise ConfigError(
+            f"{op}: dt must be positive and finite, got {dt.min().item():g} as its smallest; pass a step > 0"
+        )
+    if diagonal:
+        if A.dim() < 1 or B.shape[-1:] != A.shape[-1:]:
+            raise ShapeError(
+                f"{op}: B must have d_state = {A.shape[-1] if A.dim() else 0} as its last size, as the diagonal A has, "
+                f"got {tuple(B.shape)}; pass one input weight for each state"
+            )
+    else:
+        if A.dim() < 2 or A.shape[-1] != A.shape[-2]:
+            raise ShapeError(
+                f"{op}: A must be square (..., d_state, d_state), got {tuple(A.shape)}; "
+                "pass diagonal=True if it is the diagonal alone"
+            )
+        if B.dim() not in (1, 2) or B.shape[0] != A.shape[-1]:
+            raise ShapeError(
+                f"{op}: B must have shape (d_state,) or (d_state, inputs) with d_state = {A.shape[-1]}, "
+                f"got {tuple(B.shape)}; its first size must be that of A"
+            )
+    real = A.to(torch.complex128 if A.is_complex() else torch.float64)
+    return (
+        real,
+        B.to(torch.complex128 if B.is_complex() else torch.float64),
+        dt[(..., *[None] * (1 if diagonal else 2))],
+    )
+
+
+def _result(A: Tensor, B: Tensor, A_bar: Tensor, B_bar: Tensor) -> Discretized:
+    """Back to the dtypes that came in; B_bar is complex where A is."""
+    if A_bar.is_complex() and not B_bar.is_complex():
+        B_bar = B_bar.to(A_bar.dtype)
+    B_dtype = B.dtype if B.is_complex() == B_bar.is_complex() else A.dtype
+    return Discretized(A_bar.to(A.dtype), B_bar.to(B_dtype))
+
+
+def _dense_input(A: Tensor, B: Tensor) -> tuple[Tensor, bool]:
+    """B as a matrix (d_state, inputs) of A's kind, and whether it came as a vector."""
+    kind = torch.promote_types(A.dtype, B.dtype)
+    return (B.unsqueeze(-1) if B.dim() == 1 else B).to(kind), B.dim() == 1
+
+
+def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor | float, *, diagonal: bool = False) -> Discretized:
+    """Zero-order hold: exact for an input that is constant over each step.
+
+    ``A_bar = exp(dt A)``, ``B_bar = A^{-1} (exp(dt A) - I) B``, taken as an integral: a singular A is no
+    exception.
+
+    Args:
+        A: ``(d_state, d_state)``, or ``(..., d_state)`` with `diagonal`; real or complex.
+        B: ``(d_state,)`` or ``(d_state, inputs)``; with `diagonal` any shape that broadcasts against A.
+        dt: step, in the unit of time of A; a number or a tensor whose shape comes first in the results. Positive.
+        diagonal: A is the diagonal of the matrix.
+
+    Returns:
+        `Discretized` in the dtypes of A and B (B_bar complex where A is).
+
+    Raises:
+        ShapeError: A is not square or B doesn't fit it.
+        ConfigError: dt is not positive.
+
+    Numerics: computed in float64; the diagonal's quotient ``(exp(a) - 1) / a`` by expm1, by its series near 0.
+
+    Source: Mamba, arXiv:2312.00752, equation 4; the integral form after Van Loan, 1978.
+    """
+    wide_A, wide_B, step = _wide("discretize_zoh", A, B, dt, diagonal)
+    if diagonal:
+        a = step * wide_A
+        return _result(A, B, torch.exp(a), step * _phi1(a) * wide_B)
+    matrix, vector = _dense_input(wide_A, wide_B)
+    n, inputs = matrix.shape
+    # exp([[A, B], [0, 0]] dt) = [[A_bar, B_bar], [0, I]]
+    block = wide_A.new_zeros(*wide_A.shape[:-2], n + inputs, n + inputs, dtype=matrix.dtype)
+    block[..., :n, :n] = wide_A
+    block[..., :n, n:] = matrix
+    grown = torch.linalg.matrix_exp(step * block)
+    B_bar = grown[..., :n, n:]
+    return _result(A, B, grown[..., :n, :n], B_bar.squeeze(-1) if vector else B_bar)
+
+
+def _phi1(a: Tensor) -> Tensor:
+    """(exp(a) - 1) / a, 1 at 0, with its gradient there."""
+    small = a.abs() < 1e-5
+    safe = torch.where(small, torch.ones_like(a), a)
+    return torch.where(small, 1 + a / 2 + a * a / 6, torch.expm1(safe) / safe)
+
+
+def discretize_bilinear(A: Tensor, B: Tensor, dt: Tensor | float, *, diagonal: bool = False) -> Discretized:
+    """Bilinear rule (Tustin): maps the left half plane onto the unit disc, so a stable system stays stable.
+
+    ``A_bar = (I - dt/2 A)^{-1} (I + dt/2 A)``, ``B_bar = (I - dt/2 A)^{-1} dt B``. Arguments, results and errors as in
+    `discretize_zoh`.
+
+    Source: S4, arXiv:2111.00396, equation 3.
+    """
+    return _generalized("discretize_bilinear", A, B, dt, 0.5, diagonal)
+
+
+def discretize_forward_euler(A: Tensor, B: Tensor, dt: Tensor | float, *, diagonal: bool = False) -> Discretized:
+    """Forward Euler: ``A_bar = I + dt A``, ``B_bar = dt B``; stable only while |1 + dt lambda| <= 1.
+
+    Arguments, results and errors as in `discretize_zoh`.
+
+    Source: HiPPO, arXiv:2008.07669, appendix B.3, with alpha = 0.
+    """
+    return _generalized("discretize_forward_euler", A, B, dt, 0.0, diagonal)
+
+
+def discretize_backward_euler(A: Tensor, B: Tensor, dt: Tensor | float, *, diagonal: bool = False) -> Discretized:
+    """Backward Euler: ``A_bar = (I - dt A)^{-1}``, ``B_bar = (I - dt A)^{-1} dt B``; damps whatever the step.
+
+    Arguments, results and errors as in `discretize_zoh`.
+
+    Source: HiPPO, arXiv:2008.07669, appendix B.3, with alpha = 1.
+    """
+    return _generalized("discretize_backward_euler", A, B, dt, 1.0, diagonal)
+
+
+def _generalized(op: str, A: Tensor, B: Tensor, dt: Tensor | float, alpha: float, diagonal: bool) -> Discretized:
+    """``A_bar = (I - alpha dt A)^{-1} (I + (1 - alpha) dt A)``, ``B_bar = (I - alpha dt A)^{-1} dt B``."""
+    wide_A, wide_B, step = _wide(op, A, B, dt, diagonal)
+    a = step * wide_A
+    if diagonal:
+        inverse = 1 / (1 - alpha * a)
+        return _result(A, B, inverse * (1 + (1 - alpha) * a), inverse * step * wide_B)
+    matrix, vector = _dense_input(wide_A, wide_B)
+    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    left, right = one - alpha * a, one + (1 - alpha) * a
+    B_bar = torch.linalg.solve(left.to(matrix.dtype), step * matrix)
+    return _result(A, B, torch.linalg.solve(left, right), B_bar.squeeze(-1) if vector else B_bar)
+
+
+DISCRETIZATIONS = {
+    "zoh": discretize_zoh,
+    "bilinear": discretize_bilinear,
+    "forward_euler": discretize_forward_euler,
+    "backward_euler": discretize_backward_euler,
+}
+
+
+def discretize(A: Tensor, B: Tensor, dt: Tensor | float, method: str = "zoh", *, diagonal: bool = False) -> Discretized:
+    """The rule of that name: ``"zoh"``, ``"bilinear"``, ``"forward_euler"`` or ``"backward_euler"``.
+
+    Raises:
+        ConfigError: an unknown method.
+    """
+    if method not in DISCRETIZATIONS:
+        raise ConfigError(f"discretize: method must be one of {sorted(DISCRETIZATIONS)}, got {method!r}")
+    return DISCRETIZATIONS[method](A, B, dt, diagonal=diagonal)
+
+
+def check_stable(op: str, A: Tensor, *, diagonal: bool = False) -> None:
+    """Raises ConfigError where an eigenvalue of the continuous A has a positive real part: its states would grow.
+
+    Rounding of eigenvalues is allowed for: real parts up to 1e-9 of the largest eigenvalue's size count as zero.
+    """
+    eigenvalues = A.detach() if diagonal else torch.linalg.eigvals(A.detach())
+    wide = eigenvalues.to(torch.complex128)
+    worst = wide.real.max().item()
+    if worst > 1e-9 * max(wide.abs().max().item(), 1.0):
+        raise ConfigError(
+            f"{op}: A must be stable (no eigenvalue with a positive real part), got one of {worst:.4g}; "
+            "change its sign, or shift A by a multiple of the identity"
+        )
