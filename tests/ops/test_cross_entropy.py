@@ -134,6 +134,32 @@ def test_only_wanted_gradients_are_made(reduction: str) -> None:
         assert [t.grad is not None for t in tensors] == list(wanted)
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_without_grad_mode_only_the_logits_are_multiplied(reduction: str) -> None:
+    hidden, weight, bias, targets = problem(rows=(8,))
+    with Products() as products, torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction, chunk_size=4)
+    assert products.count == 2  # one a chunk
+    assert not loss.requires_grad
+    with Products() as products:
+        again = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction, chunk_size=4)
+        again.sum().backward()
+    assert products.count == (8 if reduction == "none" else 6)  # with gradients of hidden and weight
+    assert torch.equal(again.detach(), loss)
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that any tensor made while it is on has."""
 

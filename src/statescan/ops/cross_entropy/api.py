@@ -35,9 +35,10 @@ def linear_cross_entropy(
         bias: (vocabulary,), any float dtype. Default: none.
         ignore_index: tokens with this target count nothing. Default -100.
         reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``. Default "mean".
-        chunk_size: tokens whose logits exist at once. Default: as many as make 64 MB of float32 logits, at least 256.
+        chunk_size: tokens whose logits exist at once. Default: as many as make 64 MB of float32 logits, on "cuda" 512
+            MB of logits, at least 256.
             It moves the result by rounding only, and two runs with one chunk_size are equal to the bit.
-        backend: ``"auto"``, ``"torch"`` (in chunks) or ``"reference"`` (all logits at once).
+        backend: ``"auto"``, ``"cuda"`` or ``"torch"`` (in chunks), or ``"reference"`` (all logits at once).
 
     Returns:
         The mean or sum, a scalar, or with "none" the losses, shaped as targets, 0 where ignored; float32 (float64 for
@@ -45,7 +46,8 @@ def linear_cross_entropy(
         a batch of padding alone leaves training unharmed. Gradients flow once into hidden, weight and bias.
 
     Raises:
-        ShapeError: a shape or device does not fit, or a target (on the CPU) is outside of the vocabulary.
+        ShapeError: a shape or device does not fit, or a target (on the CPU) is outside of the vocabulary; "cuda" makes
+            its loss and gradients NaN.
         DTypeError: a dtype is not taken.
         ConfigError: an unknown reduction or backend, or a chunk_size below 1.
 
@@ -58,7 +60,9 @@ def linear_cross_entropy(
     check_linear_cross_entropy(hidden, weight, targets, bias, ignore_index, reduction, chunk_size)
     compute = compute_dtype(hidden, weight)
     name = choose("linear_cross_entropy", backend, hidden.device.type, compute)
-    if name == "torch":
+    if name == "cuda":
+        from statescan.ops.cross_entropy.cuda import linear_cross_entropy as run
+    elif name == "torch":
         from statescan.ops.cross_entropy.torch_chunked import linear_cross_entropy as run
     else:
         from statescan.ops.cross_entropy.reference import linear_cross_entropy as run

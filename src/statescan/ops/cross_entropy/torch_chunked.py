@@ -92,9 +92,11 @@ class _Reduced(torch.autograd.Function):
         mean: bool,
         chunk: int,
         compute: torch.dtype,
+        grad_mode: bool,
     ) -> Tensor:
         wide = accumulate_dtype(compute)
-        wanted = ctx.needs_input_grad[:3]
+        # needs_input_grad tells of the inputs alone: under no_grad it is true for every parameter.
+        wanted = ctx.needs_input_grad[:3] if grad_mode else (False, False, False)
         counted = targets != ignore_index
         aim = torch.where(counted, targets, 0).long()
         scale = counted.to(wide)
@@ -133,7 +135,7 @@ class _Reduced(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         parts = [None if part is None else part * grads[0].to(part.dtype) for part in ctx.saved_tensors]
-        return (*parts, None, None, None, None, None)
+        return (*parts, None, None, None, None, None, None)
 
 
 class _PerToken(torch.autograd.Function):
@@ -219,5 +221,8 @@ def linear_cross_entropy(
     chunk = _rows_of_a_chunk(hidden.shape[0], weight.shape[0], chunk_size)
     if reduction == "none":
         return _PerToken.apply(hidden, weight, bias, targets, ignore_index, chunk, compute)  # type: ignore[return-value]
-    mean = reduction == "mean"
-    return _Reduced.apply(hidden, weight, bias, targets, ignore_index, mean, chunk, compute)  # type: ignore[return-value]
+    # Asked for here, since inside of a Function's forward the grad mode is always off.
+    grad_mode = torch.is_grad_enabled()
+    return _Reduced.apply(  # type: ignore[return-value]
+        hidden, weight, bias, targets, ignore_index, reduction == "mean", chunk, compute, grad_mode
+    )
