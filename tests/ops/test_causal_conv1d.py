@@ -139,6 +139,20 @@ def test_gradient_out_of_one_result_alone(require_backend: Any, backend: str, na
         torch.testing.assert_close(actual[key], truth[key], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_empty_state_has_an_empty_gradient(require_backend: Any, backend: str, packed: bool) -> None:
+    require_backend("causal_conv1d", backend)
+    x = torch.randn(1, 6, 3, device=DEVICE, requires_grad=True)
+    weight = torch.randn(3, 1, device=DEVICE, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE) if packed else None
+    state = torch.zeros(2 if packed else 1, 0, 3, device=DEVICE, requires_grad=True)
+    y = causal_conv1d(x, weight, initial_state=state, cu_seqlens=cu_seqlens, backend=backend).y
+    y.square().sum().backward()
+    assert state.grad is not None
+    assert state.grad.shape == state.shape
+
+
 def assert_same(backend: str, actual: Tensor, whole: Tensor, truth: Tensor) -> None:
     """Bit-equal from the C++ kernel, whose lanes all compute alike. torch takes the last few elements of a tensor by
     another exponential than the rest, so there the one result has to be as near to the truth as the other."""

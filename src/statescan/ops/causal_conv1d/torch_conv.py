@@ -27,7 +27,8 @@ def causal_conv1d(
     past = width - 1
     if cu_seqlens is None:
         state = x.new_zeros(x.shape[0], past, features) if initial_state is None else initial_state
-        history = torch.cat([state, x], 1) if past else x
+        # A state that was given is part of the graph also where it is empty (width 1): its gradient is an empty tensor.
+        history = x if past == 0 and initial_state is None else torch.cat([state, x], 1)
         taps = [history[:, k : k + length] for k in range(width)]
         final_state = history[:, length:].clone()
     else:
