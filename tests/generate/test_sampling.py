@@ -69,6 +69,56 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(ties, p):
     assert kept(filter_top_p(logits, p), logits) == wanted
 
 
+def top_p_by_sorting_all(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """The definition on the whole vocabulary, in order."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = torch.softmax(ordered.double(), dim=-1)
+    drop = probabilities.cumsum(-1) - probabilities >= p
+    drop[..., 0] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.99999])
+def test_top_p_of_a_large_vocabulary_is_as_if_all_were_sorted(spread, ties, p):
+    # From one token kept to all but a few, so from the first selection to the last.
+    generator = torch.Generator().manual_seed(5)
+    logits = spread * torch.randn(4, 5003, generator=generator)
+    logits = (4 * logits).round() / 4 if ties else logits
+    logits[1, 100:] = -torch.inf
+    assert torch.equal(filter_top_p(logits, p), top_p_by_sorting_all(logits, p))
+
+
+def test_top_p_draws_the_tokens_that_it_drew_by_sorting_all(monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    rows = 3 * torch.randn(40, 2000, generator=generator)
+    params = [SamplingParams(top_p=p, temperature=t, seed=s) for p in (0.3, 0.95) for t in (0.7, 1.5) for s in (0, 1)]
+    got = [sample(row, one, position) for position, row in enumerate(rows) for one in params]
+    monkeypatch.setattr("statescan.generate.sampling.filter_top_p", top_p_by_sorting_all)
+    assert got == [sample(row, one, position) for position, row in enumerate(rows) for one in params]
+    assert len(set(got)) > 40
+
+
+def test_top_p_puts_few_tokens_in_order(monkeypatch):
+    sizes = []
+    topk = torch.Tensor.topk
+
+    def counting(self, k, *args, **kwargs):
+        sizes.append(k)
+        return topk(self, k, *args, **kwargs)
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("the whole vocabulary was sorted")
+
+    monkeypatch.setattr(torch.Tensor, "topk", counting)
+    monkeypatch.setattr(torch.Tensor, "sort", refuse)
+    logits = 4 * torch.randn(50_280, generator=torch.Generator().manual_seed(7))
+    filter_top_p(logits, 0.9)
+    assert sizes
+    assert max(sizes) < 5000
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.03, 0.2, 0.7, 1.0])
 def test_min_p_is_relative_to_the_most_likely_token_of_its_own_row(ties, p):

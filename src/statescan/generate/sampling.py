@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 _WORD = (1 << 64) - 1
+# Tokens that top-p puts in order; where those hold less than p the next number is taken, at last the vocabulary's.
+_FIRST_OF_TOP_P = (512, 4096)
 
 
 def _is_number(value: object) -> bool:
@@ -145,8 +147,12 @@ def filter_top_k(logits: Tensor, k: int) -> Tensor:
     """
     if k == 0 or k >= logits.shape[-1]:
         return logits
-    # Exactly k survive: all above the k-th value, and of those equal to it the first few.
     kth = logits.topk(k, dim=-1).values[..., -1:]
+    return _keep_first(logits, kth, k)
+
+
+def _keep_first(logits: Tensor, kth: Tensor, k: int | Tensor) -> Tensor:
+    """Keeps exactly k logits a row, given the k-th largest (..., 1): all above it, of its equals the first few ids."""
     above = logits > kth
     equal = logits == kth
     room = k - above.sum(-1, keepdim=True)
@@ -165,12 +171,21 @@ def filter_top_p(logits: Tensor, p: float) -> Tensor:
     """
     if p >= 1:
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = torch.softmax(ordered.double(), dim=-1)
-    before = probabilities.cumsum(-1) - probabilities
-    drop = before >= p
-    drop[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    vocab = logits.shape[-1]
+    # Only as many of the largest are put in order as it takes to reach p, a few of a vocabulary as a rule.
+    wide = logits.double()
+    largest = wide.amax(-1, keepdim=True)
+    total = torch.exp(wide - largest).sum(-1, keepdim=True)
+    ordered = probabilities = cumulative = wide
+    for first in (*(k for k in _FIRST_OF_TOP_P if k < vocab), vocab):
+        ordered = logits.topk(first, dim=-1).values
+        probabilities = torch.exp(ordered.double() - largest) / total
+        cumulative = probabilities.cumsum(-1)
+        if bool((cumulative[..., -1] >= p).all()):
+            break
+    # Written so that a nan, which no comparison holds for, drops nothing.
+    kept = (~(cumulative - probabilities >= p)).sum(-1, keepdim=True).clamp(min=1)
+    return _keep_first(logits, ordered.gather(-1, kept - 1), kept)
 
 
 def filter_min_p(logits: Tensor, p: float) -> Tensor:
