@@ -16,13 +16,13 @@ TARGETS = ["in_proj", "x_proj", "dt_proj", "out_proj", "lm_head"]
 CONFIG = MambaConfig(d_model=16, n_layer=2, vocab_size=24, d_state=4, tie_embeddings=False)
 
 
-def wrapped(config: MambaConfig, dtype: torch.dtype) -> tuple[CausalLM, torch.nn.Module]:
+def wrapped(config: MambaConfig, dtype: torch.dtype, dropout: float = 0.0) -> tuple[CausalLM, torch.nn.Module]:
     torch.manual_seed(0)
     plain = CausalLM(config, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(
-            copy.deepcopy(plain), peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, lora_dropout=0.0)
+            copy.deepcopy(plain), peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, lora_dropout=dropout)
         )
     return plain, adapted.to(dtype)
 
@@ -53,6 +53,29 @@ def test_gradients_of_adapters_are_those_of_the_merged_weights(recompute: str) -
             wanted = wanted.detach()
             assert wanted.abs().max() > 0
             assert float((grad - wanted).abs().max() / wanted.abs().max()) <= 1e-10, name
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
+def test_recomputation_draws_the_dropout_of_adapters_again(recompute: str, autocast: bool) -> None:
+    # The passes must see one and the same dropout: else the gradients are those of another function.
+    ids = torch.randint(0, 24, (2, 40), generator=torch.Generator().manual_seed(1))
+    results = []
+    for policy in ("none", recompute):
+        _, adapted = wrapped(CONFIG.replace(recompute=policy), torch.float32, dropout=0.5)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = adapted(ids, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in adapted.parameters() if p.requires_grad)])
+    wanted, got = results
+    assert len(wanted) == 1 + 2 * (2 * 4 + 1)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -95,6 +95,30 @@ def test_cheap_keeps_what_its_name_says() -> None:
     assert products_of_cheap - products_of_none == CONFIG.n_layer * 48 * (i * (r + 2 * n) + r * i)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_cheap_keeps_the_stream_and_the_output_of_in_proj_alone(autocast: bool, layers: int) -> None:
+    torch.manual_seed(0)
+    model = CausalLM(CONFIG.replace(recompute="cheap", n_layer=layers))
+    ids = torch.randint(0, 64, (1, 48))
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    with Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(ids, labels=ids).loss
+    kept = [
+        size
+        for key, (reference, size) in live.made.items()
+        if not reference.expired() and key not in parameters and key != ids.untyped_storage()._cdata
+    ]
+    d, i, narrow = 32, 64, 2 if autocast else 4
+    wanted = layers * [48 * 2 * i * narrow]  # in_proj's output
+    wanted += (layers + 1) * [48 * d * 4, 48 * 4]  # a norm: the residual stream, one number a token
+    wanted += [48 * d * narrow, 64 * d * 4]  # linear_cross_entropy: the gradients of its two inputs
+    if autocast:
+        wanted += layers * [d * 2 * i * narrow]  # in_proj's weight in bfloat16, as autocast keeps it for any policy
+    assert sorted(size for size in kept if size > 8) == sorted(wanted)
+    assert loss.requires_grad
+
+
 def test_no_gradient_no_recomputation() -> None:
     model = CausalLM(CONFIG.replace(recompute="block"))
     with torch.no_grad():

@@ -96,7 +96,7 @@ class Block(nn.Module):
             return self._run(x, residual, state, cu_seqlens)
         if self.recompute == "block":
             return checkpoint(self._run, x, residual, state, cu_seqlens, use_reentrant=False, preserve_rng_state=True)
-        normed, stream = self.norm(x, residual, self._residual_dtype(x, residual))
+        normed, stream = self._norm(x, residual)
         # in_proj keeps its input for its weight's gradient: that is the normed residual, which is quick to make again
         # from the residual, and that is kept in any case.
         with torch.autograd.graph.saved_tensors_hooks(*self._forget(normed, stream)):
@@ -112,9 +112,18 @@ class Block(nn.Module):
     def _run(
         self, x: Tensor, residual: Tensor | None, state: MambaState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, MambaState | None]:
-        normed, stream = self.norm(x, residual, self._residual_dtype(x, residual))
+        normed, stream = self._norm(x, residual)
         output = self.mixer(normed, state, cu_seqlens=cu_seqlens)
         return output.output, stream, output.state
+
+    def _norm(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The normed sum, in autocast's dtype where it is on, and the sum itself."""
+        normed, stream = self.norm(x, residual, self._residual_dtype(x, residual))
+        device = normed.device.type
+        if torch.is_autocast_enabled(device) and normed.dtype == torch.float32:
+            # in_proj would make this copy of the first layer's float32 input and keep it, out of reach of `_forget`.
+            normed = normed.to(torch.get_autocast_dtype(device))
+        return normed, stream
 
     def _residual_dtype(self, x: Tensor, residual: Tensor | None) -> torch.dtype | None:
         return residual_dtype(self.residual_in_fp32, x, residual)
