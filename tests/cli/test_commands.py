@@ -74,6 +74,24 @@ def test_help_shows_an_example(run: Run, name: str) -> None:
     assert f"Example: statescan {name}" in ran.out
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_all_that_was_written_for_it(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Square brackets in a help text are markup, and vanish without a word: defaults are typer's to show.
+    import typer
+
+    from statescan.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run(name, "--help").out
+    parameters = [one for one in typer.main.get_command(app).commands[name].params if one.name != "help"]
+    assert parameters
+    for parameter in parameters:
+        default = parameter.show_default
+        written = [parameter.help] + ([f"[default: ({default})]"] if isinstance(default, str) else [])
+        assert all(written), f"{parameter.name} has no help"
+        assert [text for text in written if text not in shown] == []
+
+
 def test_help_lists_every_command(run: Run) -> None:
     shown = run("--help").out
     assert [name for name in COMMANDS if name not in shown] == []

@@ -1,4 +1,4 @@
-"""``statescan bench``: our ops and model beside the peers that are installed."""
+"""``statescan bench``: our ops and models beside the peers that are installed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,35 @@ __all__ = ["bench"]
 @command
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="scan, conv, norm, prefill, decode, train, or all.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="scan, conv, norm, attention, block, train, generate, prefill, decode (CPU), or all. "
+            "Or: figures FILE..., which draws the files' figures into the folder --out.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda or cpu [default: the GPU where there is one].")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="For all alike [default: torch's].")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: shows that it runs, not how fast.")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the installed peers too.")] = True,
     only: Annotated[str | None, typer.Option("--only", help="Only implementations whose name contains this.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Also write everything to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write everything to this JSON file; figures: the folder.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measures ops and model beside the peers, each in its own process, after checking it against ours."""
+    """Measures ops and models beside the peers, after checking every result against float64."""
+    if names and names[0] == "figures":
+        _figures(names[1:], out, as_json)
+        return
     from statescan.bench import run
 
     console = progress_console()
     report = run(
         names or ["all"],
+        device=device,
         threads=threads,
         quick=quick,
         peers=peers,
@@ -43,32 +57,51 @@ def bench(
         result_console().print(_table(report))
 
 
+def _figures(files: list[str], out: Path | None, as_json: bool) -> None:
+    from statescan.bench.figures import draw
+
+    drawn = draw([Path(file) for file in files], out or Path("figures"))
+    if as_json:
+        emit_json({"figures": drawn})
+    else:
+        for path in drawn:
+            print(path)
+
+
 def _table(report: dict[str, Any]) -> Any:
     from rich.table import Table
 
     machine = report["machine"]
-    title = ", ".join(f"{name} {machine[name]}" for name in ("cpu", "threads", "torch") if name in machine)
-    table = Table(box=None, padding=(0, 2), title=title, title_justify="left", header_style="bold")
+    titles = ("gpu", "driver", "cuda") if machine.get("device") == "cuda" else ("cpu", "threads")
+    facts = [f"{name} {machine[name]}" for name in titles if name in machine]
+    facts += [f"torch {machine['versions']['torch']}"] if "versions" in machine else []
+    table = Table(box=None, padding=(0, 2), title=", ".join(facts), title_justify="left", header_style="bold")
     for heading in ("benchmark", "case", "implementation", "dtype"):
         table.add_column(heading)
-    for heading in ("ms, median", "best", "tokens/s", "x floor", "error"):
+    for heading in ("ms, median", "spread", "tokens/s", "peak GiB", "floor ms", "x floor", "error"):
         table.add_column(heading, justify="right")
     for row in report["rows"]:
         cells = [row["bench"], row["case"], row["implementation"], row["dtype"]]
         if row["failure"]:
-            table.add_row(*cells, "", "", "", "", row["failure"])
+            table.add_row(*cells, "", "", "", "", "", "", row["failure"])
             continue
         table.add_row(
             *cells,
             *(
-                "" if row[key] is None else form.format(row[key])
+                "" if row.get(key) is None else form(row[key])
                 for key, form in (
-                    ("milliseconds", "{:,.2f}"),
-                    ("best", "{:,.2f}"),
-                    ("tokens_per_second", "{:,.1f}"),
-                    ("ratio", "{:.2f}"),
-                    ("relative_error", "{:.1e}"),
+                    ("milliseconds", _milliseconds),
+                    ("spread", _milliseconds),
+                    ("tokens_per_second", lambda v: f"{v:,.1f}" if v < 1000 else f"{v:,.0f}"),
+                    ("peak_memory_bytes", lambda v: f"{v / 2**30:,.2f}"),
+                    ("floor_ms", _milliseconds),
+                    ("ratio", lambda v: f"{v:.2f}"),
+                    ("relative_error", lambda v: f"{v:.1e}"),
                 )
             ),
         )
     return table
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.2f}" if value >= 1 else f"{value:.4f}"

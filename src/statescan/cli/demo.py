@@ -19,7 +19,7 @@ def demo(
         "demo-out"
     ),
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Updates [default: what two minutes on two cores allow].")
+        int | None, typer.Option("--steps", min=1, show_default="what two minutes on two cores allow", help="Updates.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights, data and samples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; the story goes to standard error.")] = False,

@@ -19,7 +19,7 @@ def evaluate(
         list[str], typer.Option("--data", help="File, folder, glob or packaged:NAME; may be given several times.")
     ],
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="'bytes' or a tokenizer JSON [default: the model's own].")
+        str | None, typer.Option("--tokenizer", show_default="the model's own", help="'bytes' or a tokenizer JSON.")
     ] = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of a window, or of a chunk.")] = 1024,
     carry_state: Annotated[

@@ -40,11 +40,13 @@ def generate(
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="1: none.")] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="[default: a fresh one]")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", show_default="a fresh one", help="Names the random numbers.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text; several times.")] = None,
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before what follows it.")] = True,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="'bytes' or a tokenizer JSON [default: the model's own].")
+        str | None, typer.Option("--tokenizer", show_default="the model's own", help="'bytes' or a tokenizer JSON.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of streaming.")] = False,

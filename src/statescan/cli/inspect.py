@@ -21,10 +21,11 @@ def inspect(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page, one HTML file.")] = Path("report.html"),
     png: Annotated[bool, typer.Option("--png", help="Also draw a PNG beside the page.")] = False,
     model: Annotated[
-        Path | None, typer.Option("--model", help=f"Folder of a model, or of a training run [default: {_DEMO}].")
+        Path | None, typer.Option("--model", show_default=str(_DEMO), help="Folder of a model, or of a training run.")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="Shown channel by channel; -1: the last [default: the middle one].")
+        int | None,
+        typer.Option("--layer", show_default="the middle one", help="Shown channel by channel; -1: the last."),
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Look at the first so many tokens.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,

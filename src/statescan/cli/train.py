@@ -21,7 +21,7 @@ def train(
         typer.Option("--data", help="File, folder, glob or packaged:moby_dick; may be given several times."),
     ] = None,
     valid: Annotated[
-        list[str] | None, typer.Option("--valid", help="Held-out text [default: the last 5 % of the data].")
+        list[str] | None, typer.Option("--valid", show_default="the last 5 % of the data", help="Held-out text.")
     ] = None,
     preset: Annotated[
         str, typer.Option("--preset", help="Size of the model; `statescan info NAME` shows it.")
