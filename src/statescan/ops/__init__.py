@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from statescan.ops.packed_linear.api import PackedWeight, pack_weight, packed_linear
     from statescan.ops.selective_scan.api import ScanOutput, selective_scan
     from statescan.ops.selective_state_update.api import StateUpdateOutput, selective_state_update
+    from statescan.ops.ssm_kernel.api import s4_kernel, s4d_kernel
 
 __all__ = [
     "BACKENDS",
@@ -39,6 +40,8 @@ __all__ = [
     "mamba_step",
     "pack_weight",
     "packed_linear",
+    "s4_kernel",
+    "s4d_kernel",
     "selective_scan",
     "selective_state_update",
 ]
@@ -59,6 +62,8 @@ _HOME = {
     "mamba_step": "mamba_step",
     "pack_weight": "packed_linear",
     "packed_linear": "packed_linear",
+    "s4_kernel": "ssm_kernel",
+    "s4d_kernel": "ssm_kernel",
     "selective_scan": "selective_scan",
     "selective_state_update": "selective_state_update",
 }

@@ -28,6 +28,7 @@ __all__ = [
     "check_state",
     "check_tensor",
     "state_dtypes",
+    "values_readable",
     "without_autocast",
 ]
 
@@ -190,6 +191,13 @@ def check_state(op: str, name: str, state: Tensor, u: Tensor, A: Tensor, rows: i
     complex_too = " and complex A" if A.is_complex() else ""
     why = f"the state's dtype for {str(u.dtype).removeprefix('torch.')} inputs{complex_too}"
     check_dtype(op, name, state, (state_dtypes(u.dtype, A.is_complex())[1],), why)
+
+
+def values_readable(value: Tensor) -> bool:
+    """Whether a check may read values: not while a graph is traced or captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,149 @@
+"""The public kernels of S4D and S4: checks, picks a backend, calls it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.ops._checks import check_device, check_shape, check_tensor, values_readable, without_autocast
+from statescan.ops._dispatch import choose
+from statescan.ops.discretization import DISCRETIZATIONS, check_stable
+
+__all__ = ["s4_kernel", "s4d_kernel"]
+
+_REAL = (torch.float32, torch.float64)
+_COMPLEX = (torch.complex64, torch.complex128)
+
+
+def _check(op: str, A_name: str, A: Tensor, others: dict[str, Tensor], dt: Tensor, length: int, method: str) -> None:
+    check_tensor(op, A_name, A)
+    if A.dim() != 2 or A.numel() == 0:
+        raise ShapeError(
+            f"{op}: {A_name} must have shape (d_model, states), got {tuple(A.shape)}; one row for each channel"
+        )
+    if A.dtype not in (*_REAL, *_COMPLEX):
+        raise DTypeError(
+            f"{op}: {A_name} must be float32, float64 or complex, got {A.dtype}; pass {A_name}.to(torch.complex64)"
+        )
+    for name, value in others.items():
+        check_tensor(op, name, value)
+        check_device(op, name, value, A, A_name)
+        check_shape(op, name, value, tuple(A.shape), f"(d_model, states) as {A_name}")
+    check_tensor(op, "dt", dt)
+    check_device(op, "dt", dt, A, A_name)
+    check_shape(op, "dt", dt, (A.shape[0],), "(d_model,)")
+    if dt.is_complex() or not dt.is_floating_point():
+        raise DTypeError(f"{op}: dt must be real, got {dt.dtype}; pass exp(log_dt) in float32")
+    if not isinstance(length, int) or length < 1:
+        raise ConfigError(f"{op}: length must be an integer >= 1, got {length!r}; pass the length of the sequence")
+    if values_readable(dt) and not bool((torch.isfinite(dt) & (dt > 0)).all()):
+        raise ConfigError(
+            f"{op}: dt must be positive and finite, got {dt.min().item():g} as its smallest; pass exp(log_dt)"
+        )
+    check_stable(op, A, diagonal=True)
+    if method not in DISCRETIZATIONS:
+        raise ConfigError(f"{op}: discretization must be one of {sorted(DISCRETIZATIONS)}, got {method!r}")
+
+
+def s4d_kernel(
+    A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretization: str = "zoh", backend: str = "auto"
+) -> Tensor:
+    """Kernel of a diagonal state space model: a product with a Vandermonde matrix.
+
+    ``K_l = sum_n C_n B_bar_n A_bar_n^l``; for complex A each state stands for itself and its conjugate:
+    ``K_l = 2 Re(...)``.
+
+    Args:
+        A: ``(d_model, states)``, the diagonal of the continuous system; complex (one of each conjugate pair) or real.
+            Negative real parts.
+        B: ``(d_model, states)``, real or complex.
+        C: ``(d_model, states)``, real or complex.
+        dt: ``(d_model,)``, step, positive.
+        length: number of lags.
+        discretization: ``"zoh"``, ``"bilinear"``, ``"forward_euler"`` or ``"backward_euler"``.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``(d_model, length)``, float32; float64 for A in double precision.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError: an argument doesn't fit.
+
+    Numerics: the logarithm of A_bar and its multiples are taken in float64 and their phases turned back into one circle
+    before the float32 sine, so long kernels don't lose the phase.
+
+    Source: S4D, arXiv:2206.11893, equations 4 to 6.
+    """
+    op = "s4d_kernel"
+    _check(op, "A", A, {"B": B, "C": C}, dt, length, discretization)
+    name = choose(op, backend, A.device.type, A.dtype, A.is_complex(), A.shape[1])
+    if name == "torch":
+        from statescan.ops.ssm_kernel import vandermonde as module
+    else:
+        from statescan.ops.ssm_kernel import reference as module
+    with without_autocast(A.device.type):
+        return module.s4d_kernel(A, B, C, dt, length, discretization)
+
+
+def s4_kernel(
+    Lambda: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    length: int,
+    *,
+    discretization: str = "bilinear",
+    backend: str = "auto",
+) -> Tensor:
+    """Kernel of a state space model whose A is diagonal plus low rank: ``A = diag(Lambda) - P P^*``.
+
+    ``K_l = 2 Re(C A_bar^l B_bar)``, where each state stands for itself and its conjugate.
+
+    Args:
+        Lambda: ``(d_model, states)``, complex, one of each conjugate pair; negative real parts.
+        P: ``(d_model, states)`` complex, rank 1, or ``(d_model, states, rank)``.
+        B: ``(d_model, states)``, complex.
+        C: ``(d_model, states)``, complex.
+        dt: ``(d_model,)``, step, positive.
+        length: number of lags.
+        discretization: as for `s4d_kernel`; the ``"cauchy"`` backend has the bilinear rule alone.
+        backend: ``"auto"``; ``"torch"``: powers of the small dense matrix by squaring, in float64, and a product;
+            ``"cauchy"``: the paper's way, its generating function at the roots of unity by the Woodbury identity and a
+            Cauchy product, in pieces of bounded memory; ``"reference"``: one power after the other.
+
+    Returns:
+        ``(d_model, length)``, float32; float64 for Lambda in double precision.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError: an argument doesn't fit.
+
+    Source: S4, arXiv:2111.00396, section 3 and appendix C.3; here C itself is the parameter, not ``C (I - A_bar^L)``:
+    the same parameters serve every length and, by dt, every sampling rate.
+    """
+    op = "s4_kernel"
+    check_tensor(op, "P", P)
+    columns = P.unsqueeze(-1) if P.dim() == 2 else P
+    if columns.dim() != 3:
+        raise ShapeError(f"{op}: P must have shape (d_model, states) or (d_model, states, rank), got {tuple(P.shape)}")
+    _check(op, "Lambda", Lambda, {"P": columns[..., 0], "B": B, "C": C}, dt, length, discretization)
+    if not Lambda.is_complex():
+        raise DTypeError(
+            f"{op}: Lambda must be complex, got {Lambda.dtype}; pass one eigenvalue of each conjugate pair"
+        )
+    name = choose(op, backend, Lambda.device.type, Lambda.dtype, True, Lambda.shape[1])
+    if name == "torch":
+        from statescan.ops.ssm_kernel import doubling as module
+    elif name == "cauchy":
+        from statescan.ops.ssm_kernel import cauchy as module
+
+        if discretization != "bilinear":
+            raise ConfigError(
+                f"{op}: discretization must be 'bilinear' with backend 'cauchy', got {discretization!r}; "
+                "its formula holds for that rule alone: use backend='torch'"
+            )
+    else:
+        from statescan.ops.ssm_kernel import reference as module
+    with without_autocast(Lambda.device.type):
+        return module.s4_kernel(Lambda, columns, B, C, dt, length, discretization)

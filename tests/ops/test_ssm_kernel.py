@@ -1,0 +1,198 @@
+"""Kernels of S4 and S4D against powers of a dense matrix, written apart, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.ops import explain, s4_kernel, s4d_kernel
+from statescan.ops.discretization import DISCRETIZATIONS
+from statescan.ops.hippo import hippo_legs, hippo_nplr
+
+Case = dict[str, torch.Tensor]
+
+
+def _diagonal(channels: int = 3, states: int = 4, *, real: bool = False) -> Case:
+    draw = torch.Generator().manual_seed(0)
+    kind = torch.float64 if real else torch.complex128
+    A = -torch.rand(channels, states, generator=draw, dtype=torch.float64) - 0.1
+    if not real:
+        A = torch.complex(A, 8 * torch.randn(channels, states, generator=draw, dtype=torch.float64))
+    B, C = (torch.randn(channels, states, generator=draw, dtype=kind) for _ in range(2))
+    return {"A": A, "B": B, "C": C, "dt": torch.tensor([0.3, 0.02, 0.001][:channels], dtype=torch.float64)}
+
+
+def _low_rank(channels: int = 3, states: int = 4, rank: int = 1) -> Case:
+    draw = torch.Generator().manual_seed(1)
+    case = _diagonal(channels, states)
+    P = torch.randn(channels, states, rank, generator=draw, dtype=torch.complex128)
+    return {"Lambda": case["A"], "P": P if rank > 1 else P[..., 0], "B": case["B"], "C": case["C"], "dt": case["dt"]}
+
+
+def _dense(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, dt: float, length: int, method: str) -> torch.Tensor:
+    """C A_bar^l B_bar with explicit inverses and matrix_power."""
+    n = A.shape[0]
+    one = torch.eye(n, dtype=A.dtype)
+    inverse = torch.linalg.inv
+    A_bar, B_bar = {
+        "zoh": lambda: (e := torch.linalg.matrix_exp(dt * A), inverse(A) @ (e - one) @ B),
+        "bilinear": lambda: (inverse(one - dt / 2 * A) @ (one + dt / 2 * A), inverse(one - dt / 2 * A) @ (dt * B)),
+        "forward_euler": lambda: (one + dt * A, dt * B),
+        "backward_euler": lambda: (inverse(one - dt * A), inverse(one - dt * A) @ (dt * B)),
+    }[method]()
+    return torch.stack([C @ torch.linalg.matrix_power(A_bar, k) @ B_bar for k in range(length)])
+
+
+def _s4d_truth(case: Case, length: int, method: str) -> torch.Tensor:
+    A, B, C = (case[k].to(torch.complex128) for k in "ABC")
+    rows = [_dense(torch.diag(A[d]), B[d], C[d], case["dt"][d].item(), length, method) for d in range(A.shape[0])]
+    K = torch.stack(rows).real
+    return 2 * K if case["A"].is_complex() else K
+
+
+def _s4_truth(case: Case, length: int, method: str) -> torch.Tensor:
+    """The whole conjugate system, 2 states wide, nothing made real."""
+    rows = []
+    for d in range(case["Lambda"].shape[0]):
+        Lambda, P, B, C = (torch.cat([case[k][d], case[k][d].conj()]) for k in ("Lambda", "P", "B", "C"))
+        P = P.reshape(len(Lambda), -1)
+        rows.append(_dense(torch.diag(Lambda) - P @ P.mH, B, C, case["dt"][d].item(), length, method))
+    K = torch.stack(rows)
+    assert K.imag.abs().max() < 1e-9 * K.abs().max()
+    return K.real
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("method", DISCRETIZATIONS)
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 13, 64, 65])
+def test_s4d_is_the_dense_system(backend: str, method: str, real: bool, length: int) -> None:
+    case = _diagonal(real=real)
+    if method == "forward_euler":
+        case["dt"] = case["dt"] / 20  # inside its region of stability
+    got = s4d_kernel(**case, length=length, discretization=method, backend=backend)
+    truth = _s4d_truth(case, length, method)
+    assert got.dtype == torch.float64
+    assert got.shape == (3, length)
+    assert (got - truth).abs().max() < 1e-12 * truth.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cauchy", "reference"])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("length", [1, 2, 13, 64, 65])
+def test_s4_is_the_dense_system(backend: str, rank: int, length: int) -> None:
+    case = _low_rank(rank=rank)
+    got = s4_kernel(**case, length=length, backend=backend)
+    truth = _s4_truth(case, length, "bilinear")
+    assert got.shape == (3, length)
+    assert (got - truth).abs().max() < 1e-10 * truth.abs().max()
+
+
+@pytest.mark.parametrize("method", ["zoh", "backward_euler"])
+def test_s4_with_other_rules(method: str) -> None:
+    case = _low_rank()
+    truth = _s4_truth(case, 30, method)
+    for backend in ("torch", "reference"):
+        got = s4_kernel(**case, length=30, discretization=method, backend=backend)
+        assert (got - truth).abs().max() < 1e-10 * truth.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cauchy"])
+def test_hippo_kernel(backend: str) -> None:
+    """The half of HiPPO's eigenvalues in S4's hands gives the kernel of the dense HiPPO matrix."""
+    n, length, dt = 32, 200, 0.01
+    A, B = hippo_legs(n)
+    Lambda, P, B_eigen, V = hippo_nplr("legs", n)
+    C = torch.randn(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    half = Lambda.imag > 0
+    assert int(half.sum()) == n // 2
+    C_eigen = C.to(V.dtype) @ V
+    case = {"Lambda": Lambda, "P": P[:, 0], "B": B_eigen, "C": C_eigen}
+    case = {k: v[half].unsqueeze(0) for k, v in case.items()}
+    got = s4_kernel(**case, dt=torch.tensor([dt], dtype=torch.float64), length=length, backend=backend)
+    truth = _dense(A, B, C, dt, length, "bilinear")
+    assert (got[0] - truth).abs().max() < 1e-9 * truth.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cauchy"])
+def test_s4_gradients(backend: str) -> None:
+    case = {k: v.requires_grad_() for k, v in _low_rank(2, 2).items()}
+    names = list(case)
+    assert torch.autograd.gradcheck(
+        lambda *x: s4_kernel(**dict(zip(names, x, strict=True)), length=9, backend=backend), tuple(case.values())
+    )
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("method", ["zoh", "bilinear"])
+def test_s4d_gradients(real: bool, method: str) -> None:
+    case = {k: v.requires_grad_() for k, v in _diagonal(2, 2, real=real).items()}
+    names = list(case)
+    assert torch.autograd.gradcheck(
+        lambda *x: s4d_kernel(**dict(zip(names, x, strict=True)), length=9, discretization=method), tuple(case.values())
+    )
+
+
+def test_pieces_of_the_cauchy_product_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from statescan.ops.ssm_kernel import cauchy
+
+    results = []
+    for elements in (cauchy._CHUNK_ELEMENTS, 3 * 4 * 5):
+        monkeypatch.setattr(cauchy, "_CHUNK_ELEMENTS", elements)
+        case = {k: v.requires_grad_() for k, v in _low_rank().items()}
+        K = s4_kernel(**case, length=37, backend="cauchy")
+        K.square().sum().backward()
+        results.append([K.detach(), *(v.grad for v in case.values())])
+    for whole, cut in zip(*results, strict=True):
+        assert torch.allclose(whole, cut, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["s4d", "s4"])
+def test_float32_over_a_long_kernel_keeps_the_phase(kernel: str) -> None:
+    """float32 parameters, a kernel of 4,096 lags: the error stays that of float32 sums."""
+    length = 4096
+    case = _diagonal() if kernel == "s4d" else _low_rank()
+    single = {k: v.to(torch.complex64 if v.is_complex() else torch.float32) for k, v in case.items()}
+    double = {k: v.to(torch.complex128 if v.is_complex() else torch.float64) for k, v in single.items()}
+    op = s4d_kernel if kernel == "s4d" else s4_kernel
+    got, truth = op(**single, length=length), op(**double, length=length, backend="reference")
+    assert got.dtype == torch.float32
+    # one rounding for each of the 16 terms of a sum, of the size of its terms
+    size = 2 * (double["B"].abs() * double["C"].abs() * double["dt"][:, None]).sum(-1, keepdim=True)
+    assert ((got.double() - truth).abs() <= 16 * torch.finfo(torch.float32).eps * size).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cauchy"])
+def test_rate_change(backend: str) -> None:
+    """Twice the step is half the sampling rate, as a system of that step has it, and no parameter changes."""
+    case = _low_rank()
+    slow = {**case, "dt": case["dt"] * 2}
+    truth = _s4_truth(slow, 40, "bilinear")
+    got = s4_kernel(**{**case, "dt": case["dt"] * 2}, length=40, backend=backend)
+    assert (got - truth).abs().max() < 1e-10 * truth.abs().max()
+    if backend == "torch":  # with the exact rule every second lag is the same, but for the input's longer hold
+        fast = s4d_kernel(**_diagonal(), length=80)
+        diagonal = _diagonal()
+        twice = s4d_kernel(**{**diagonal, "dt": diagonal["dt"] * 2}, length=40)
+        held = fast[:, 0::2] + fast[:, 1::2]
+        assert (twice - held).abs().max() < 1e-12 * held.abs().max()
+
+
+def test_bad_input_and_explain() -> None:
+    case = _low_rank()
+    with pytest.raises(ShapeError, match=r"s4_kernel: B must have shape .*got \(3, 3\)"):
+        s4_kernel(**{**case, "B": case["B"][:, :3]}, length=4)
+    with pytest.raises(DTypeError, match="Lambda must be complex"):
+        s4_kernel(**{k: v.real if v.is_complex() else v for k, v in case.items()}, length=4)
+    with pytest.raises(ConfigError, match="length must be an integer >= 1, got 0"):
+        s4_kernel(**case, length=0)
+    with pytest.raises(ConfigError, match="discretization must be 'bilinear' with backend 'cauchy'"):
+        s4_kernel(**case, length=4, discretization="zoh", backend="cauchy")
+    with pytest.raises(ConfigError, match="dt must be positive"):
+        s4d_kernel(**{**_diagonal(), "dt": torch.tensor([0.1, -0.1, 0.1])}, length=4, backend="reference")
+    with pytest.raises(ConfigError, match="dt must be positive"):
+        s4d_kernel(**{**_diagonal(), "dt": torch.tensor([0.1, -0.1, 0.1])}, length=4)
+    with pytest.raises(ConfigError, match="s4_kernel: A must be stable"):
+        s4_kernel(**{**case, "Lambda": -case["Lambda"]}, length=4)
+    assert explain("s4_kernel").backend == "torch"
