@@ -7,7 +7,7 @@ With ``w = exp(-2 pi i k / L)`` and ``theta = pi k / L``, ``sum_l K_l w^l`` is
 
 by the Woodbury identity. (The paper's ``2 / (1 + w)`` is spread into r, so that nothing is infinite at w = -1.) A state
 and its conjugate together give ``v / (iy - c Lambda) + conj = (2 Re(v) iy - 2 c Re(v conj(Lambda))) / q`` with one
-complex ``q = c^2 |Lambda|^2 - y^2 - 2 i y c Re(Lambda)`` for all the sums: each sum is a real matrix product with 1 / q.
+complex ``q = c^2 |Lambda|^2 - y^2 - 2 i y c Re(Lambda)`` for all the sums: each is a real matrix product with 1 / q.
 """
 
 from __future__ import annotations
