@@ -251,6 +251,43 @@ def test_train_then_resume_then_use_the_run(run: Run, text: Path, tmp_path: Path
     assert json.loads(again.out)["steps"] == 2
 
 
+def test_train_refuses_a_preset_or_tokenizer_that_the_run_does_not_have(run: Run, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lightning_fabric")
+    pytest.importorskip("tokenizers")
+    from tokenizers import Tokenizer, models
+
+    words = tmp_path / "words.json"
+    Tokenizer(models.WordLevel({"whale": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(words))
+    out = tmp_path / "run"
+    shape = ("--set", "model.n_layer=1", "--set", "model.d_model=16")
+    small = ("--set", "train.length=32", "--set", "train.batch_size=2", "--set", f"data.cache={tmp_path}")
+    line = ("train", "--data", text, "--out", out, "--preset", "tiny", "--tokenizer", "bytes", *shape, *small)
+    assert run(*line, "--set", "train.steps=1").code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for source in (("--resume",), ("--config", out / "run.json", "--set", f"data.cache={tmp_path}")):
+        place = out if source[0] == "--resume" else tmp_path / "other"
+        refused = one_line(run("train", "--out", place, *source, "--preset", "small"))
+        assert "wanted a --preset with d_model = 16" in refused
+        assert "got 'small' with" in refused
+        assert "leave it out" in refused
+        # The run was begun with the preset and fields of its own: the preset alone is another model.
+        assert "got 'tiny'" in one_line(run("train", "--out", place, *source, "--preset", "tiny"))
+        refused = one_line(run("train", "--out", place, *source, "--tokenizer", words))
+        assert "wanted --tokenizer bytes" in refused
+        assert "words.json; leave it out" in refused
+        assert not (tmp_path / "other").exists()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # The line that started it, as an interrupted run prints it, goes on; so does a run from its own file.
+    again = run(*line, "--set", "train.steps=2", "--resume", "--json")
+    assert json.loads(again.out)["steps"] == 2, again.err
+    agreeing = ("--config", out / "run.json", "--preset", "tiny", *shape, "--tokenizer", "bytes")
+    assert run("train", "--out", tmp_path / "other", *agreeing).code == 0
+    # A configuration given with --resume is heard too.
+    other = tmp_path / "other.json"
+    other.write_text((out / "run.json").read_text().replace('"seed": 0', '"seed": 1'))
+    assert "train.seed = 0" in one_line(run("train", "--out", out, "--config", other, "--resume"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [

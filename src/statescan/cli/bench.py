@@ -17,15 +17,18 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...",
+            metavar="NAME",
+            show_default="all",
             help="scan, conv, norm, attention, block, train, generate, prefill, decode (CPU), or all. "
             "Or: figures FILE..., which draws the files' figures into the folder --out.",
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="cuda or cpu [default: the GPU where there is one].")
+        str | None, typer.Option("--device", show_default="the GPU where there is one", help="cuda or cpu.")
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="For all alike [default: torch's].")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, show_default="torch's", help="For all alike.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: shows that it runs, not how fast.")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the installed peers too.")] = True,
     only: Annotated[str | None, typer.Option("--only", help="Only implementations whose name contains this.")] = None,
