@@ -18,7 +18,9 @@ from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.models import counters
 from statescan.models.config import MambaConfig
 from statescan.nn import Mamba, MambaState, Packing, RMSNorm, pack
+from statescan.nn.mamba import is_plain
 from statescan.ops import linear_cross_entropy
+from statescan.ops.mamba_inner import Normed
 
 __all__ = ["Backbone", "BackboneOutput", "Block", "CausalLM", "CausalLMOutput"]
 
@@ -94,6 +96,11 @@ class Block(nn.Module):
         """Runs the block over (batch, length, d_model); gives (x, residual, state after the last token)."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._run(x, residual, state, cu_seqlens)
+        if self.mixer.runs_as_one(x, state):
+            normed, stream = self._norm(x, residual)
+            source = Normed(stream, self.norm.weight, self.norm.eps) if is_plain(self.norm, RMSNorm) else None
+            output = self.mixer(normed, cu_seqlens=cu_seqlens, recompute=self.recompute, normed=source)
+            return output.output, stream, None
         if self.recompute == "block":
             return checkpoint(self._run, x, residual, state, cu_seqlens, use_reentrant=False, preserve_rng_state=True)
         normed, stream = self._norm(x, residual)

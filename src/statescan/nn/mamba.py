@@ -20,8 +20,9 @@ from statescan.ops import (
     selective_scan,
     selective_state_update,
 )
+from statescan.ops.mamba_inner import LayerWeights, Normed, mamba_inner, unavailable_reason
 
-__all__ = ["CausalConv1d", "LayerOutput", "Mamba", "MambaState", "StepProjection"]
+__all__ = ["CausalConv1d", "LayerOutput", "Mamba", "MambaState", "StepProjection", "is_plain"]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -108,6 +109,16 @@ class CausalConv1d(nn.Conv1d):
         return causal_conv1d_update(
             input, state, self.weight.squeeze(1), self.bias, activation=activation, backend=self.backend
         )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Nobody stands between the module's parameters and their use: no wrapper, hook, parametrization or shard."""
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and all(type(p) in (nn.Parameter, Tensor) for p in module.parameters(recurse=False))
+    )
 
 
 class Mamba(nn.Module):
@@ -257,7 +268,8 @@ class Mamba(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         *,
-        recompute: bool = False,
+        recompute: bool | str = False,
+        normed: Normed | None = None,
     ) -> LayerOutput:
         """Runs the layer over whole sequences, from a state if one is given.
 
@@ -268,8 +280,11 @@ class Mamba(nn.Module):
                 between: the real tokens give exactly what they give alone. Default: all are real.
             cu_seqlens: (sequences + 1,) int32 or int64, from 0 to length, where packed sequences start; batch is 1.
                 Default: each row is one sequence.
-            recompute: keep in_proj's output alone for the backward pass, and compute the convolution, the small
-                projections and the scan again there. The gradients are the same to the bit. Default False.
+            recompute: True (or "cheap"): keep little more than in_proj's output for the backward pass, and compute the
+                convolution and the small projections again there, where the layer runs op by op the scan too.
+                "block": keep x alone. The gradients are the same to the bit. Default False (or "none").
+            normed: what x is made again from, so that a layer that runs as one function (`runs_as_one`) need not keep
+                it either. Default: x is kept.
 
         Returns:
             LayerOutput(output, state): output (batch, length, d_model), zeros at padding; state after each sequence's
@@ -292,7 +307,11 @@ class Mamba(nn.Module):
             if packing is not None:
                 if packing.tokens == 0:
                     return LayerOutput(torch.zeros_like(x), state)
-                inner = self.forward(packing.pack(x), state, cu_seqlens=packing.cu_seqlens, recompute=recompute)
+                if normed is not None:
+                    normed = normed._replace(stream=packing.pack(normed.stream))
+                inner = self.forward(
+                    packing.pack(x), state, cu_seqlens=packing.cu_seqlens, recompute=recompute, normed=normed
+                )
                 return LayerOutput(packing.unpack(inner.output), inner.state)
         rows = batch
         if cu_seqlens is not None:
@@ -300,14 +319,69 @@ class Mamba(nn.Module):
             cu_seqlens = cu_seqlens.to(torch.int32) if cu_seqlens.dtype == torch.int64 else cu_seqlens
             rows = cu_seqlens.shape[0] - 1
         self._check_state("Mamba.forward", state, rows)
-        xz = self.in_proj(x)
-        if recompute and torch.is_grad_enabled():
+        policy = recompute if isinstance(recompute, str) else "cheap" if recompute else "none"
+        if self.runs_as_one(x, state):
+            weights = self._weights()
+            return LayerOutput(mamba_inner(x, weights, cu_seqlens=cu_seqlens, recompute=policy, normed=normed), None)
+        if policy == "none" or not torch.is_grad_enabled():
+            output, after = self._after_in_proj(self.in_proj(x), state, cu_seqlens)
+        elif policy == "cheap":
             output, after = checkpoint(
-                self._after_in_proj, xz, state, cu_seqlens, use_reentrant=False, preserve_rng_state=True
+                self._after_in_proj, self.in_proj(x), state, cu_seqlens, use_reentrant=False, preserve_rng_state=True
+            )
+        elif policy == "block":
+            output, after = checkpoint(
+                lambda x: self._after_in_proj(self.in_proj(x), state, cu_seqlens),
+                x,
+                use_reentrant=False,
+                preserve_rng_state=True,
             )
         else:
-            output, after = self._after_in_proj(xz, state, cu_seqlens)
+            raise ConfigError(
+                f"Mamba.forward: recompute must be a bool, 'none', 'cheap' or 'block', got {recompute!r}; use 'none'"
+            )
         return LayerOutput(output, after)
+
+    def runs_as_one(self, x: Tensor, state: MambaState | None = None) -> bool:
+        """Whether `forward` runs as one function (`statescan.ops.mamba_inner`) instead of op by op: where gradients are
+        on, convolution and scan run on their cuda backends, no state goes in, and no adapter, hook or sharding stands
+        between a parameter and its use."""
+        if state is not None or x.device.type != "cuda" or not torch.is_grad_enabled():
+            return False
+        if self.backend not in ("auto", "cuda") or not all(
+            is_plain(module, kind)
+            for module, kind in (
+                (self.in_proj, nn.Linear),
+                (self.conv1d, CausalConv1d),
+                (self.x_proj, nn.Linear),
+                (self.dt_proj, StepProjection),
+                (self.out_proj, nn.Linear),
+            )
+        ):
+            return False
+        dtype = x.dtype
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+        elif any(m.weight.dtype != dtype for m in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)):
+            return False
+        if x.dtype == torch.float64 or not x.is_floating_point():
+            return False
+        return unavailable_reason("cuda", dtype, self.d_state, self.d_conv) is None
+
+    def _weights(self) -> LayerWeights:
+        return LayerWeights(
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self._A(),
+            self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
+        )
 
     def step(self, x: Tensor, state: MambaState) -> LayerOutput:
         """Runs the layer over one more token a row; changes nothing in place and is differentiable.

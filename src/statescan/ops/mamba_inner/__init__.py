@@ -1,0 +1,5 @@
+"""A whole Mamba layer as one differentiable function, where its convolution and scan run as kernels."""
+
+from statescan.ops.mamba_inner.api import LayerWeights, Normed, mamba_inner, unavailable_reason
+
+__all__ = ["LayerWeights", "Normed", "mamba_inner", "unavailable_reason"]
