@@ -18,6 +18,7 @@ from statescan.ops._dispatch import BACKENDS
 from statescan.ops.mamba_step import BlockWeights
 from statescan.testing import assert_within_budget, check_registration, poisoned_memory, recorded_calls
 
+TEST_DEVICE = os.environ.get("STATESCAN_TEST_DEVICE", "cpu")
 BACKEND_NAMES = list(BACKENDS["mamba_step"])
 PACKED = ["float32", "bfloat16", "int8"]
 # (d_model, d_inner, d_state, dt_rank, width): published proportions; primes everywhere; the smallest of everything.
@@ -30,7 +31,7 @@ def problem(shape: tuple[int, ...], batch: int, packed: Any, full: bool = True, 
     g = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g)
+        return torch.randn(*size, generator=g).to(TEST_DEVICE)
 
     def weight(out: int, columns: int) -> Any:
         return pack_weight(draw(out, columns) / columns**0.5, packed)
@@ -112,8 +113,9 @@ def test_within_budget(backend: str, packed: str, full: bool, require_backend: A
                 assert torch.equal(draw[0], x), "x was written to"
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_float64(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["cuda", "torch", "reference"])
+def test_float64(backend: str, require_backend: Any) -> None:
+    require_backend("mamba_step", backend, dtype=torch.float64)
     given = problem(SHAPES[1], 3, "float32")
     wide = {k: v.double() for k, v in vars(given[4]).items() if isinstance(v, Tensor)}
     weights = replace(given[4], **wide)
@@ -126,34 +128,36 @@ def test_float64(backend: str) -> None:
 
 
 @pytest.mark.parametrize("packed", PACKED)
-def test_a_row_does_not_depend_on_its_company_or_the_threads(packed: str, require_backend: Any) -> None:
-    require_backend("mamba_step", "cpu")
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_row_does_not_depend_on_its_company_or_the_threads(backend: str, packed: str, require_backend: Any) -> None:
+    require_backend("mamba_step", backend)
     before = torch.get_num_threads()
     try:
         x, residual, conv, ssm, weights = problem((96, 192, 16, 6, 4), 9, packed)
         assert residual is not None
         rows = [(x[r : r + 1], residual[r : r + 1], conv[r : r + 1], ssm[r : r + 1], weights) for r in range(9)]
-        alone = [torch.cat(parts) for parts in zip(*(run(row, "cpu") for row in rows), strict=True)]
+        alone = [torch.cat(parts) for parts in zip(*(run(row, backend) for row in rows), strict=True)]
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             for n in range(1, 10):
-                some = run((x[:n], residual[:n], conv[:n].clone(), ssm[:n].clone(), weights), "cpu")
+                some = run((x[:n], residual[:n], conv[:n].clone(), ssm[:n].clone(), weights), backend)
                 for a, b in zip(some, alone, strict=True):
                     assert torch.equal(a, b[:n]), (threads, n)
     finally:
         torch.set_num_threads(before)
 
 
-def test_strided_inputs_and_no_aliasing(require_backend: Any) -> None:
-    require_backend("mamba_step", "cpu")
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_strided_inputs_and_no_aliasing(backend: str, require_backend: Any) -> None:
+    require_backend("mamba_step", backend)
     x, residual, conv, ssm, weights = problem(SHAPES[0], 3, "float32")
-    wanted = run((x, residual, conv, ssm, weights), "cpu")
-    got = run((x.t().contiguous().t(), residual, conv, ssm, weights), "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    for backend in BACKEND_NAMES:
-        output = mamba_step(x, None, conv.clone(), ssm.clone(), weights, backend=backend)
-        assert torch.equal(output.residual, x)
-        assert output.residual.data_ptr() != x.data_ptr()
+    if backend in ("cpu", "cuda"):
+        wanted = run((x, residual, conv, ssm, weights), backend)
+        got = run((x.t().contiguous().t(), residual, conv, ssm, weights), backend)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    output = mamba_step(x, None, conv.clone(), ssm.clone(), weights, backend=backend)
+    assert torch.equal(output.residual, x)
+    assert output.residual.data_ptr() != x.data_ptr()
 
 
 def test_registration_and_compilation(require_backend: Any) -> None:

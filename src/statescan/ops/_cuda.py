@@ -144,10 +144,11 @@ def _allow_shared(function: Any, shared: int) -> None:
 class Kernel:
     """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit)."""
 
-    def __init__(self, function: Any, threads: int, shared: int) -> None:
+    def __init__(self, function: Any, threads: int, shared: int, cooperative: bool = False) -> None:
         self._function = function
         self._threads = threads
         self._shared = shared
+        self._more = {"is_cooperative": True} if cooperative else {}
         self._core = _core()
         if shared > 48 * 1024:
             _allow_shared(function, shared)
@@ -158,7 +159,7 @@ class Kernel:
         stream = self._core.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
         self._core.launch(
             stream,
-            self._core.LaunchConfig(grid=grid, block=self._threads, shmem_size=self._shared),
+            self._core.LaunchConfig(grid=grid, block=self._threads, shmem_size=self._shared, **self._more),
             self._function,
             *values,
         )
@@ -174,15 +175,26 @@ def _module(file: str, options: tuple[str, ...], device: int) -> Any:
 
 
 @functools.cache
-def _function(file: str, name: str, options: tuple[str, ...], threads: int, device: int, shared: int) -> Kernel:
-    return Kernel(_module(file, options, device).get_kernel(name), threads, shared)
+def _function(
+    file: str, name: str, options: tuple[str, ...], threads: int, device: int, shared: int, cooperative: bool
+) -> Kernel:
+    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative)
 
 
-def kernel(file: Path, name: str, options: Mapping[str, int], threads: int, device: int, shared: int = 0) -> Kernel:
+def kernel(
+    file: Path,
+    name: str,
+    options: Mapping[str, int],
+    threads: int,
+    device: int,
+    shared: int = 0,
+    cooperative: bool = False,
+) -> Kernel:
     """The function `name` of `file`, compiled with the macros `options` for this device; made once a process.
-    `shared`: bytes of dynamic shared memory a block.
+    `shared`: bytes of dynamic shared memory a block. `cooperative`: all blocks of a launch run at once, or it fails.
 
     Raises:
         BackendUnavailableError: the compiler refuses it.
     """
-    return _function(str(file), name, tuple(f"{k}={v}" for k, v in sorted(options.items())), threads, device, shared)
+    settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
+    return _function(str(file), name, settings, threads, device, shared, cooperative)

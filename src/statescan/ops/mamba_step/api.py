@@ -48,7 +48,7 @@ def mamba_step(
             updated in place.
         ssm_state: h, (batch, d_inner, d_state), contiguous; updated in place.
         weights: `BlockWeights`; its vectors and A in x's dtype.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         `MambaStepOutput` (output, residual), new tensors. The next block adds the two.
@@ -58,8 +58,8 @@ def mamba_step(
         ConfigError: a gradient is asked for; this op has none (`statescan.nn.Mamba.step` does).
         BackendUnavailableError: the named backend can't run this call.
 
-    Numerics: everything in float32; the products as `packed_linear` says. On the cpu backend a row's results are the
-        same, bit for bit, whatever other rows come with it and however many threads run.
+    Numerics: everything in float32; the products as `packed_linear` says. On the cpu and cuda backends a row's results
+        are the same, bit for bit, whatever other rows come with it (and however many threads run).
 
     Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, figure 3, algorithm 2.
     """
@@ -68,6 +68,8 @@ def mamba_step(
     with without_autocast(x.device.type):
         if name == "cpu":
             from statescan.ops.mamba_step.cpu import mamba_step as run
+        elif name == "cuda":
+            from statescan.ops.mamba_step.cuda import mamba_step as run
         elif name == "torch":
             from statescan.ops.mamba_step.torch_step import mamba_step as run
         else:
