@@ -101,6 +101,8 @@ def test_usage_errors_exit_with_2(run: Run) -> None:
     assert run("generate").code == 2
     assert run("no-such-command").code == 2
     assert run("evaluate", "--model", "x", "--data", "y", "--context", "0").code == 2
+    # A seed that readers of JSON would round is not taken, since --json prints it.
+    assert run("generate", "--model", "x", "--prompt", "y", "--seed", 2**53).code == 2
 
 
 def test_doctor_says_what_runs_and_why_the_rest_does_not(run: Run) -> None:
@@ -181,6 +183,12 @@ def test_generate_writes_the_same_text_streamed_and_as_json(run: Run, model: Pat
     assert len(row["tokens"]) == 20
     assert run("generate", *options, "--prompt", "Call me", "--no-echo").out == f"{row['text']}\n"
     assert run("generate", *options, "--prompt", "Call me").out == streamed.out
+
+
+def test_a_fresh_seed_as_json_draws_the_same_text_again(run: Run, model: Path) -> None:
+    options = ("--model", model, "--max-new-tokens", 12, "--prompt", "A", "--json")
+    (row,) = json.loads(run("generate", *options).out, parse_int=float)  # as a reader that keeps float64 does
+    assert json.loads(run("generate", *options, "--seed", int(row["seed"])).out)[0]["text"] == row["text"]
 
 
 def test_generate_takes_several_prompts_and_keeps_them_apart(run: Run, model: Path) -> None:
@@ -310,6 +318,10 @@ def test_train_refuses_a_preset_or_tokenizer_that_the_run_does_not_have(run: Run
         (("generate", "--model", "{other}", "--prompt", "x"), ("got",)),
         (("evaluate", "--model", "{model}", "--data", "{tmp}/empty.txt"), ("empty",)),
         (("evaluate", "--model", "{model}", "--data", "{text}", "--max-tokens", "1"), ("at least 2",)),
+        (("evaluate", "--model", "{model}", "--data", "{text}", "--last", "0"), ("--last", "above 0", "got 0.0")),
+        (("evaluate", "--model", "{model}", "--data", "{text}", "--last", "1.5"), ("--last", "at most 1", "got 1.5")),
+        (("evaluate", "--model", "{model}", "--data", "{text}", "--last", "nan"), ("--last", "got nan")),
+        (("evaluate", "--model", "{model}", "--data", "{text}", "--last", "1e-4"), ("--last", "leaves 0 of")),
         (("inspect", "", "--model", "{model}", "-o", "{tmp}/r.html"), ("text",)),
         (("inspect", "x", "--model", "{model}", "-o", "{tmp}/no/such/r.html"), ("no/such",)),
         (("bench", "speed"), ("speed", "scan")),

@@ -204,6 +204,19 @@ def test_a_session_goes_on_without_reading_twice():
     assert recorder.prefills[:4] == [6, 1, 7, 1]
 
 
+@pytest.mark.parametrize("nothing", ["", [], np.empty(0, np.uint8), torch.empty(0, dtype=torch.long)])
+def test_an_empty_prompt_adds_nothing_to_a_session(nothing):
+    engine = Engine(Recorder(), ByteTokenizer())
+    params = SamplingParams(seed=1, max_new_tokens=3)
+    one, other = engine.open("Call me"), engine.open("Call me")
+    assert engine.resume(one, params, prompt=nothing) == engine.resume(other, params)
+    assert engine.resume(one, params, prompt=nothing) == engine.resume(other, params)
+    assert one.tokens == other.tokens
+    assert len(one.tokens) == len("Call me") + 6
+    with pytest.raises(DataError, match="one-dimensional"):
+        engine.resume(one, params, prompt=torch.tensor(3))
+
+
 def test_a_stream_left_early_reads_no_more():
     recorder = Recorder()
     pieces = Engine(recorder, ByteTokenizer()).stream(["a", "b"], SamplingParams(max_new_tokens=50))

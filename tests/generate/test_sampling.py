@@ -257,6 +257,25 @@ def test_stops_are_kept_as_tuples_so_that_params_are_hashable():
     hash(SamplingParams(stop=["a"]))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 4, 7])
+def test_a_logit_that_is_no_number_is_named_greedy_or_not(temperature, broken, place):
+    logits = torch.linspace(-1, 1, 8)
+    logits[place] = broken
+    with pytest.raises(ConfigError, match=f"logits must be finite.*got a largest of {broken}.*decode them in float32"):
+        sample(logits, SamplingParams(temperature=temperature), 0)
+    logits[place] = -math.inf
+    assert 0 <= sample(logits, SamplingParams(temperature=temperature), 0) < 8
+
+
+def test_fresh_seeds_survive_readers_of_json_that_keep_float64():
+    seeds = [SamplingParams(seed=None).with_seed().seed for _ in range(64)]
+    assert [int(float(seed)) for seed in seeds] == seeds
+    assert len(set(seeds)) == 64
+    assert max(seeds) > 2**32
+
+
 def test_logits_without_a_finite_value_and_missing_arguments_are_named():
     with pytest.raises(ConfigError, match="finite"):
         sample(torch.full((4,), torch.nan), SamplingParams(), 0)

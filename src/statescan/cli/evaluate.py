@@ -25,9 +25,7 @@ def evaluate(
     carry_state: Annotated[
         bool, typer.Option("--carry-state", help="Carry the state through the whole text instead of windows.")
     ] = False,
-    last: Annotated[
-        float, typer.Option("--last", min=0.0, max=1.0, help="Judge only this last share of the text, e.g. 0.05.")
-    ] = 1.0,
+    last: Annotated[float, typer.Option("--last", help="Judge only this last share of the text, e.g. 0.05.")] = 1.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=0, help="Judge at most so many tokens; 0: all.")] = 0,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Windows judged together.")] = None,
     png: Annotated[
@@ -39,12 +37,21 @@ def evaluate(
     """Judges a model on a text: bits per byte and perplexity, and how they fall with the context."""
     from statescan.cli.models import open_model
     from statescan.data import build_token_file, load_tokenizer
+    from statescan.errors import ConfigError
     from statescan.evaluate import evaluate_tokens
 
+    if not 0 < last <= 1:
+        raise ConfigError(f"evaluate: --last must be a share of the text above 0 and at most 1, got {last}; e.g. 0.05")
     language_model, own_tokenizer = open_model(model, device=device)
     text_to_ids = load_tokenizer(tokenizer) if tokenizer else own_tokenizer
-    tokens = build_token_file(data, text_to_ids).tokens
-    tokens = tokens[len(tokens) - round(len(tokens) * last) :]
+    every = build_token_file(data, text_to_ids).tokens
+    tokens = every[len(every) - round(len(every) * last) :]
+    if last < 1 and len(tokens) < 2:
+        # The first has nothing before it to be predicted from.
+        raise ConfigError(
+            f"evaluate: --last must leave at least 2 tokens to judge, got {last}, which leaves {len(tokens)} of "
+            f"{len(every)}; take a larger share or a longer text"
+        )
     if max_tokens:
         tokens = tokens[:max_tokens]
     with progress("judging", unit="tokens") as report:

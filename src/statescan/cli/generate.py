@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
+# Many readers of JSON keep a number as a float64: beyond this they would give back another seed than was printed.
+_LARGEST_SEED = 2**53 - 1
+
 
 class Weights(enum.StrEnum):
     """How the weights are packed for decoding."""
@@ -41,7 +44,8 @@ def generate(
     min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="1: none.")] = 1.0,
     seed: Annotated[
-        int | None, typer.Option("--seed", show_default="a fresh one", help="Names the random numbers.")
+        int | None,
+        typer.Option("--seed", min=0, max=_LARGEST_SEED, show_default="a fresh one", help="Names the random numbers."),
     ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text; several times.")] = None,
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before what follows it.")] = True,

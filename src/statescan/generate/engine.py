@@ -234,7 +234,12 @@ class Engine:
 
         Equal to generating from all tokens so far, to rounding (they were read in other pieces).
         """
-        tokens = [] if prompt is None else read_prompt(prompt, self.tokenizer)
+        # Nothing to read is nothing, not the start that an empty prompt of a new text stands for.
+        tokens = (
+            []
+            if prompt is None or (getattr(prompt, "ndim", 1) == 1 and len(prompt) == 0)
+            else read_prompt(prompt, self.tokenizer)
+        )
         own = row_params(SamplingParams() if params is None else params, [()])[0]
         row = _Row(0, tokens, own, self.tokenizer, session)
         for piece in self._run([row]):

@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 _WORD = (1 << 64) - 1
+# A fresh seed is reported to people and programs: a float64, which many readers of JSON take it for, holds it exactly.
+_FRESH_SEED_BITS = 53
 # Tokens that top-p puts in order; where those hold less than p the next number is taken, at last the vocabulary's.
 _FIRST_OF_TOP_P = (512, 4096)
 
@@ -110,7 +112,7 @@ class SamplingParams:
 
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed: its own, or a fresh one from the system where it is None."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(_FRESH_SEED_BITS))
 
 
 def _wrong(field: str, wanted: str, got: object) -> ConfigError:
@@ -254,15 +256,23 @@ def sample(logits: Tensor, params: SamplingParams, position: int, seen: Tensor |
 
     Returns:
         The token id.
+
+    Raises:
+        ConfigError: a logit is nan or infinity, all are minus infinity, or a seed is wanting.
     """
+    # One pass tells all of it: the largest is nan where any is. Minus infinity forbids a token, and is no defect.
+    largest = float(logits.amax())
+    if not math.isfinite(largest):
+        raise ConfigError(
+            f"sample: logits must be finite or minus infinity, one of them finite, got a largest of {largest} (the "
+            "model's output is not finite); look at its weights, or decode them in float32"
+        )
     logits = filtered_logits(logits, params, seen)
     if params.greedy:
         return int(logits.argmax())
     if params.seed is None:
         raise ConfigError("sample: params.seed must be an integer, got None; use params.with_seed()")
     kept = torch.nonzero(logits > -torch.inf).squeeze(-1)
-    if kept.numel() == 0:
-        raise ConfigError("sample: logits must have a finite value, got none (the model's output is not finite)")
     cumulative = torch.softmax(logits[kept].double(), dim=-1).cumsum(-1)
     threshold = uniform(params.seed, params.stream, position) * float(cumulative[-1])
     index = int(torch.searchsorted(cumulative, torch.tensor([threshold], dtype=torch.float64), right=True))
