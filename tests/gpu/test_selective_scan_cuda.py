@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError
+from statescan.errors import BackendUnavailableError, ShapeError
 from statescan.ops import _cuda, selective_scan
 from statescan.ops.selective_scan import cuda as backend
 from statescan.testing import (
@@ -228,6 +228,32 @@ def test_strided_inputs(how: str) -> None:
 
     hold_to_budget(run, CASES["whole blocks, cut tile"], torch.float32)
     hold_to_budget(run, CASES["whole blocks, cut tile"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["whole blocks, cut tile", "cut block", "chunks"])
+def test_launches_write_into_slices(name: str) -> None:
+    """u and z from two halves, output and gradients written into slices: the same bits, nothing beside."""
+    problem = scan_problem(CASES[name], torch.bfloat16)
+    wide = torch.cat([problem.pop("u"), problem.pop("z")], dim=-1)
+    u, z = wide.chunk(2, dim=-1)
+    d_inner = u.shape[-1]
+    y, _, checkpoints = backend.launch_forward(u.contiguous(), z=z.contiguous(), **problem)
+    dy = torch.randn(y.shape, device="cuda").to(y.dtype)
+    plain = backend.launch_backward(u.contiguous(), z=z.contiguous(), **problem, dy=dy, checkpoints=checkpoints)
+    for pad in (0, 8, 3):
+        room = torch.full((*y.shape[:2], 4 * d_inner + pad), 7.0, device="cuda", dtype=y.dtype)
+        parts = [room[..., pad + i * d_inner : pad + (i + 1) * d_inner] for i in range(4)]
+        got, _, kept = backend.launch_forward(u, z=z, **problem, y=parts[3])
+        assert got.data_ptr() == parts[3].data_ptr()
+        assert torch.equal(parts[3], y)
+        into = dict(zip(("du", "dz", "ddt"), parts, strict=False))
+        sliced = backend.launch_backward(u, z=z, **problem, dy=dy, checkpoints=kept, **into)
+        for a, b in zip(plain, sliced, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(parts[1], plain[6])
+        assert (room[..., :pad] == 7).all()
+    with pytest.raises(ShapeError, match="selective_scan: du must be"):
+        backend.launch_backward(u, z=z, **problem, dy=dy, checkpoints=kept, du=parts[0][:, :-1])
 
 
 @pytest.mark.parametrize(

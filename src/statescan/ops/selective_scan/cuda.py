@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statescan.errors import ShapeError
 from statescan.ops import _cuda
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 
-__all__ = ["Plan", "plan", "refuses", "selective_scan"]
+__all__ = ["Plan", "launch_backward", "launch_forward", "plan", "refuses", "selective_scan"]
 
 _FORWARD = Path(__file__).with_name("scan_forward.cu")
 _BACKWARD = Path(__file__).with_name("scan_backward.cu")
@@ -307,12 +308,24 @@ def _states(c: _Call, chunks: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def _place(given: Tensor | None, like: Tensor, name: str) -> Tensor:
+    """Where a result goes: a view that the caller gave, or fresh memory."""
+    if given is None:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if given.shape != like.shape or given.dtype != like.dtype or (given.stride(-1) != 1 and given.shape[-1] > 1):
+        raise ShapeError(
+            f"selective_scan: {name} must be {tuple(like.shape)} {like.dtype} with neighbouring channels side by side, "
+            f"got {tuple(given.shape)} {given.dtype} with strides {given.stride()}; pass None or a slice"
+        )
+    return given
+
+
 def _forward(
-    c: _Call, cu_seqlens: Tensor | None, want_final: bool, want_checkpoints: bool
+    c: _Call, cu_seqlens: Tensor | None, want_final: bool, want_checkpoints: bool, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, d_inner = c.u.shape
     n, p, device = c.A.shape[1], c.plan, c.u.device
-    y = torch.empty(batch, length, d_inner, dtype=c.u.dtype, device=device)
+    y = _place(y, c.u, "y")
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     final = torch.empty(0, dtype=c.real, device=device)
     if want_final:
@@ -348,7 +361,7 @@ def _forward(
         run(
             grid,
             *c.inputs(),
-            y,
+            *_rows(y),
             final if want_final else None,
             checkpoints if want_checkpoints else None,
             states,
@@ -369,20 +382,27 @@ def _forward(
 
 
 def _backward(
-    c: _Call, cu_seqlens: Tensor | None, dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor
+    c: _Call,
+    cu_seqlens: Tensor | None,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    checkpoints: Tensor,
+    du: Tensor | None = None,
+    ddt: Tensor | None = None,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; an empty tensor for an input that isn't there."""
     batch, length, d_inner = c.u.shape
     n, p, device = c.A.shape[1], c.plan, c.u.device
-    dy = dy.contiguous()
-    gu, gdt = (torch.empty(batch, length, d_inner, dtype=c.u.dtype, device=device) for _ in range(2))
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    gu, gdt = _place(du, c.u, "du"), _place(ddt, c.u, "ddt")
     chunks = p.chunks_backward
     grid, per_group = c.grid(p.channels_backward, chunks)
 
     def real(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=c.real, device=device)
 
-    gz = torch.empty_like(gu) if c.z is not None else real(0)
+    gz = _place(dz, c.u, "dz") if c.z is not None else real(0)
     gA = real(batch, chunks, d_inner, n)
     gB = real(batch, chunks, d_inner, n) if c.fixed_B else real(grid[0], batch, length, n)
     gC = real(batch, chunks, d_inner, n) if c.fixed_C else real(grid[0], batch, length, n)
@@ -401,7 +421,7 @@ def _backward(
         states, sums = _states(c, chunks)
 
     def backward_options(**more: int) -> dict[str, int]:
-        access = c.wide_access(p.channels_backward, dy, gu, gdt)
+        access = c.wide_access(p.channels_backward, dy, gu, gdt, gz if c.z is not None else None)
         resident = 1 if c.real == torch.float64 else _RESIDENT_BACKWARD  # a double takes two registers
         sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
         return c.options(**sizes, **access, **more)
@@ -412,12 +432,12 @@ def _backward(
         run(
             grid,
             *c.inputs(),
-            dy,
+            *_rows(dy),
             dfinal,
             checkpoints,
-            gu,
-            gdt,
-            gz if c.z is not None else None,
+            *_rows(gu),
+            *_rows(gdt),
+            *_rows(gz if c.z is not None else None),
             gA,
             gB,
             gC,
@@ -470,16 +490,81 @@ _LIBRARY.define(
 )
 
 
+def launch_forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    want_final: bool = False,
+    want_checkpoints: bool = True,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward alone, for callers that keep their own graph: (y, final state, checkpoints), nothing differentiable.
+
+    Arguments as in api.py, checked by the caller; u, dt, z, B, C may be slices of wider tensors, read where they stand
+    as long as neighbouring channels are side by side. `y` may be such a slice too: the output is written there. What
+    isn't wanted comes back empty.
+
+    Raises:
+        ShapeError: `y` does not fit.
+        BackendUnavailableError: a kernel does not compile here.
+    """
+    with torch.cuda.device(u.device):
+        c = _prepare(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+        return _forward(c, cu_seqlens, want_final, want_checkpoints, y)
+
+
+def launch_backward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    dy: Tensor,
+    checkpoints: Tensor,
+    dfinal: Tensor | None = None,
+    du: Tensor | None = None,
+    ddt: Tensor | None = None,
+    dz: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The backward of `launch_forward`: gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order, an
+    empty tensor for an input that isn't there. Those of u, dt, B, C, z come in these tensors' dtypes, the others in the
+    state's.
+
+    du, ddt, dz: where to write these, slices of wider tensors with neighbouring channels side by side (so that d_xz
+    needs no copy). dy may be such a slice.
+
+    Raises:
+        ShapeError: one of them does not fit.
+        BackendUnavailableError: a kernel does not compile here.
+    """
+    with torch.cuda.device(u.device):
+        c = _prepare(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+        g = _backward(c, cu_seqlens, dy, dfinal, checkpoints, du, ddt, dz)
+    return (*g[:3], _ungroup(g[3], B), _ungroup(g[4], C), *g[5:])
+
+
 def _forward_op(*a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.cuda.device(a[0].device):
-        return _forward(_prepare(*a[:11]), a[10], a[11], a[12])
+    return launch_forward(*a[:11], want_final=a[11], want_checkpoints=a[12])
 
 
 def _backward_op(*a: Any) -> tuple[Tensor, ...]:
-    with torch.cuda.device(a[0].device):
-        g = _backward(_prepare(*a[:11]), a[10], a[11], a[12], a[13])
-    B, C = a[3], a[4]
-    return (*g[:3], *(_ungroup(x, y) for x, y in zip(g[3:5], (B, C), strict=True)), *g[5:])
+    return launch_backward(*a[:11], dy=a[11], dfinal=a[12], checkpoints=a[13])
 
 
 def _ungroup(gradient: Tensor, like: Tensor) -> Tensor:

@@ -114,9 +114,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     const act* __restrict__ Cm, i64 C_b, i64 C_l, i64 C_g, const real* __restrict__ A, const real* __restrict__ Bfix,
     const real* __restrict__ Cfix, const real* __restrict__ D, const real* __restrict__ bias,
     const real* __restrict__ init, const int* __restrict__ starts, const int* __restrict__ ends,
-    const act* __restrict__ dout, const real* __restrict__ dfinal, const real* __restrict__ ckpt,
-    act* __restrict__ gu, act* __restrict__ gdt, act* __restrict__ gz, real* __restrict__ gA, real* __restrict__ gB,
-    real* __restrict__ gC, real* __restrict__ gD, real* __restrict__ gbias, real* __restrict__ ginit,
+    const act* __restrict__ dout, i64 o_b, i64 o_l, const real* __restrict__ dfinal, const real* __restrict__ ckpt,
+    act* __restrict__ gu, i64 gu_b, i64 gu_l, act* __restrict__ gdt, i64 gdt_b, i64 gdt_l, act* __restrict__ gz, i64 gz_b,
+    i64 gz_l, real* __restrict__ gA, real* __restrict__ gB, real* __restrict__ gC, real* __restrict__ gD, real* __restrict__ gbias, real* __restrict__ ginit,
     real* __restrict__ chunk_state, real* __restrict__ chunk_dt, int L, int d_inner, int group_channels,
     int blocks_per_group, int chunk_len, int chunks) {
   extern __shared__ __align__(16) unsigned char raw_shared[];
@@ -193,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   const int count = VEC && SEGS == NT ? 8 : tid < SEGS ? max(0, min(8, width - seg)) : 0;
   const act *pu = u + b * u_b + row * u_l + c0 + seg, *pd = dt + b * dt_b + row * dt_l + c0 + seg;
   const act* pz = HASZ ? z + b * z_b + row * z_l + c0 + seg : nullptr;
-  const i64 dense = (b * L + row) * d_inner + c0 + seg;  // the same place in dout and in the gradients
+  const act* po = dout + b * o_b + row * o_l + c0 + seg;
   // Rows past the end read the last one instead, so that every call writes all of `r`: what it held need not be kept.
   auto fetch = [&](int t0) {
     Raw r{};
@@ -201,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     if (count > 0 && t_begin + row < t_end) {
       r.u = load8(pu + t * u_l, VEC ? 8 : count, VEC);
       r.dt = load8(pd + t * dt_l, VEC ? 8 : count, VEC);
-      r.dout = load8(dout + dense + t * d_inner, VEC ? 8 : count, VEC);
+      r.dout = load8(po + t * o_l, VEC ? 8 : count, VEC);
       if (HASZ) r.z = load8(pz + t * z_l, VEC ? 8 : count, VEC);
     }
     return r;
@@ -616,10 +616,11 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) S.sums[j][tid] = *reinterpret_cast<Four*>(share + 4 * j);
-        const i64 to = dense + (i64)t0 * d_inner;
-        store8(gu + to, ou, VEC ? 8 : n, VEC);
-        store8(gdt + to, od, VEC ? 8 : n, VEC);
-        if (HASZ) store8(gz + to, oz, VEC ? 8 : n, VEC);
+        const i64 t = t0 + row;
+        const int to = c0 + seg;
+        store8(gu + b * gu_b + t * gu_l + to, ou, VEC ? 8 : n, VEC);
+        store8(gdt + b * gdt_b + t * gdt_l + to, od, VEC ? 8 : n, VEC);
+        if (HASZ) store8(gz + b * gz_b + t * gz_l + to, oz, VEC ? 8 : n, VEC);
       }
     }
 #endif

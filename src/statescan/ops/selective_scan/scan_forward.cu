@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
     const act* __restrict__ Cm, i64 C_b, i64 C_l, i64 C_g, const real* __restrict__ A, const real* __restrict__ Bfix,
     const real* __restrict__ Cfix, const real* __restrict__ D, const real* __restrict__ bias,
     const real* __restrict__ init, const int* __restrict__ starts, const int* __restrict__ ends,
-    act* __restrict__ y, real* __restrict__ final_state, real* __restrict__ ckpt, real* __restrict__ chunk_state,
+    act* __restrict__ y, i64 y_b, i64 y_l, real* __restrict__ final_state, real* __restrict__ ckpt, real* __restrict__ chunk_state,
     real* __restrict__ chunk_dt, int L, int d_inner, int group_channels, int blocks_per_group, int chunk_len,
     int chunks) {
   __shared__ __align__(16) Slot slots[2][TILE][ROW];
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
   const int count = busy ? max(0, min(8, width - seg)) : 0;
   const act *pu = u + b * u_b + (i64)(t_begin + row0) * u_l + c0 + seg, *pd = dt + b * dt_b + (i64)(t_begin + row0) * dt_l + c0 + seg;
   const act *pu_late = pu, *pz = HASZ ? z + b * z_b + (i64)(t_begin + row0) * z_l + c0 + seg : nullptr;
-  act* py = y + (b * L + t_begin + row0) * d_inner + c0 + seg;
+  act* py = y + b * y_b + (t_begin + row0) * y_l + c0 + seg;
   Pack8 nu[ITEMS], nd[ITEMS], lu[ITEMS], lz[ITEMS];  // tile k + 1: u, dt; tile k: u once more, z
 #if AHEAD
   const bool is_c = tid >= PIECES;
@@ -201,10 +201,10 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
           }
           set_pair(out, 2 * j, v2[0], v2[1]);
         }
-        store8(py + (i64)(i * ROWS_APART) * d_inner, out, VEC ? 8 : n, VEC);
+        store8(py + (i64)(i * ROWS_APART) * y_l, out, VEC ? 8 : n, VEC);
       }
     }
-    py += (i64)TILE * d_inner;
+    py += TILE * y_l;
   };
   // softplus(dt) and dt*u of the tile at t0 into buffer w, with its B and C.
   auto stage = [&](int t0, int w) {
