@@ -162,3 +162,43 @@ DEV void store8(act* p, const Pack8& r, int n, bool vec) {
     for (int i = 0; i < 8; i++) if (i < n) p[i] = piece(r, i);
   }
 }
+
+// Numbers of any stored type K (as IN), for tensors whose type is not the activations'.
+template <int K> struct Stored { typedef u16 type; };
+template <> struct Stored<0> { typedef float type; };
+template <> struct Stored<3> { typedef double type; };
+template <int K> DEV real wide(typename Stored<K>::type v) {
+  if constexpr (K == 1) return __uint_as_float(u32(v) << 16);
+  else if constexpr (K == 2) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v)); return y; }
+  else return real(v);
+}
+template <int K> DEV typename Stored<K>::type narrow(real v) {
+  if constexpr (K == 1) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(float(v))); return y; }
+  else if constexpr (K == 2) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(float(v))); return y; }
+  else return typename Stored<K>::type(v);
+}
+template <int K> DEV real load_as(const void* p, i64 i) { return wide<K>(static_cast<const typename Stored<K>::type*>(p)[i]); }
+template <int K> DEV void store_as(void* p, i64 i, real v) { static_cast<typename Stored<K>::type*>(p)[i] = narrow<K>(v); }
+
+// Sum over `rows` partial sums of one column each for 32 columns, in an order that the sizes fix; block of 1024 threads.
+// True in the one thread that has the sum of column blockIdx.x * 32 + threadIdx.x % 32.
+DEV bool column_sum(const real* partial, int rows, i64 columns, real& total) {
+  __shared__ real part[32][33];
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  const i64 column = i64(blockIdx.x) * 32 + lane;
+  real sum = 0;
+  if (column < columns) {
+#pragma unroll 8
+    for (int i = row; i < rows; i += 32) sum += partial[i * columns + column];
+  }
+  part[row][lane] = sum;
+  __syncthreads();
+  sum = part[lane][row];
+#pragma unroll
+  for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+  __syncthreads();
+  if (lane == 0) part[0][row] = sum;
+  __syncthreads();
+  total = part[0][lane];
+  return row == 0 && column < columns;
+}
