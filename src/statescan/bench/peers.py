@@ -21,7 +21,7 @@ from torch import Tensor
 
 from statescan.models import CausalLM
 
-__all__ = ["GgmlScan", "LlamaCpp", "mambapy_model", "transformers_model", "write_gguf"]
+__all__ = ["GgmlScan", "LlamaCpp", "mamba_ssm_model", "mambapy_model", "transformers_model", "write_gguf"]
 
 
 def transformers_model(model: CausalLM, *, associative_scan: bool = True, mambapy: bool = False) -> Any:
@@ -281,3 +281,26 @@ class GgmlScan:
         length, d_inner = self._shape
         data = ctypes.cast(self._base.ggml_get_data(self._out), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(data, shape=(length, d_inner)).copy()
+
+
+def mamba_ssm_model(model: CausalLM) -> Any:
+    """mamba_ssm's language model on a GPU, with the weights of `model` in their dtype."""
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    c = model.config
+    parameter = next(model.parameters())
+    config = MambaConfig(
+        d_model=c.d_model,
+        n_layer=c.n_layer,
+        vocab_size=c.vocab_size,
+        ssm_cfg={"d_state": c.d_state, "d_conv": c.d_conv, "expand": c.expand},
+        rms_norm=True,
+        residual_in_fp32=c.residual_in_fp32,
+        fused_add_norm=True,
+        pad_vocab_size_multiple=c.pad_vocab_size_multiple,
+        tie_embeddings=c.tie_embeddings,
+    )
+    theirs = MambaLMHeadModel(config, device=parameter.device, dtype=parameter.dtype)
+    theirs.load_state_dict(model.state_dict())
+    return theirs

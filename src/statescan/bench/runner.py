@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from statescan.bench.device_jobs import DEVICE_BENCHMARKS, DeviceJob, device_jobs
 from statescan.bench.measure import ceilings, machine_facts
 from statescan.checkpoint import atomic_file
-from statescan.errors import ConfigError
+from statescan.errors import BackendUnavailableError, ConfigError
 
 __all__ = ["BENCHMARKS", "BenchRow", "run"]
 
@@ -28,11 +31,16 @@ class BenchRow:
     Args:
         bench: name of the benchmark. case: its shape and mode. implementation: ours or the peer's.
         dtype: of the activations, or of the stored weights when decoding.
-        milliseconds: median over all samples of all rounds; best: the smallest.
+        milliseconds: median over all samples of all rounds; best: the smallest; spread: between the quartiles.
+        warm_milliseconds: the same on a GPU with the inputs where the call before left them, in its cache.
         tokens_per_second: for the model's benchmarks.
-        relative_error: of the output against the float64 reference (ops) or our float32 model (prefill, decode).
+        relative_error: of the output against the float64 reference (ops) or our float32 model (CPU prefill, decode);
+            where gradients are checked too, that of the tensor nearest to its limit.
+        error_limit: what that may be: a run past it gives no figure.
         floor_ms: the least time that this machine's measured ceilings allow; ratio: milliseconds over it.
+        floors: milliseconds of each part of the floor, which is the largest of them.
         failure: why there is no figure.
+        notes: whatever else was measured, and the job's own options (shape, mode, batch, ...).
     """
 
     bench: str
@@ -41,11 +49,15 @@ class BenchRow:
     dtype: str
     milliseconds: float | None = None
     best: float | None = None
+    spread: float | None = None
+    warm_milliseconds: float | None = None
     tokens_per_second: float | None = None
     relative_error: float | None = None
+    error_limit: float | None = None
     peak_memory_bytes: int | None = None
     floor_ms: float | None = None
     ratio: float | None = None
+    floors: dict[str, float] = field(default_factory=dict)
     samples_ms: list[float] = field(default_factory=list)
     failure: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -198,7 +210,20 @@ _QUICK = {
     "decode_count": 4,
     "train_length": 64,
 }
-_IMPORTS = {"transformers": "transformers", "mambapy": "mambapy", "llama.cpp": "llama_cpp"}
+_IMPORTS = {
+    "transformers": "transformers",
+    "mambapy": "mambapy",
+    "llama.cpp": "llama_cpp",
+    "mamba_ssm": "mamba_ssm",
+    "causal_conv1d": "causal_conv1d",
+}
+_CURES = {
+    "transformers": "pip install 'statescan[peers]'",
+    "mambapy": "pip install 'statescan[peers]'",
+    "llama.cpp": "pip install 'statescan[peers]'",
+    "mamba_ssm": "pip install mamba-ssm; it builds with a CUDA toolkit",
+    "causal_conv1d": "pip install causal-conv1d; it builds with a CUDA toolkit",
+}
 
 
 def _installed(peer: str | None) -> bool:
@@ -232,81 +257,267 @@ def _measure(job: _Job, options: dict[str, Any], threads: int) -> dict[str, Any]
     return {"failure": reason[:300]}
 
 
+def _seconds_for(job: DeviceJob) -> float:
+    """After which a job is given up: it hangs, or its peer takes longer than anybody waits for."""
+    return 300.0 if job.kind in ("train", "generate", "prefill", "read_long") else 120.0
+
+
+def _ask(jobs: list[dict[str, Any]], device: str, threads: int, seconds: list[float]) -> Iterator[dict[str, Any]]:
+    """One measurement a job, from worker processes: where one ends early its job has failed; another takes the rest."""
+    done = 0
+    while done < len(jobs):
+        request = json.dumps({"device": device, "threads": threads, "jobs": jobs[done:]})
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if device == "cpu" else None
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "statescan.bench.device_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        lines: queue.Queue[str | None] = queue.Queue()
+        errors: queue.Queue[str | None] = queue.Queue()
+        assert worker.stdin is not None
+        readers = [
+            threading.Thread(target=_pass_on, args=(worker.stdout, lines.put), daemon=True),
+            threading.Thread(target=_pass_on, args=(worker.stderr, errors.put), daemon=True),
+        ]
+        for reader in readers:
+            reader.start()
+        try:
+            with worker.stdin:
+                worker.stdin.write(request)
+            start = done
+            while done < len(jobs):
+                try:
+                    line = lines.get(timeout=seconds[done])
+                except queue.Empty:
+                    yield {"failure": f"no result within {seconds[done]:.0f} s"}
+                    done += 1
+                    break
+                if line is None:
+                    worker.wait()
+                    readers[1].join(timeout=5)
+                    # A worker that stops by itself, after a lost context, has reported that job already.
+                    if done == start or worker.returncode != 0:
+                        yield {"failure": (_last_line(errors) or f"exit code {worker.returncode}")[:300]}
+                        done += 1
+                    break
+                if line.startswith(_MARK):
+                    yield json.loads(line.removeprefix(_MARK))
+                    done += 1
+        except BrokenPipeError:
+            yield {"failure": (_last_line(errors) or "the worker ended at once")[:300]}
+            done += 1
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+_MARK = "statescan-bench "
+
+
+def _last_line(lines: queue.Queue[str | None]) -> str:
+    said = ""
+    while not lines.empty():
+        line = (lines.get() or "").strip()
+        said = line or said
+    return said
+
+
+def _pass_on(stream: Any, give: Callable[[str | None], Any]) -> None:
+    for line in stream:
+        give(line)
+    give(None)
+
+
+def _fill(row: BenchRow, measured: dict[str, Any], floors: dict[str, float]) -> None:
+    """Puts one measurement into its row."""
+    row.failure = measured.pop("failure", None)
+    row.samples_ms += [1e3 * s for s in measured.pop("samples", [])]
+    warm = [1e3 * s for s in measured.pop("warm_samples", [])]
+    tokens = measured.pop("tokens", None)
+    row.relative_error = measured.pop("relative_error", None)
+    row.error_limit = measured.pop("error_limit", None)
+    row.peak_memory_bytes = measured.pop("peak_memory_bytes", None)
+    row.notes |= {k: v for k, v in measured.items() if k != "fatal"}
+    if not row.samples_ms:
+        return
+    row.milliseconds, row.best = statistics.median(row.samples_ms), min(row.samples_ms)
+    if len(row.samples_ms) > 1:
+        low, _, high = statistics.quantiles(row.samples_ms, n=4, method="inclusive")
+        row.spread = high - low
+    row.warm_milliseconds = statistics.median(warm) if warm else None
+    row.tokens_per_second = tokens / row.milliseconds * 1e3 if tokens else None
+    if floors:
+        row.floors, row.floor_ms = floors, max(floors.values())
+        row.ratio = row.milliseconds / row.floor_ms
+
+
+def _device_rows(
+    jobs: list[DeviceJob],
+    device: str,
+    threads: int,
+    max_seconds: float,
+    limits: dict[str, float],
+    machine: dict[str, Any],
+    say: Callable[[str], None],
+    keep: Callable[[list[BenchRow]], None],
+) -> list[BenchRow]:
+    """Measures jobs in worker processes; on a GPU the first of them also fills `machine` and `limits`."""
+    rows = [BenchRow(j.bench, j.case, j.implementation, j.dtype, notes=dict(j.options)) for j in jobs]
+    waiting: list[tuple[DeviceJob, BenchRow]] = []
+    for job, row in zip(jobs, rows, strict=True):
+        if _installed(job.needs):
+            waiting.append((job, row))
+        else:
+            row.failure = f"{job.needs} is not installed ({_CURES[job.needs or '']})"
+    shared = {"device": device, "max_seconds": max_seconds}
+    asked: list[dict[str, Any]] = [
+        {**shared, "kind": job.kind, "implementation": job.implementation, "dtype": job.dtype, **job.options}
+        for job, _ in waiting
+    ]
+    seconds = [_seconds_for(job) for job, _ in waiting]
+    gpu = device == "cuda"
+    answers = _ask(
+        [{"kind": "machine"}, *asked] if gpu else asked, device, threads, [120.0, *seconds] if gpu else seconds
+    )
+    if gpu:
+        say("this GPU's ceilings")
+        first = next(answers)
+        if "failure" in first:
+            raise BackendUnavailableError(f"bench: the GPU can't be measured: {first['failure']}")
+        limits |= first["ceilings"]
+        machine |= first["facts"]
+    for job, row in waiting:
+        say(f"{job.bench}: {job.case}, {job.implementation}, {job.dtype}")
+        _fill(row, next(answers), job.cost.floors(limits, job.dtype) if job.cost else {})
+        keep(rows)  # after every figure: an interrupted run keeps what it measured
+    answers.close()  # type: ignore[attr-defined]
+    return rows
+
+
+def resolve_device(device: str | None) -> str:
+    """``"cuda"`` or ``"cpu"``; None takes the GPU where torch sees one.
+
+    Raises:
+        ConfigError: another name. BackendUnavailableError: there is no GPU.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cuda", "cpu"):
+        raise ConfigError(f"bench: --device must be 'cuda' or 'cpu', got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError("bench: --device is cuda, but torch sees no CUDA device; use --device cpu")
+    return device
+
+
 def run(
     names: Iterable[str] = ("all",),
     *,
+    device: str | None = None,
     threads: int | None = None,
     quick: bool = False,
     peers: bool = True,
     out: Path | None = None,
     only: str | None = None,
-    max_seconds: float = 15.0,
+    max_seconds: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measures the named benchmarks, ours and the peers' that are installed, and returns figures and machine facts.
 
     Args:
-        names: of `BENCHMARKS`, or ``"all"``.
-        threads: for every implementation alike; default torch's own number.
+        names: of `BENCHMARKS` and of what is measured on this device, or ``"all"``.
+        device: ``"cuda"`` or ``"cpu"``; default the GPU where torch sees one.
+        threads: on a CPU, for every implementation alike; default torch's own number.
         quick: tiny shapes, to see that everything runs (its figures say nothing about speed).
-        peers: also measure transformers, mambapy and llama.cpp where they are installed.
+        peers: also measure the peers that are installed.
         out: JSON file to write.
         only: measure just the implementations whose name contains this.
-        max_seconds: per implementation and round, warm-up apart.
+        max_seconds: of repetitions of one implementation (CPU: of each round); default 15 on a CPU, 1 on a GPU.
         progress: called with a line before each measurement.
 
     Returns:
         ``{"machine": ..., "ceilings": ..., "rows": [BenchRow as a dict, ...]}``.
 
     Raises:
-        ConfigError: an unknown benchmark.
+        ConfigError: an unknown benchmark or device.
+        BackendUnavailableError: the GPU asked for is not there.
     """
-    chosen = list(BENCHMARKS) if "all" in names else list(names)
+    device = resolve_device(device)
+    here = DEVICE_BENCHMARKS[device] if device == "cuda" else (*BENCHMARKS, *DEVICE_BENCHMARKS["cpu"])
+    every = tuple(dict.fromkeys((*here, *BENCHMARKS, *DEVICE_BENCHMARKS["cuda"])))
+    names = list(names)
+    chosen = list(here) if "all" in names else names
     for name in chosen:
-        if name not in BENCHMARKS:
-            raise ConfigError(f"bench: name must be one of {['all', *BENCHMARKS]}, got {name!r}")
+        if name not in every:
+            raise ConfigError(f"bench: name must be one of {['all', *here]}, got {name!r}")
+        if name not in here:
+            other = "cpu" if device == "cuda" else "cuda"
+            raise ConfigError(f"bench: {name!r} is measured on a {other} device only; use --device {other}")
     threads = threads or torch.get_num_threads()
-    options: dict[str, Any] = {**(_QUICK if quick else _FULL), "max_seconds": 1.0 if quick else max_seconds}
+    seconds = max_seconds or (0.2 if quick else 1.0 if device == "cuda" else 15.0)
     say = progress or (lambda _: None)
-    say("this machine's ceilings")
-    limits = ceilings()
-    jobs = [job for name in chosen for job in BENCHMARKS[name](options)]
-    jobs = [j for j in jobs if (peers or j.needs is None) and (only is None or only in j.implementation)]
-    machine = {**machine_facts(), "threads": threads}
-    found: list[tuple[_Job, BenchRow]] = []
-    for job in jobs:
-        row = BenchRow(job.bench, job.case, job.implementation, job.dtype)
-        if not _installed(job.needs):
-            row.failure = f"{job.needs} is not installed (pip install 'statescan[peers]')"
-        found.append((job, row))
-    for turn in range(max((j.rounds for j in jobs), default=0)):
-        for job, row in found:
-            if row.failure or turn >= (1 if quick else job.rounds):
-                continue
-            say(f"{job.bench}: {job.case}, {job.implementation}, {job.dtype}, round {turn + 1}")
-            measured = _measure(job, options, threads)
-            row.failure = measured.get("failure")
-            row.samples_ms += [1e3 * s for s in measured.pop("samples", [])]
-            tokens = measured.pop("tokens", None)
-            row.relative_error = measured.pop("relative_error", None)
-            row.peak_memory_bytes = measured.pop("peak_memory_bytes", None)
-            row.notes = {k: v for k, v in measured.items() if k != "failure"}
-            if row.samples_ms:
-                row.milliseconds = statistics.median(row.samples_ms)
-                row.best = min(row.samples_ms)
-                row.tokens_per_second = tokens / row.milliseconds * 1e3 if tokens else None
-                if job.floor:
-                    row.floor_ms = job.floor(limits)
-                    row.ratio = row.milliseconds / row.floor_ms
-            if out is not None:  # after every figure: an interrupted run keeps what it measured
-                _write(out, machine, limits, found)
+    limits: dict[str, float] = {}
+    machine: dict[str, Any] = {"device": device, "quick": quick, **machine_facts(), "threads": threads}
+
+    def wanted(job: Any) -> bool:
+        return (peers or not _is_peer(job)) and (only is None or only in job.implementation)
+
+    found: list[BenchRow] = []
+
+    def keep(rows: list[BenchRow]) -> None:
+        if out is not None:
+            _write(out, machine, limits, [*found, *rows])
+
+    if device == "cpu":
+        say("this machine's ceilings")
+        limits |= ceilings()
+        options: dict[str, Any] = {**(_QUICK if quick else _FULL), "max_seconds": 1.0 if quick else seconds}
+        jobs = [job for name in chosen if name in BENCHMARKS for job in BENCHMARKS[name](options) if wanted(job)]
+        found += _process_rows(jobs, options, threads, quick, limits, say, keep)
+    those = [name for name in chosen if name in DEVICE_BENCHMARKS[device]]
+    jobs_here = [job for name in those for job in device_jobs(name, device, quick) if wanted(job)]
+    found += _device_rows(jobs_here, device, threads, seconds, limits, machine, say, keep)
+    keep([])
     return _report(machine, limits, found)
 
 
-def _report(machine: dict[str, Any], limits: dict[str, float], found: list[tuple[_Job, BenchRow]]) -> dict[str, Any]:
-    return {"machine": machine, "ceilings": limits, "rows": [asdict(row) for _, row in found]}
+def _is_peer(job: Any) -> bool:
+    """Whether a job measures someone else's package; torch's own functions are always there."""
+    return job.needs is not None
 
 
-def _write(out: Path, machine: dict[str, Any], limits: dict[str, float], found: list[tuple[_Job, BenchRow]]) -> None:
+def _process_rows(
+    jobs: list[_Job],
+    options: dict[str, Any],
+    threads: int,
+    quick: bool,
+    limits: dict[str, float],
+    say: Callable[[str], None],
+    keep: Callable[[list[BenchRow]], None],
+) -> list[BenchRow]:
+    """Measures jobs on the CPU, each in a process of its own, in interleaved rounds."""
+    rows = [BenchRow(job.bench, job.case, job.implementation, job.dtype) for job in jobs]
+    for job, row in zip(jobs, rows, strict=True):
+        if not _installed(job.needs):
+            row.failure = f"{job.needs} is not installed ({_CURES[job.needs or '']})"
+    for turn in range(max((j.rounds for j in jobs), default=0)):
+        for job, row in zip(jobs, rows, strict=True):
+            if row.failure or turn >= (1 if quick else job.rounds):
+                continue
+            say(f"{job.bench}: {job.case}, {job.implementation}, {job.dtype}, round {turn + 1}")
+            floors = {"time": job.floor(limits)} if job.floor else {}
+            _fill(row, _measure(job, options, threads), floors)
+            keep(rows)  # after every figure: an interrupted run keeps what it measured
+    return rows
+
+
+def _report(machine: dict[str, Any], limits: dict[str, float], rows: list[BenchRow]) -> dict[str, Any]:
+    return {"machine": machine, "ceilings": limits, "rows": [asdict(row) for row in rows]}
+
+
+def _write(out: Path, machine: dict[str, Any], limits: dict[str, float], rows: list[BenchRow]) -> None:
     with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps(_report(machine, limits, found), indent=1) + "\n")
+        temporary.write_text(json.dumps(_report(machine, limits, rows), indent=1) + "\n")
