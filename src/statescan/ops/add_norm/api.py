@@ -42,7 +42,8 @@ def add_rms_norm(
         residual: shape of x, any float dtype. Default: none, the sum is x.
         eps: added to the mean square, >= 0. Default 1e-5.
         residual_dtype: dtype of the sum that is returned. Default: the dtype of residual, else of x.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see `statescan.explain`.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"reference"``; see
+            `statescan.explain`.
 
     Returns:
         AddNormOutput(output, residual): output (..., d) in the dtype of x, whatever the residual's and the weight's
@@ -67,6 +68,10 @@ def add_rms_norm(
     name = choose("add_rms_norm", backend, x.device.type, widest)
     if name == "cpu":
         from statescan.ops.add_norm.cpu import add_rms_norm as run
+    elif name == "triton":
+        from statescan.ops.add_norm.triton_norm import add_rms_norm as run
+    elif name == "cuda":
+        from statescan.ops.add_norm.cuda import add_rms_norm as run
     elif name == "torch":
         from statescan.ops.add_norm.torch_norm import add_rms_norm as run
     else:

@@ -57,7 +57,8 @@ def causal_conv1d(
             must be 1. Sequences see nothing of each other; a length of 0 is allowed. Default: each row of the batch is
             one sequence.
         return_final_state: give the state after the last position too.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see `statescan.explain`.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"reference"``; see
+            `statescan.explain`.
 
     Returns:
         ConvOutput(y, final_state): y is (batch, length, d) in the dtype of x; final_state is shaped as `initial_state`
@@ -80,8 +81,16 @@ def causal_conv1d(
     name = choose("causal_conv1d", backend, x.device.type, x.dtype, width=weight.shape[1])
     if name == "cpu":
         from statescan.ops.causal_conv1d.cpu import causal_conv1d as run
+    elif name == "triton":
+        from statescan.ops.causal_conv1d.triton_conv import causal_conv1d as run
     elif name == "torch":
         from statescan.ops.causal_conv1d.torch_conv import causal_conv1d as run
+    elif name == "cuda":
+        from statescan.ops.causal_conv1d.cuda import causal_conv1d as run_cuda
+
+        return ConvOutput(
+            *run_cuda(x, weight, bias, activation == "silu", initial_state, cu_seqlens, return_final_state)
+        )
     else:
         from statescan.ops.causal_conv1d.reference import causal_conv1d as run
     y, final_state = run(x, weight, bias, activation == "silu", initial_state, cu_seqlens)
@@ -110,7 +119,7 @@ def causal_conv1d_update(
         bias: (d,), any float dtype. Default: none.
         activation: None or ``"silu"``.
         inplace: write the new state into `state` and return that same tensor; gives no gradients. Default: a new one.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ConvUpdateOutput(y, state): y (batch, d) in the dtype of x, and the state after this input.
@@ -127,6 +136,10 @@ def causal_conv1d_update(
     name = choose("causal_conv1d_update", backend, x.device.type, x.dtype, width=weight.shape[1])
     if name == "cpu":
         from statescan.ops.causal_conv1d.cpu import causal_conv1d_update as run
+    elif name == "triton":
+        from statescan.ops.causal_conv1d.triton_conv import causal_conv1d_update as run
+    elif name == "cuda":
+        from statescan.ops.causal_conv1d.cuda import causal_conv1d_update as run
     elif name == "torch":
         from statescan.ops.causal_conv1d.torch_conv import causal_conv1d_update as run
     else:

@@ -61,8 +61,8 @@ def selective_scan(
         cu_seqlens: boundaries of sequences packed one after the other, int32 or int64, (sequences + 1,), from 0 to the
             length; the batch is 1; a sequence may be empty. Nothing passes from one to the next. Default: none.
         return_final_state: also return the state after the last position (of each sequence). Default: False.
-        backend: ``"auto"``, or ``"cpu"``, ``"cuda"``, ``"torch"``, ``"reference"``; `statescan.explain` tells what
-            "auto" takes.
+        backend: ``"auto"``, or ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"``, ``"reference"``; `statescan.explain`
+            tells what "auto" takes.
 
     Returns:
         `ScanOutput` (y, final_state). y has u's shape and dtype. final_state is None unless asked for, else as
@@ -90,6 +90,8 @@ def selective_scan(
             from statescan.ops.selective_scan.cpu import selective_scan as run
         elif name == "cuda":
             from statescan.ops.selective_scan.cuda import selective_scan as run
+        elif name == "triton":
+            from statescan.ops.selective_scan.triton_scan import selective_scan as run
         elif name == "torch":
             from statescan.ops.selective_scan.torch_scan import selective_scan as run
         else:

@@ -58,7 +58,8 @@ def selective_state_update(
         dt_bias: added to dt in the state's precision, (d_inner,), any float dtype. Default: none.
         dt_softplus: pass dt + dt_bias through softplus, log(1 + exp(x)), and x itself beyond 20. Default: False.
         inplace: write the new state over `state` and return that very tensor; not differentiable. Default: False.
-        backend: ``"auto"``, or ``"cpu"``, ``"torch"``, ``"reference"``; `statescan.explain` tells what "auto" takes.
+        backend: ``"auto"``, or ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"``, ``"reference"``; `statescan.explain`
+            tells what "auto" takes.
 
     Returns:
         `StateUpdateOutput` (y, state): y as u; the new state, `state` itself with inplace=True. Without inplace both
@@ -80,6 +81,10 @@ def selective_state_update(
         u, dt, A, B, C, D, z, dt_bias = settle(u, dt, A, B, C, D, z, dt_bias)
         if name == "cpu":
             from statescan.ops.selective_state_update.cpu import selective_state_update as run
+        elif name == "triton":
+            from statescan.ops.selective_state_update.triton_update import selective_state_update as run
+        elif name == "cuda":
+            from statescan.ops.selective_state_update.cuda import selective_state_update as run
         elif name == "torch":
             from statescan.ops.selective_state_update.torch_update import selective_state_update as run
         else:

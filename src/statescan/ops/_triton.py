@@ -1,0 +1,119 @@
+"""What the Triton backends share: whether Triton can run here, and how their kernels are launched.
+
+Nothing here imports triton before a call needs it. Kernels are in modules of their own (``triton_kernels.py`` beside each
+backend), imported at the first launch. On the CPU they run only through Triton's interpreter, for tests: slowly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statescan.ops._dispatch import Facts
+
+__all__ = ["hardware", "kernels", "multiprocessors", "on_device_of", "power_of_2", "refusal", "register"]
+
+_DEVICES = ("cuda", "xpu")  # AMD GPUs are 'cuda' to torch
+_INSTALL = "install it: pip install triton (Linux; torch's own CUDA and ROCm wheels bring it)"
+
+
+def interpreting() -> bool:
+    """Whether Triton was told to interpret kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def _probe(device: str) -> str | None:
+    """Why kernels can't be compiled and run on this kind of device; None where an empty one ran."""
+    if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (7, 0):
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        return f"Triton needs compute capability 7.0, {name} has {major}.{minor}; use backend='torch'"
+    try:
+        functions = importlib.import_module("statescan.ops._triton_functions")
+        functions.probe[(1,)](torch.zeros(1, device=device))
+    except Exception as problem:
+        text = " ".join(str(problem).split())
+        return (
+            f"an empty kernel could not be compiled and run ({type(problem).__name__}: {text[:300]}); Triton takes a C "
+            "compiler (gcc or clang) on the machine and a driver as new as torch's; use backend='torch' without them"
+        )
+    return None
+
+
+@functools.cache
+def _unavailable(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return f"triton does not import; {_INSTALL}"
+    reason = _probe(device)
+    if reason is not None:
+        warnings.warn(f"statescan's Triton kernels are not used: {reason}", stacklevel=2)
+    return reason
+
+
+def refusal(facts: Facts) -> str | None:
+    """Why Triton kernels can't take a call on this device in this dtype, with the cure; None where they can."""
+    if facts.dtype == torch.float64:
+        return "its kernels compute in float32, the inputs are float64; use backend='torch'"
+    if facts.device == "cpu":
+        if not interpreting():
+            return (
+                "it runs on GPUs, the inputs are on 'cpu'; use backend='cpu', or set TRITON_INTERPRET=1 before Python "
+                "starts to interpret its kernels (slow, for tests)"
+            )
+        return None if importlib.util.find_spec("triton") is not None else f"triton does not import; {_INSTALL}"
+    if facts.device not in _DEVICES:
+        return f"it runs on devices of type {' or '.join(_DEVICES)}, the inputs are on '{facts.device}'; use backend='torch'"
+    if interpreting():
+        return "TRITON_INTERPRET is set, which interprets kernels on the CPU; unset it to run on the GPU"
+    return _unavailable(facts.device)
+
+
+def kernels(op: str) -> Any:
+    """The module of an op's kernels; imports triton."""
+    return importlib.import_module(f"statescan.ops.{op}.triton_kernels")
+
+
+def hardware(tensor: Tensor) -> int:
+    """What `_triton_functions` tunes exponentials for: 0 interpreter (exact), 1 NVIDIA, 2 others."""
+    if tensor.device.type == "cpu":
+        return 0
+    return 1 if tensor.device.type == "cuda" and torch.version.hip is None else 2
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many independent processors the tensor's GPU has; 1 for the interpreter."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    if tensor.device.type == "xpu":
+        return torch.xpu.get_device_properties(tensor.device).max_compute_units
+    return 1
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which Triton launches on the tensor's own GPU."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers an operator of the ``statescan`` namespace that runs Triton kernels, with its fake kernel."""
+    torch.library.define(f"statescan::{name}", schema)
+    for device in ("CPU", "CUDA", "XPU"):
+        torch.library.impl(f"statescan::{name}", device, kernel)
+    torch.library.register_fake(f"statescan::{name}", fake)
