@@ -46,8 +46,12 @@ bench: setup
 	$(PIP) install -q -e ".[dev,peers]" --config-settings=wheel.cmake=false
 	$(BIN)/statescan bench all
 
-test-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+# On a machine that has its own Python with torch, and where nothing shall be installed: make test-gpu PYTHON_GPU=python3
+PYTHON_GPU ?= $(BIN)/python
+test-gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),setup)
+	PYTHONPATH=src $(PYTHON_GPU) -m pytest -m gpu
+	PYTHONPATH=src STATESCAN_TEST_DEVICE=cuda $(PYTHON_GPU) -m pytest -m "not gpu" $$(grep -l TEST_DEVICE tests/ops/*.py)
+	PYTHONPATH=src $(PYTHON_GPU) tests/gpu/sanitize.py
 
 clean:
 	rm -rf build $(VENV) src/statescan/_lib demo-out

@@ -37,9 +37,7 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError as missing:
-        raise MissingExtraError(
-            "bench figures: matplotlib is not installed; pip install 'statescan[plot]'"
-        ) from missing
+        raise MissingExtraError("bench figures", "matplotlib", "plot") from missing
     matplotlib.use("Agg")
     style: Any = {
         "svg.hashsalt": "statescan",  # the same file from the same figures

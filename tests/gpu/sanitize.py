@@ -1,0 +1,289 @@
+"""compute-sanitizer over every GPU kernel of this package on small shapes: ``python tests/gpu/sanitize.py [TOOL]...``.
+
+Tools are memcheck and racecheck, both by default. For each tool the script runs itself under compute-sanitizer, once an
+op, and fails where the tool reports anything. Without a GPU or without compute-sanitizer it says so and ends well; a
+backend that can't run on this machine is named and passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statescan import ops
+from statescan.models import Block, CausalLM, MambaConfig
+from statescan.ops._dispatch import BACKENDS
+from statescan.testing import REAL_CASES, ScanCase, as_update, refusal, scan_problem
+from statescan.testing.conv import CONV_CASES, ConvCase, conv_problem
+
+TOOLS = ("memcheck", "racecheck")
+GPU_BACKENDS = ("cuda", "triton")
+LOW = (torch.float32, torch.bfloat16)
+
+EVERY: dict[str, Any] = {"D": True, "z": True, "dt_bias": True, "initial_state": True, "dt_softplus": True}
+# Whole and cut tiles and blocks of channels, one pass and chunks of time, packed sequences, groups, many states.
+SCANS = {
+    "whole blocks, cut tile": ScanCase(batch=2, length=45, d_inner=64, d_state=16, **EVERY),
+    "cut block": ScanCase(batch=1, length=37, d_inner=72, d_state=16, **EVERY),
+    "groups": ScanCase(batch=1, length=40, d_inner=128, d_state=16, B=2, C=2, **EVERY),
+    "many states": ScanCase(batch=1, length=21, d_inner=33, d_state=100, **EVERY),
+    "chunks": ScanCase(batch=1, length=600, d_inner=32, d_state=16, **EVERY),
+    "chunks, packed": ScanCase(batch=1, length=600, d_inner=32, d_state=16, cu_seqlens=(0, 5, 5, 300, 600), **EVERY),
+    **{name: REAL_CASES[name] for name in ("smallest", "no options", "fixed B and C", "packed, empty ones")},
+}
+CONVS = {
+    "tiles": ConvCase(length=150, features=136),
+    "cut": ConvCase(length=77, features=67),
+    **{name: CONV_CASES[name] for name in ("one token", "packed", "wide filter over a tile", "plain")},
+}
+
+
+def differentiate(outputs: Any, inputs: list[Tensor]) -> None:
+    """Runs the backward pass of everything that has one."""
+    found = [
+        o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor) and o.requires_grad
+    ]
+    if found:
+        torch.autograd.grad(found, inputs, [torch.randn_like(o) for o in found], allow_unused=True)
+
+
+def with_gradients(problem: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+    leaves = {
+        k: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in problem.items()
+    }
+    return leaves, [v for v in leaves.values() if isinstance(v, Tensor) and v.requires_grad]
+
+
+def selective_scan(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for name, case in SCANS.items():
+        for dtype in (*LOW, torch.float64) if name == "cut block" else LOW:
+
+            def run(case: ScanCase = case, dtype: torch.dtype = dtype) -> None:
+                problem, leaves = with_gradients(scan_problem(case, dtype, device="cuda"))
+                differentiate(ops.selective_scan(**problem, return_final_state=True, backend=backend), leaves)
+
+            yield f"{name}, {dtype}", run
+
+
+def selective_state_update(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for name in ("every option", "no options", "groups", "fixed B and C"):
+        for dtype in LOW:
+
+            def run(case: ScanCase = REAL_CASES[name], dtype: torch.dtype = dtype) -> None:
+                problem = as_update(scan_problem(case, dtype, device="cuda"))
+                ops.selective_state_update(**problem, backend=backend)
+
+            yield f"{name}, {dtype}", run
+
+
+def causal_conv1d(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for name, case in CONVS.items():
+        for dtype in LOW:
+
+            def run(case: ConvCase = case, dtype: torch.dtype = dtype) -> None:
+                problem, leaves = with_gradients(conv_problem(case, dtype, device="cuda"))
+                differentiate(ops.causal_conv1d(**problem, return_final_state=True, backend=backend), leaves)
+
+            yield f"{name}, {dtype}", run
+
+
+def causal_conv1d_update(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for features in (67, 128):
+        for dtype in LOW:
+
+            def run(features: int = features, dtype: torch.dtype = dtype) -> None:
+                x, weight, bias = (torch.randn(*s, device="cuda") for s in ((3, features), (features, 4), (features,)))
+                state = torch.randn(3, 3, features, device="cuda", dtype=dtype)
+                ops.causal_conv1d_update(x.to(dtype), state, weight, bias, activation="silu", backend=backend)
+
+            yield f"{features} channels, {dtype}", run
+
+
+def add_rms_norm(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for rows, width in ((5, 67), (3, 768), (2, 1024)):
+        for dtype in LOW:
+
+            def run(rows: int = rows, width: int = width, dtype: torch.dtype = dtype) -> None:
+                x = torch.randn(1, rows, width, device="cuda", dtype=dtype, requires_grad=True)
+                residual = torch.randn(1, rows, width, device="cuda", requires_grad=True)
+                weight = torch.randn(width, device="cuda", requires_grad=True)
+                differentiate(
+                    tuple(ops.add_rms_norm(x, weight, residual=residual, backend=backend)), [x, residual, weight]
+                )
+
+            yield f"{rows} x {width}, {dtype}", run
+
+
+def linear_cross_entropy(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for rows, vocabulary in ((7, 101), (33, 1000)):
+        for dtype in LOW:
+
+            def run(rows: int = rows, vocabulary: int = vocabulary, dtype: torch.dtype = dtype) -> None:
+                hidden = torch.randn(rows, 64, device="cuda", dtype=dtype, requires_grad=True)
+                weight = torch.randn(vocabulary, 64, device="cuda", dtype=dtype, requires_grad=True)
+                targets = torch.randint(0, vocabulary, (rows,), device="cuda")
+                targets[0] = -100
+                differentiate(ops.linear_cross_entropy(hidden, weight, targets, backend=backend), [hidden, weight])
+
+            yield f"{rows} x {vocabulary}, {dtype}", run
+
+
+def small_model(d_model: int = 64) -> CausalLM:
+    torch.manual_seed(0)
+    return CausalLM(MambaConfig(d_model=d_model, n_layer=2, vocab_size=50), device="cuda")
+
+
+def mamba_step(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    from statescan.generate.packed import PackedModel
+
+    for dtype in ("float32", "bfloat16", "int8"):
+        for batch in (1, 3, 17):
+
+            def run(dtype: Any = dtype, batch: int = batch) -> None:
+                packed = PackedModel(small_model(), dtype)
+                x = torch.randn(batch, 64, device="cuda")
+                state = packed.init_state(batch)
+                ops.mamba_step(x, None, state.conv[0], state.ssm[0], packed.blocks[0], backend=backend)
+                ops.mamba_step(x, x.clone(), state.conv[0], state.ssm[0], packed.blocks[0], backend=backend)
+
+            yield f"{dtype}, batch {batch}", run
+
+
+def packed_linear(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for dtype in ("float32", "bfloat16", "int8"):
+        for rows in (1, 3, 17):
+
+            def run(dtype: Any = dtype, rows: int = rows) -> None:
+                packed = ops.pack_weight(torch.randn(70, 96, device="cuda"), dtype)
+                ops.packed_linear(torch.randn(rows, 96, device="cuda"), packed, backend=backend)
+
+            yield f"{dtype}, {rows} rows", run
+
+
+def model(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Whole passes, as training and inference put the kernels together."""
+    from statescan.generate.packed import PackedModel
+
+    ids = torch.randint(0, 50, (2, 45), device="cuda")
+
+    def training() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = small_model()(ids[:, :-1], labels=ids).loss
+        loss.backward()
+
+    def block() -> None:
+        for policy in ("cheap", "block"):
+            layer = Block(MambaConfig(d_model=64, n_layer=1, vocab_size=50, recompute=policy), device="cuda")
+            x = torch.randn(2, 40, 64, device="cuda", requires_grad=True)
+            differentiate(layer(x, x.detach().clone())[:2], [x, *layer.parameters()])
+
+    def inference() -> None:
+        packed = PackedModel(small_model(), "bfloat16")
+        state = packed.init_state(2)
+        packed.prefill(ids, state)
+        packed.step(ids[:, 0].contiguous(), state)
+
+    yield "training step", training
+    yield "a block that recomputes", block
+    yield "prefill and a step", inference
+
+
+RUNS: dict[str, Callable[[str], Iterator[tuple[str, Callable[[], None]]]]] = {
+    "selective_scan": selective_scan,
+    "selective_state_update": selective_state_update,
+    "causal_conv1d": causal_conv1d,
+    "causal_conv1d_update": causal_conv1d_update,
+    "add_rms_norm": add_rms_norm,
+    "linear_cross_entropy": linear_cross_entropy,
+    "mamba_step": mamba_step,
+    "packed_linear": packed_linear,
+}
+
+
+def subjects() -> list[tuple[str, str]]:
+    """(op, backend) of all that can run here, and the whole model."""
+    found = []
+    for op in RUNS:
+        for backend in GPU_BACKENDS:
+            if backend not in BACKENDS[op]:
+                continue
+            reason = refusal(op, backend, device="cuda")
+            if reason is None:
+                found.append((op, backend))
+            else:
+                print(f"passed over: {op}, {backend}: {reason}", flush=True)
+    return [*found, ("model", "auto")]
+
+
+def inside(op: str, backend: str) -> None:
+    """What runs under compute-sanitizer."""
+    cases = list((model if op == "model" else RUNS[op])(backend))
+    for name, run in cases:
+        run()
+        torch.cuda.synchronize()
+        print(f"ran {op}, {backend}: {name}", flush=True)
+    print(f"all {len(cases)} ran", flush=True)
+
+
+def check(tool: str, op: str, backend: str, seconds: float) -> str | None:
+    """Why an op's run under a tool is bad, or None."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [program, "--tool", tool, "--error-exitcode", "86", sys.executable, __file__, "--inside", op, backend]
+    # Without the caching allocator every tensor has an allocation of its own, so that an access past its end shows.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no end within {seconds:.0f} s"
+    if done.returncode == 0 and "\nall " in done.stdout:
+        return None
+    said = (done.stdout + done.stderr).strip().splitlines()
+    reports = [line for line in said if line.startswith("=========") and len(line) > 12]
+    return "\n".join((reports or said)[:40]) or f"exit code {done.returncode}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}")
+    parser.add_argument("--only", default="", help="only ops whose name contains this")
+    parser.add_argument("--seconds", type=float, default=600.0, help="an op may take under a tool")
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    unknown = set(given.tools) - set(TOOLS)
+    if unknown:
+        parser.error(f"TOOL must be of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        print("skipped: torch sees no CUDA device")
+        return 0
+    if given.inside:
+        inside(*given.inside)
+        return 0
+    if shutil.which("compute-sanitizer") is None and not os.path.exists("/usr/local/cuda/bin/compute-sanitizer"):
+        print("skipped: compute-sanitizer is not installed (it comes with the CUDA toolkit; put its folder on PATH)")
+        return 0
+    bad = 0
+    for tool in given.tools or TOOLS:
+        for op, backend in subjects():
+            if given.only not in op:
+                continue
+            start = time.perf_counter()
+            problem = check(tool, op, backend, given.seconds)
+            print(f"{tool}: {op}, {backend}: {'clean' if problem is None else 'FAILED'}", end="")
+            print(f" ({time.perf_counter() - start:.0f} s)", flush=True)
+            if problem is not None:
+                bad += 1
+                print(problem, flush=True)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
