@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
-from statescan.ops import explain, s4_kernel, s4d_kernel
+from statescan.ops import explain, fft_conv, s4_kernel, s4_response, s4d_kernel, s4d_response
 from statescan.ops.discretization import DISCRETIZATIONS
 from statescan.ops.hippo import hippo_legs, hippo_nplr
 
@@ -177,6 +177,59 @@ def test_rate_change(backend: str) -> None:
         twice = s4d_kernel(**{**diagonal, "dt": diagonal["dt"] * 2}, length=40)
         held = fast[:, 0::2] + fast[:, 1::2]
         assert (twice - held).abs().max() < 1e-12 * held.abs().max()
+
+
+def _by_steps(A_bar: torch.Tensor, B_bar: torch.Tensor, C: torch.Tensor, u: torch.Tensor, x: torch.Tensor) -> tuple:
+    """The dense recurrence of one channel: u ``(batch, length)``, x ``(batch, n)``."""
+    y = []
+    for k in range(u.shape[1]):
+        x = x @ A_bar.T + u[:, k, None] * B_bar
+        y.append(x @ C)
+    return torch.stack(y, 1), x
+
+
+@pytest.mark.parametrize("kernel", ["s4d", "s4d real", "s4", "s4 rank 2"])
+@pytest.mark.parametrize("length", [1, 2, 13, 40])
+def test_response_and_convolution_are_the_recurrence(kernel: str, length: int) -> None:
+    """From a state: convolution + response = steps of the dense conjugate system, and the last state is its state."""
+    from statescan.ops.discretization import discretize
+
+    s4, real = kernel.startswith("s4 ") or kernel == "s4", kernel.endswith("real")
+    case = _low_rank(rank=2 if kernel.endswith("2") else 1) if s4 else _diagonal(real=real)
+    draw = torch.Generator().manual_seed(5)
+    u = torch.randn(2, length, 3, generator=draw, dtype=torch.float64)
+    state = torch.randn(2, 3, 4, generator=draw, dtype=torch.float64 if real else torch.complex128)
+    K = s4_kernel(**case, length=length) if s4 else s4d_kernel(**case, length=length)
+    response = s4_response(**case, u=u, state=state) if s4 else s4d_response(**case, u=u, state=state)
+    y = fft_conv(u, K) + response.y
+    for d in range(3):
+        parts = [v[d] if v.dim() > 1 else v for k, v in case.items() if k != "dt"]
+        if not real:
+            parts = [torch.cat([p, p.conj()]) for p in parts]
+        A = torch.diag(parts[0])
+        if s4:
+            P = parts.pop(1).reshape(A.shape[0], -1)
+            A = A - P @ P.mH
+        A_bar, B_bar = discretize(A, parts[1], case["dt"][d], "bilinear" if s4 else "zoh")
+        start = state[:, d] if real else torch.cat([state[:, d], state[:, d].conj()], -1)
+        truth, last = _by_steps(A_bar, B_bar, parts[2], u[:, :, d].to(A.dtype), start)
+        scale = truth.abs().max()
+        assert (y[:, :, d] - truth.real).abs().max() < 1e-10 * scale
+        assert (response.final_state[:, d] - last[:, :4]).abs().max() < 1e-10 * last.abs().max()
+
+
+@pytest.mark.parametrize("s4", [False, True])
+def test_response_gradients(s4: bool) -> None:
+    case = _low_rank(2, 2) if s4 else _diagonal(2, 2)
+    inputs = {
+        **case,
+        "u": torch.randn(1, 5, 2, dtype=torch.float64),
+        "state": torch.randn(1, 2, 2, dtype=torch.complex128),
+    }
+    names, op = list(inputs), s4_response if s4 else s4d_response
+    assert torch.autograd.gradcheck(
+        lambda *x: tuple(op(**dict(zip(names, x, strict=True)))), [v.requires_grad_() for v in inputs.values()]
+    )
 
 
 def test_bad_input_and_explain() -> None:

@@ -3,5 +3,18 @@
 from statescan.nn.mamba import CausalConv1d, LayerOutput, Mamba, MambaState, StepProjection
 from statescan.nn.norm import RMSNorm
 from statescan.nn.packing import Packing, pack
+from statescan.nn.s4 import S4, S4D, LinearLayerOutput
 
-__all__ = ["CausalConv1d", "LayerOutput", "Mamba", "MambaState", "Packing", "RMSNorm", "StepProjection", "pack"]
+__all__ = [
+    "S4",
+    "S4D",
+    "CausalConv1d",
+    "LayerOutput",
+    "LinearLayerOutput",
+    "Mamba",
+    "MambaState",
+    "Packing",
+    "RMSNorm",
+    "StepProjection",
+    "pack",
+]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from statescan.ops.packed_linear.api import PackedWeight, pack_weight, packed_linear
     from statescan.ops.selective_scan.api import ScanOutput, selective_scan
     from statescan.ops.selective_state_update.api import StateUpdateOutput, selective_state_update
-    from statescan.ops.ssm_kernel.api import s4_kernel, s4d_kernel
+    from statescan.ops.ssm_kernel.api import StateResponse, s4_kernel, s4_response, s4d_kernel, s4d_response
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +30,7 @@ __all__ = [
     "Facts",
     "PackedWeight",
     "ScanOutput",
+    "StateResponse",
     "StateUpdateOutput",
     "add_rms_norm",
     "causal_conv1d",
@@ -41,7 +42,9 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "s4_kernel",
+    "s4_response",
     "s4d_kernel",
+    "s4d_response",
     "selective_scan",
     "selective_state_update",
 ]
@@ -62,8 +65,11 @@ _HOME = {
     "mamba_step": "mamba_step",
     "pack_weight": "packed_linear",
     "packed_linear": "packed_linear",
+    "StateResponse": "ssm_kernel",
     "s4_kernel": "ssm_kernel",
+    "s4_response": "ssm_kernel",
     "s4d_kernel": "ssm_kernel",
+    "s4d_response": "ssm_kernel",
     "selective_scan": "selective_scan",
     "selective_state_update": "selective_state_update",
 }

@@ -337,4 +337,8 @@ def hippo_nplr(measure: str, d_state: int) -> NormalPlusLowRank:
     damping = -0.5 if measure in ("legs", "lagt") else 0.0  # the diagonal of what is left
     skew = (normal - normal.T) / 2
     frequency, V = torch.linalg.eigh(-1j * skew)  # skew = V (i frequency) V^*
+    if measure == "fourier" and d_state % 2 == 0:  # the constant and the idle state, both without a frequency: a pair
+        V[:, [d_state // 2 - 1, d_state // 2]] = 0
+        V[0, [d_state // 2 - 1, d_state // 2]] = math.sqrt(0.5)
+        V[-1, d_state // 2 - 1], V[-1, d_state // 2] = -1j * math.sqrt(0.5), 1j * math.sqrt(0.5)
     return NormalPlusLowRank(damping + 1j * frequency, V.mH @ P.to(V.dtype), V.mH @ B.to(V.dtype), V)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,17 @@ from statescan.ops._checks import check_device, check_shape, check_tensor, value
 from statescan.ops._dispatch import choose
 from statescan.ops.discretization import DISCRETIZATIONS, check_stable
 
-__all__ = ["s4_kernel", "s4d_kernel"]
+__all__ = ["StateResponse", "s4_kernel", "s4_response", "s4d_kernel", "s4d_response"]
 
 _REAL = (torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
+
+
+class StateResponse(NamedTuple):
+    """What a state before the first position adds: y ``(batch, length, d_model)``, and the state after the last."""
+
+    y: Tensor
+    final_state: Tensor
 
 
 def _check(op: str, A_name: str, A: Tensor, others: dict[str, Tensor], dt: Tensor, length: int, method: str) -> None:
@@ -147,3 +156,81 @@ def s4_kernel(
         from statescan.ops.ssm_kernel import reference as module
     with without_autocast(Lambda.device.type):
         return module.s4_kernel(Lambda, columns, B, C, dt, length, discretization)
+
+
+def _check_run(op: str, u: Tensor, state: Tensor, like: Tensor, name: str) -> None:
+    check_tensor(op, "u", u)
+    check_tensor(op, "state", state)
+    check_device(op, "u", u, like, name)
+    check_device(op, "state", state, like, name)
+    if u.dim() != 3 or u.shape[1] == 0 or u.shape[2] != like.shape[0]:
+        raise ShapeError(
+            f"{op}: u must have shape (batch, length >= 1, d_model) with d_model = {like.shape[0]}, "
+            f"got {tuple(u.shape)}"
+        )
+    check_shape(op, "state", state, (u.shape[0], *like.shape), "(batch, d_model, states)")
+    if state.is_complex() != like.is_complex():
+        wanted = "complex" if like.is_complex() else "real"
+        raise DTypeError(
+            f"{op}: state must be {wanted} as {name} is, got {state.dtype}; take it from init_state or a call"
+        )
+
+
+def s4d_response(
+    A: Tensor, B: Tensor, C: Tensor, dt: Tensor, u: Tensor, state: Tensor, *, discretization: str = "zoh"
+) -> StateResponse:
+    """What a state adds to the output of a diagonal system, and the state after the input: the kernel's other half.
+
+    ``y_l = C A_bar^(l+1) x`` (twice the real part for pairs) and ``x' = A_bar^L x + sum_l A_bar^(L-1-l) B_bar u_l``.
+    With the convolution of `s4d_kernel` added, this is the recurrence from that state.
+
+    Args:
+        A, B, C, dt, discretization: as in `s4d_kernel`.
+        u: ``(batch, length, d_model)``, the input.
+        state: ``(batch, d_model, states)``, before the first position; complex where A is.
+
+    Returns:
+        `StateResponse`: y in float32 (float64), the final state in double precision.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError: an argument doesn't fit.
+    """
+    _check("s4d_response", "A", A, {"B": B, "C": C}, dt, 1, discretization)
+    _check_run("s4d_response", u, state, A, "A")
+    from statescan.ops.ssm_kernel import vandermonde
+
+    with without_autocast(A.device.type):
+        return StateResponse(*vandermonde.s4d_response(A, B, C, dt, u, state, discretization))
+
+
+def s4_response(
+    Lambda: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    u: Tensor,
+    state: Tensor,
+    *,
+    discretization: str = "bilinear",
+) -> StateResponse:
+    """The same for a system that is diagonal plus low rank, see `s4_kernel` and `s4d_response`.
+
+    Args:
+        Lambda, P, B, C, dt, discretization: as in `s4_kernel`.
+        u: ``(batch, length, d_model)``, the input.
+        state: ``(batch, d_model, states)``, complex, before the first position.
+
+    Returns:
+        `StateResponse`: y in float32 (float64), the final state in complex128.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError: an argument doesn't fit.
+    """
+    columns = P.unsqueeze(-1) if P.dim() == 2 else P
+    _check("s4_response", "Lambda", Lambda, {"P": columns[..., 0], "B": B, "C": C}, dt, 1, discretization)
+    _check_run("s4_response", u, state, Lambda, "Lambda")
+    from statescan.ops.ssm_kernel import doubling
+
+    with without_autocast(Lambda.device.type):
+        return StateResponse(*doubling.s4_response(Lambda, columns, B, C, dt, u, state, discretization))

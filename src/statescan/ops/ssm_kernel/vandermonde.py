@@ -7,13 +7,14 @@ of inner size 2 states for each channel, whose output is the kernel.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from statescan.ops._dispatch import Facts
 from statescan.ops.discretization import discretize
 from statescan.ops.ssm_kernel.real_form import kernel_dtype
 
-__all__ = ["refuses", "s4d_kernel"]
+__all__ = ["refuses", "s4d_kernel", "s4d_response"]
 
 
 def refuses(facts: Facts) -> str | None:
@@ -29,22 +30,58 @@ def _powers(log_A: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return size * torch.cos(phase), size * torch.sin(phase)
 
 
-def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
-    """See the public function."""
-    dtype, pairs = kernel_dtype(A), A.is_complex()
+def _system(A: Tensor, B: Tensor, dt: Tensor, discretization: str) -> tuple[Tensor, Tensor]:
+    """log(A_bar) and B_bar, complex128."""
     wide = torch.complex128
     A_bar, B_bar = discretize(A.to(wide), B.to(wide), dt, discretization, diagonal=True)
-    log_A = dt.double().unsqueeze(-1) * A.to(wide) if discretization == "zoh" else torch.log(A_bar)
-    weight = B_bar * C.to(wide) * (2 if pairs else 1)
+    return (dt.double().unsqueeze(-1) * A.to(wide) if discretization == "zoh" else torch.log(A_bar)), B_bar
 
+
+def _tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Exponents b < T and aT whose sums are all of 0 .. length - 1."""
     inner = 1 << (max(length - 1, 0).bit_length() + 1) // 2
     outer = -(-length // inner)
-    steps = torch.arange(max(inner, outer), device=A.device)
-    low_real, low_imag = _powers(log_A, steps[:inner], dtype)
-    high_real, high_imag = _powers(log_A, steps[:outer] * inner, dtype)
+    return torch.arange(inner, device=device), torch.arange(outer, device=device) * inner
+
+
+def _vandermonde(log_A: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """``Re(sum_n weight_n exp(log_A_n l))`` for l < length; weight ``(..., d_model, states)``, complex128."""
+    inner, outer = _tables(length, log_A.device)
+    low_real, low_imag = _powers(log_A, inner, dtype)
+    high_real, high_imag = _powers(log_A, outer, dtype)
     weight_real, weight_imag = weight.real.to(dtype).unsqueeze(-1), weight.imag.to(dtype).unsqueeze(-1)
     real = weight_real * high_real - weight_imag * high_imag
     imag = weight_real * high_imag + weight_imag * high_real
     # Re((real + i imag)(low_real + i low_imag))
-    K = torch.cat([real, -imag], 1).transpose(1, 2) @ torch.cat([low_real, low_imag], 1)
-    return K.flatten(1)[:, :length]
+    K = torch.cat([real, -imag], -2).transpose(-1, -2) @ torch.cat([low_real, low_imag], -2)
+    return K.flatten(-2)[..., :length]
+
+
+def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
+    """See the public function."""
+    log_A, B_bar = _system(A, B, dt, discretization)
+    return _vandermonde(log_A, B_bar * C * (2 if A.is_complex() else 1), length, kernel_dtype(A))
+
+
+def s4d_response(
+    A: Tensor, B: Tensor, C: Tensor, dt: Tensor, u: Tensor, state: Tensor, discretization: str
+) -> tuple[Tensor, Tensor]:
+    """See the public function."""
+    dtype, length = kernel_dtype(A), u.shape[1]
+    log_A, B_bar = _system(A, B, dt, discretization)
+    pairs = 2 if A.is_complex() else 1
+    A_bar = torch.exp(log_A)
+    y = _vandermonde(log_A, A_bar * C * state * pairs, length, dtype).transpose(1, 2)
+
+    # sum_l A_bar^(L-1-l) u_l: within each stretch of T positions a matrix product, then the stretches' own powers
+    inner, outer = _tables(length, u.device)
+    low = torch.cat(_powers(log_A, inner, dtype), 1)  # (d_model, 2 states, T)
+    backwards = u.to(dtype).flip(1).permute(2, 0, 1)
+    backwards = F.pad(backwards, (0, len(inner) * len(outer) - length)).unflatten(-1, (len(outer), len(inner)))
+    real, imag = (backwards.flatten(1, 2) @ low.transpose(1, 2)).unflatten(1, backwards.shape[1:3]).chunk(2, -1)
+    high_real, high_imag = (part.transpose(1, 2).unsqueeze(1) for part in _powers(log_A, outer, dtype))
+    taken_in = torch.complex(
+        (real * high_real - imag * high_imag).sum(2), (real * high_imag + imag * high_real).sum(2)
+    ).transpose(0, 1)
+    final = torch.exp(log_A * length) * state + B_bar * taken_in
+    return y, final if A.is_complex() else final.real
