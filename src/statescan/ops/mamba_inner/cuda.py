@@ -18,6 +18,39 @@ __all__ = ["CudaKernels", "run_backward", "run_forward"]
 class CudaKernels:
     """`statescan.ops.mamba_inner.layer.Kernels` by the cuda backends of the two ops."""
 
+    def conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        return conv.launch_forward(x, weight, bias, True, None, cu_seqlens)
+
+    def conv_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, dx: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return conv.launch_backward(dy, None, x, weight, bias, True, None, cu_seqlens, dx)[1:3]
+
+    def scan_forward(
+        self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, w: LayerWeights, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        call = scan._prepare(u, dt, w.A, B, C, w.D, z, w.dt_bias, True, None, cu_seqlens)
+        y, _, checkpoints = scan._forward(call, cu_seqlens, False, True)
+        return y, checkpoints
+
+    def scan_backward(
+        self,
+        dy: Tensor,
+        checkpoints: Tensor,
+        u: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor,
+        w: LayerWeights,
+        cu_seqlens: Tensor | None,
+        dz: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        call = scan._prepare(u, dt, w.A, B, C, w.D, z, w.dt_bias, True, None, cu_seqlens)
+        du, ddt, dA, dB, dC, dD, dz_, d_bias, _ = scan._backward(call, cu_seqlens, dy, None, checkpoints)
+        dz.copy_(dz_)
+        return scan._forward(call, cu_seqlens, False, False)[0], du, ddt, dB, dC, dA, dD, d_bias
+
 
 _POLICIES = tuple(POLICIES)
 _WEIGHTS = (
@@ -77,7 +110,8 @@ def _(x, *rest):  # type: ignore[no-untyped-def]
     }
     keep = POLICIES[_POLICIES[policy]]
     kept = [x.new_empty(shapes[name] if name in keep else 0) for name in Kept._fields[:-1]]
-    shape = scan.checkpoint_shape(batch, length, inner, state, x.dtype, cu_seqlens is not None)
+    tile = scan.plan(1, 1, 8, state, 1, 1, x.dtype == torch.float64, cu_seqlens is not None).tile
+    shape = (batch, (length + tile - 1) // tile, inner, state)
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     checkpoints = x.new_empty(shape, dtype=real) if "checkpoints" in keep else x.new_empty(0)
     return (torch.empty_like(x), *kept, checkpoints)
