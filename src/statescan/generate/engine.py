@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from statescan.data import ByteTokenizer
 from statescan.errors import ConfigError, DataError
+from statescan.generate.ahead import run_ahead
 from statescan.generate.sampling import SamplingParams, row_params, sample
 from statescan.generate.stopping import Stop, TextStream
 
 __all__ = ["Decoder", "Engine", "Generation", "Piece", "Session", "generate"]
 
 Prompt = str | Sequence[int] | np.ndarray | Tensor
+
+_CHUNK, _CHUNK_ON_GPU = 2048, 16384
 
 
 class Generation(NamedTuple):
@@ -101,11 +104,17 @@ class _Row:
             self.seen = torch.zeros(logits.shape[0], dtype=torch.bool)
             self.seen[[token for token in self.seen_before if token < logits.shape[0]]] = True
         token = sample(logits, params, self.prompt_tokens + len(self.tokens), self.seen)
-        if self.logprobs is not None:
-            self.logprobs.append(float(torch.log_softmax(logits.float(), -1)[token]))
-        self.tokens.append(token)
         if self.seen is not None:
             self.seen[token] = True
+        logprob = 0.0 if self.logprobs is None else float(torch.log_softmax(logits.float(), -1)[token])
+        return self.take(token, logprob)
+
+    def take(self, token: int, logprob: float) -> Piece:
+        """Takes the next token, drawn here or on the device, and says what may be shown."""
+        params = self.params
+        if self.logprobs is not None:
+            self.logprobs.append(logprob)
+        self.tokens.append(token)
         reason: Literal["length", "stop"] | None = None
         stop: str | int | None = None
         if token in params.stop_token_ids:
@@ -133,12 +142,17 @@ class Engine:
     row alike whatever stands beside it (on the C++ kernels; torch's own products may round otherwise in another batch),
     and its random numbers belong to it. A row that has ended leaves the batch, and a waiting prompt takes its place.
 
+    On an NVIDIA GPU a step is one CUDA graph, drawing included, and the host starts steps ahead of what it has read.
+    There prompts of one length are read together, one row computes in float32 and several rows with activations in the
+    weights' dtype, so that a row's last bits may depend on its company; its random numbers never do.
+
     Args:
         model: a `statescan.models.CausalLM`, packed here, or a `Decoder` as it is.
         tokenizer: turns prompts into tokens and back. Default: bytes, for a model of 256 tokens.
-        dtype: of the packed weights, ``"float32"``, ``"bfloat16"`` or ``"int8"``. Default ``"float32"``.
-        prefill_chunk: tokens of a prompt read at once. Default 2048.
+        dtype: of the packed weights, ``"float32"``, ``"bfloat16"`` or, on the CPU, ``"int8"``. Default ``"float32"``.
+        prefill_chunk: tokens of a prompt read at once. Default 2048, on a GPU 16384.
         max_batch: rows stepped together; further prompts wait. Default 16.
+        device: where the packed weights go. Default: where the model is.
 
     Raises:
         ConfigError: an argument is out of range, or a tokenizer is needed.
@@ -150,10 +164,11 @@ class Engine:
         tokenizer: Any = None,
         dtype: str = "float32",
         *,
-        prefill_chunk: int = 2048,
+        prefill_chunk: int | None = None,
         max_batch: int = 16,
+        device: torch.device | str | None = None,
     ) -> None:
-        if prefill_chunk < 1 or max_batch < 1:
+        if (prefill_chunk is not None and prefill_chunk < 1) or max_batch < 1:
             raise ConfigError(
                 f"Engine: prefill_chunk and max_batch must be at least 1, got {prefill_chunk} and {max_batch}"
             )
@@ -161,12 +176,24 @@ class Engine:
         if isinstance(model, nn.Module):
             from statescan.generate.packed import PackedModel
 
-            self.decoder: Any = PackedModel(model, dtype=dtype)  # type: ignore[arg-type]
+            self.decoder: Any = PackedModel(model, dtype=dtype, device=device)  # type: ignore[arg-type]
         else:
             self.decoder = model
         self.device = getattr(self.decoder, "device", None)
-        self.prefill_chunk = prefill_chunk
+        on_gpu = self.device is not None and torch.device(self.device).type == "cuda"
+        self.prefill_chunk = prefill_chunk or (_CHUNK_ON_GPU if on_gpu else _CHUNK)
         self.max_batch = max_batch
+        # Slots and graphs, where the decoder is a packed model on a GPU with kernels.
+        self._slots: Any = None
+        if on_gpu and isinstance(model, nn.Module):
+            from statescan.generate import graphs
+
+            if self.decoder.dtype == "int8":
+                raise ConfigError(
+                    f"Engine: dtype 'int8' runs on the CPU, got device {self.device}; use 'bfloat16' there"
+                )
+            if graphs.refuses(self.decoder) is None:
+                self._slots = graphs.GraphDecoder(self.decoder, max_batch, self.tokenizer.vocab_size)
 
     def generate(
         self,
@@ -249,6 +276,11 @@ class Engine:
         return row.result
 
     def _run(self, rows: Sequence[_Row]) -> Iterator[Piece]:
+        if self._slots is not None:
+            return run_ahead(self._slots, rows, self.max_batch, self.prefill_chunk)
+        return self._run_in_step(rows)
+
+    def _run_in_step(self, rows: Sequence[_Row]) -> Iterator[Piece]:
         waiting, live = deque(rows), list[_Row]()
         state: Any = None
         with torch.inference_mode():
@@ -351,6 +383,7 @@ def generate(
     tokenizer: Any = None,
     dtype: str = "float32",
     stream: Callable[[int, str], object] | None = None,
+    device: torch.device | str | None = None,
 ) -> list[Generation]:
     """Writes on from every prompt with an `Engine` made for this call; see there for the arguments.
 
@@ -361,4 +394,4 @@ def generate(
         >>> len(result[0].tokens)
         4
     """
-    return Engine(model, tokenizer, dtype).generate(prompts, params, stream)
+    return Engine(model, tokenizer, dtype, device=device).generate(prompts, params, stream)

@@ -105,6 +105,24 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().float().contiguous()
 
 
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _moved_weight(packed: PackedWeight, device: torch.device) -> PackedWeight:
+    return PackedWeight(packed.data.to(device), _moved(packed.scale, device))
+
+
+def _moved_block(block: BlockWeights, device: torch.device) -> BlockWeights:
+    fields = {}
+    for name, value in vars(block).items():
+        if isinstance(value, PackedWeight):
+            fields[name] = _moved_weight(value, device)
+        else:
+            fields[name] = _moved(value, device) if isinstance(value, Tensor) else value
+    return BlockWeights(**fields)
+
+
 @torch.no_grad()
 def _pack_block(layer: Any, dtype: PackedDType) -> BlockWeights:
     mixer, norm = layer.mixer, layer.norm
@@ -145,6 +163,7 @@ class PackedModel:
         model: the language model; left unchanged and not kept.
         dtype: of the large weights. ``"float32"`` shares the memory of a float32 model's weights; ``"bfloat16"`` takes
             2 bytes a weight and ``"int8"`` 1 (x_proj and dt_proj stay bfloat16 there). A tied head is held once.
+        device: where the packed weights go. Default: where the model is.
 
     Numerics:
         Steps and prompts of up to 24 tokens compute in float32 throughout, whatever the weights are. Longer prompts
@@ -158,7 +177,9 @@ class PackedModel:
         ConfigError: an unknown dtype.
     """
 
-    def __init__(self, model: CausalLM, dtype: PackedDType = "float32") -> None:
+    def __init__(
+        self, model: CausalLM, dtype: PackedDType = "float32", *, device: torch.device | str | None = None
+    ) -> None:
         if dtype not in PACKED_DTYPES:
             raise ConfigError(f"PackedModel: dtype must be one of {list(PACKED_DTYPES)}, got {dtype!r}")
         if not isinstance(model, CausalLM):
@@ -166,17 +187,18 @@ class PackedModel:
         self.config = model.config
         self.dtype: PackedDType = dtype
         backbone: Any = model.backbone
-        self.blocks = [_pack_block(layer, dtype) for layer in backbone.layers]
-        norm_f = _vector(backbone.norm_f.weight)
+        where = backbone.norm_f.weight.device if device is None else torch.device(device)
+        self.blocks = [_moved_block(_pack_block(layer, dtype), where) for layer in backbone.layers]
+        norm_f = _moved(_vector(backbone.norm_f.weight), where)
         assert norm_f is not None
         self.norm_f = norm_f
         self.epsilon = float(backbone.norm_f.eps)
         head_weight, head_bias = effective_linear(model.lm_head, self.config.d_model)
-        self.head = pack_weight(head_weight, dtype)
-        self.head_bias = _vector(head_bias)
+        self.head = _moved_weight(pack_weight(head_weight, dtype), where)
+        self.head_bias = _moved(_vector(head_bias), where)
         embedding = self._embedding_weight(backbone.embedding)
         tied = embedding.shape == head_weight.shape and embedding.data_ptr() == head_weight.data_ptr()
-        self.embedding = self.head if tied else pack_weight(embedding, dtype)
+        self.embedding = self.head if tied else _moved_weight(pack_weight(embedding, dtype), where)
         self._stack = self._native_stack()
         self._prefill: list[dict[str, Callable[[Tensor], Tensor]]] | None = None
         self._prefill_bytes = 0
@@ -260,13 +282,24 @@ class PackedModel:
         return packed_linear(hidden, self.head, self.head_bias)
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, state: DecodeState, logits: Literal["last", "all"] = "last") -> Tensor:
+    def prefill(
+        self,
+        input_ids: Tensor,
+        state: DecodeState,
+        logits: Literal["last", "all"] = "last",
+        *,
+        together: bool = False,
+        chunk: int | None = None,
+    ) -> Tensor:
         """Takes many tokens a row, in memory that does not grow with their number (but for all logits, if asked for).
 
         Args:
             input_ids: (batch, length) int64 or int32; every row has all `length` tokens.
             state: of the tokens before; moved on in place, so that a long prompt may come in parts.
             logits: ``"last"``: of the last position alone; ``"all"``: of every position.
+            together: all rows go through one product, as a GPU needs to be filled; a row's last bits may then depend on
+                the number of rows. Default: row by row.
+            chunk: positions taken at once, those of all rows counted where they go together. Default 2048.
 
         Returns:
             Logits float32: (batch, vocabulary) for "last", (batch, length, vocabulary) for "all".
@@ -277,27 +310,36 @@ class PackedModel:
         self._check("prefill", input_ids, state, 2)
         if logits not in ("last", "all"):
             raise ConfigError(f"PackedModel.prefill: logits must be 'last' or 'all', got {logits!r}")
+        chunk = _CHUNK if chunk is None else chunk
+        if chunk < 1:
+            raise ConfigError(f"PackedModel.prefill: chunk must be at least 1, got {chunk}; the default is {_CHUNK}")
         batch, length = input_ids.shape
-        if length <= _SHORT:
-            return self._head(self._run(input_ids, state.conv, state.ssm, False), logits)
+        if length <= _SHORT and self.device.type == "cpu":
+            return self._head(self._run(input_ids, state.conv, state.ssm, False, logits), logits)
+        if together:
+            return self._long_prompt(input_ids, state.conv, state.ssm, logits, max(1, chunk // batch))
         # Row by row: a large product's summation order may depend on its number of rows.
         rows = [
-            self._long_prompt(input_ids[r : r + 1], state.conv[:, r : r + 1], state.ssm[:, r : r + 1], logits)
+            self._long_prompt(input_ids[r : r + 1], state.conv[:, r : r + 1], state.ssm[:, r : r + 1], logits, chunk)
             for r in range(batch)
         ]
         return rows[0] if batch == 1 else torch.cat(rows)
 
-    def _long_prompt(self, ids: Tensor, conv: Tensor, ssm: Tensor, logits: Literal["last", "all"]) -> Tensor:
+    def _long_prompt(
+        self, ids: Tensor, conv: Tensor, ssm: Tensor, logits: Literal["last", "all"], chunk: int
+    ) -> Tensor:
         parts = []
-        for start in range(0, ids.shape[1], _CHUNK):
-            part = ids[:, start : start + _CHUNK]
-            hidden = self._run(part, conv, ssm, part.shape[1] > _SHORT)
-            if logits == "all" or start + _CHUNK >= ids.shape[1]:
+        for start in range(0, ids.shape[1], chunk):
+            part = ids[:, start : start + chunk]
+            long = part.shape[1] > _SHORT or self.device.type != "cpu"
+            hidden = self._run(part, conv, ssm, long, logits)
+            if logits == "all" or start + chunk >= ids.shape[1]:
                 parts.append(self._head(hidden, logits))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _run(self, ids: Tensor, conv: Tensor, ssm: Tensor, long: bool) -> Tensor:
-        """Residual stream (batch, length, d_model) float32 after the last block; states moved on in place."""
+    def _run(self, ids: Tensor, conv: Tensor, ssm: Tensor, long: bool, logits: Literal["last", "all"]) -> Tensor:
+        """Residual stream (batch, length, or 1 for "last", d_model) float32 after the last block; states moved on in
+        place."""
         act = self._activation_dtype() if long else torch.float32
         products = self._prefill_products() if long else None
         x: Tensor = self.embedding.unpack(ids.long()).to(act)
@@ -333,6 +375,8 @@ class PackedModel:
             ssm[i] = state
             x = product["out"](y)
         assert residual is not None
+        if logits == "last":
+            x, residual = x[:, -1:], residual[:, -1:]
         return x.float() + residual
 
     def _head(self, stream: Tensor, logits: Literal["last", "all"]) -> Tensor:
@@ -386,6 +430,8 @@ class PackedModel:
                     f"PackedModel.{caller}: state.{name} must be contiguous float32 {wanted}, got {tensor.dtype} "
                     f"{tuple(tensor.shape)}; make it with init_state({batch})"
                 )
+        if input_ids.device.type != "cpu":
+            return  # looking at them would wait for the device
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.embedding.rows:
             raise ShapeError(

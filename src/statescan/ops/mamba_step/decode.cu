@@ -343,17 +343,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
 
   const int group = warp / KS, part = warp % KS;
   u32 t = 0;  // the first tile of what comes next
-  // Tiles first, first + 1, ... of `tiles`, those of this group of warps.
-  auto mine = [&](int tiles, auto&& work) {
-    for (int i = group; i < tiles; i += NT / 32 / KS) {
-      const u32 at = t + i, slot = at % SLOTS;
-      bar_wait(&sh.full[slot], (at / SLOTS) & 1);
-      work(memory + slot * SLOT, i);
-      __syncwarp();
-      if (lane == 0) bar_arrive(&sh.empty[slot]);
-    }
-    t += tiles;
-  };
+// BODY for every tile of the next `tiles` that is this group's: `tile` lies at its weights, `i` is its number.
+#define MINE(tiles, BODY)                                        \
+  for (int i = group; i < (tiles); i += NT / 32 / KS) {          \
+    const u32 at = t + i, slot = at % SLOTS;                     \
+    const char* tile = memory + slot * SLOT;                     \
+    bar_wait(&sh.full[slot], (at / SLOTS) & 1);                  \
+    BODY;                                                        \
+    __syncwarp();                                                \
+    if (lane == 0) bar_arrive(&sh.empty[slot]);                  \
+  }                                                              \
+  t += (tiles);
 
   float2 stream[XL];
   {
@@ -450,7 +450,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     slice<CHUNKS_A, KA>(sh.vec, part, lane, xr);
 
     if (last) {
-      mine(tiles_h, [&](const char* tile, int i) { rows_of_tile<RA, CHUNKS_A, KA, D>(tile, part, lane, xr, &sh.ph[part][i * RA]); });
+      MINE(tiles_h, (rows_of_tile<RA, CHUNKS_A, KA, D>(tile, part, lane, xr, &sh.ph[part][i * RA])))
       sync();
       for (int v = tid; v < nv; v += NT) {
         const float s = ((sh.ph[0][v] + sh.ph[1][v]) + (sh.ph[2][v] + sh.ph[3][v])) * inverse;
@@ -460,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     }
 
     // u, its convolution, and this block's part of x_proj's sums
-    mine(tiles_u, [&](const char* tile, int i) { rows_of_tile<RA, CHUNKS_A, KA, D>(tile, part, lane, xr, &sh.pu[part][i * RA]); });
+    MINE(tiles_u, (rows_of_tile<RA, CHUNKS_A, KA, D>(tile, part, lane, xr, &sh.pu[part][i * RA])))
     sync();
     MARK(2);
     if (tid < nc) {
@@ -509,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
 
     MARK(3);
     // z, while x_proj's sums are made
-    mine(tiles_u, [&](const char* tile, int i) { rows_of_tile<RA, CHUNKS_A, KA, D>(tile, part, lane, xr, &sh.pz[part][i * RA]); });
+    MINE(tiles_u, (rows_of_tile<RA, CHUNKS_A, KA, D>(tile, part, lane, xr, &sh.pz[part][i * RA])))
     MARK(4);
     for (int o = tid; o < X; o += NT) {
       u64 a = get(s_words + o);
@@ -574,7 +574,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     sync();
     float yr[CHUNKS_C * 8];
     slice<CHUNKS_C, KC>(sh.vec, part, lane, yr);
-    mine(tiles_o, [&](const char* tile, int i) { rows_of_tile<RC, CHUNKS_C, KC, E>(tile, part, lane, yr, &sh.po[part][i * RC]); });
+    MINE(tiles_o, (rows_of_tile<RC, CHUNKS_C, KC, E>(tile, part, lane, yr, &sh.po[part][i * RC])))
     sync();
     if (tid < no) put(x_words + o0 + tid, (sh.po[0][tid] + sh.po[1][tid]) + (sh.po[2][tid] + sh.po[3][tid]) + out_bias, tag);
   }

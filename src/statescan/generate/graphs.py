@@ -1,0 +1,284 @@
+"""The decoder on an NVIDIA GPU: a step of all rows, drawing included, is one CUDA graph; the host only starts it.
+
+One row runs on `statescan.ops.mamba_step.decode.Stack`, a single launch that streams the weights once. More rows run
+cuBLAS's products with the pieces of mamba_step between them. After either, `sample.cu` draws every row's token on the
+device and writes it where the next step reads it, and into the host's memory where the host finds it in its own time.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from statescan.errors import BackendUnavailableError, ConfigError
+from statescan.generate.packed import DecodeState, PackedModel
+from statescan.generate.sampling import SamplingParams
+from statescan.ops import _cuda
+from statescan.ops._cuda import i32
+
+__all__ = ["GraphDecoder", "bucket", "refuses"]
+
+_DRAW = Path(__file__).with_name("sample.cu")
+_DRAW_THREADS = 1024
+_SLOT_WORDS = 8  # 64-bit words of `struct Slot` in sample.cu
+_RING = 256  # tokens of a slot kept in the host's memory until they are read
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_GREEDY, _LOGPROB = 1, 2
+
+
+def bucket(rows: int, capacity: int) -> int:
+    """Rows that the graph runs which takes `rows`: a few sizes, so that there are few graphs."""
+    for size in _BUCKETS:
+        if size >= rows:
+            return min(size, capacity)
+    return min(math.ceil(rows / 64) * 64, capacity)
+
+
+def refuses(packed: PackedModel) -> str | None:
+    """Why a packed model can't be decoded by graphs, with the cure; None where it can."""
+    if packed.device.type != "cuda":
+        return f"it runs on CUDA devices, the weights are on '{packed.device.type}'"
+    if packed.dtype == "int8":
+        return "int8 weights run on the CPU; on a GPU use dtype='bfloat16'"
+    if packed.blocks[0].d_state > 256:
+        return f"its kernels hold up to 256 states a channel, d_state is {packed.blocks[0].d_state}"
+    return _cuda.unavailable_reason()
+
+
+class GraphDecoder:
+    """Slots for rows on the device, and graphs that take all rows of the first so many slots one token further.
+
+    Nothing here waits for the device but `read`. `statescan.generate.ahead` decides what runs in which slot.
+
+    Args:
+        packed: the model's weights on a CUDA device.
+        capacity: number of slots.
+        vocabulary: tokens that may be drawn; columns past it only pad the model's vocabulary.
+
+    Raises:
+        BackendUnavailableError: it can't run here; the text says why.
+    """
+
+    def __init__(self, packed: PackedModel, capacity: int, vocabulary: int) -> None:
+        reason = refuses(packed)
+        if reason is not None:
+            raise BackendUnavailableError(f"GraphDecoder: {reason}")
+        if not 1 <= vocabulary <= packed.vocab_size:
+            raise ConfigError(
+                f"GraphDecoder: vocabulary must be from 1 to the model's {packed.vocab_size}, got {vocabulary}; "
+                "use the model's own tokenizer"
+            )
+        from statescan.ops.mamba_step.cuda import Pieces
+        from statescan.ops.mamba_step.decode import Stack, refuses_stack
+
+        device = packed.device
+        self.packed, self.capacity, self.vocabulary, self.device = packed, capacity, vocabulary, device
+        self._act = packed.head.data.dtype
+        self._pieces = Pieces(self._act, device)
+        self.one_launch_refusal = refuses_stack(packed.blocks, packed.head, device)
+        self._stack: Any = None
+        if self.one_launch_refusal is None:
+            self._stack = Stack(
+                packed.blocks, packed.embedding, packed.norm_f, packed.epsilon, packed.head, packed.head_bias
+            )
+        self.state = packed.init_state(capacity)
+        self.logits = torch.zeros(capacity, packed.vocab_size, device=device)
+        self.tokens = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(capacity, _SLOT_WORDS, dtype=torch.int64, device=device)
+        self._draws = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self._work = torch.empty(capacity, vocabulary, device=device)
+        self._seen = torch.zeros(capacity, vocabulary, dtype=torch.uint8, device=device)
+        self._ring = torch.zeros(capacity, _RING, dtype=torch.int64).pin_memory()
+        self._ring_logprob = torch.zeros(capacity, _RING).pin_memory()
+        self._ring_words = self._ring.numpy()
+        self._ring_values = self._ring_logprob.numpy()
+        self._counts = np.zeros(capacity, dtype=np.int64)  # draws started in each slot, as the device counts them
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._biases = [
+            tuple(
+                None if bias is None else bias.to(self._act) for bias in (block.in_bias, block.x_bias, block.out_bias)
+            )
+            for block in packed.blocks
+        ]
+
+    # What goes into a slot.
+
+    def place(self, slot: int, params: SamplingParams, position: int, before: list[int]) -> None:
+        """Makes a slot ready for a row: how it draws, and what the repetition penalty has seen.
+
+        Args:
+            params: with a seed where they are not greedy.
+            position: number of tokens before the next one, prompt included.
+            before: those tokens.
+        """
+        flags = (_GREEDY if params.greedy else 0) | (_LOGPROB if params.logprobs else 0)
+        log_min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
+        data = struct.pack(
+            "<QQQffffiiQ",
+            params.seed or 0,
+            params.stream,
+            position,
+            params.temperature,
+            params.top_p,
+            log_min_p,
+            params.repetition_penalty,
+            min(params.top_k, 2**31 - 1),
+            flags,
+            0,
+        )
+        self._slots[slot].copy_(torch.frombuffer(bytearray(data), dtype=torch.int64), non_blocking=True)
+        if params.repetition_penalty != 1:
+            self._seen[slot].zero_()
+            ids = torch.tensor([token for token in before if token < self.vocabulary], dtype=torch.int64)
+            self._seen[slot].index_fill_(0, ids.to(self.device), 1)
+
+    def assign(self, slot: int, state: DecodeState, row: int = 0) -> None:
+        """Copies a row's state into a slot."""
+        self.state.assign(slot, state, row)
+
+    def move(self, source: int, target: int) -> None:
+        """Moves all of a row from one slot to another; draws started before are still found under the first."""
+        self.state.conv[:, target] = self.state.conv[:, source]
+        self.state.ssm[:, target] = self.state.ssm[:, source]
+        for tensor in (self._slots, self.tokens, self._seen):
+            tensor[target] = tensor[source]
+
+    def take(self, slot: int) -> DecodeState:
+        """A copy of a slot's state."""
+        return self.state.select([slot])
+
+    # What runs.
+
+    def draw(self, slot: int, logits: Tensor) -> int:
+        """Draws the slot's next token from logits (vocabulary,), as after a prompt; returns the draw's number."""
+        self.logits[slot].copy_(logits)
+        self._launch_draw(self.logits[slot : slot + 1], slot, 1)
+        self._counts[slot] += 1
+        return int(self._counts[slot])
+
+    def step(self, rows: int) -> list[int]:
+        """Takes the first `rows` slots one token further; returns the number of the draw of each."""
+        size = bucket(rows, self.capacity)
+        graph = self._graphs.get(size)
+        if graph is None:
+            graph = self._graphs[size] = self._capture(size)
+        graph.replay()
+        self._counts[:size] += 1
+        return self._counts[:rows].tolist()
+
+    def read(self, slot: int, number: int, wait: bool = True) -> tuple[int, float] | None:
+        """(token, log probability) of a slot's draw by its number; None where it is not there yet and `wait` is off."""
+        at = number % _RING
+        words = self._ring_words[slot]
+        tag = number & 0xFFFFFFFF
+        looks = 0
+        while True:
+            word = int(words[at]) & 0xFFFFFFFFFFFFFFFF
+            if word >> 32 == tag:
+                return word & 0xFFFFFFFF, float(self._ring_values[slot, at])
+            if not wait:
+                return None
+            looks += 1
+            if looks % 4096 == 0:
+                # Nothing for milliseconds: a failed kernel would never write, and says so here.
+                torch.cuda.current_stream(self.device).synchronize()
+            elif looks > 64:
+                time.sleep(0)
+
+    def prefill(self, ids: list[list[int]], state: DecodeState, chunk: int) -> Tensor:
+        """Reads tokens of one number into the rows of a state; returns the logits after each, (rows, vocabulary)."""
+        tokens = torch.tensor(ids, dtype=torch.int64).to(self.device)
+        return self.packed.prefill(tokens, state, together=True, chunk=chunk)
+
+    def init_state(self, rows: int) -> DecodeState:
+        """The state before the first token."""
+        return self.packed.init_state(rows)
+
+    def _launch_draw(self, logits: Tensor, first: int, rows: int) -> None:
+        run = _cuda.kernel(_DRAW, "draw", {"IN": 0}, _DRAW_THREADS, self.device.index or 0)
+        run(
+            (rows, 1, 1),
+            logits,
+            logits.stride(0),
+            self._work,
+            self._seen,
+            i32(self.vocabulary),
+            i32(first),
+            self._slots,
+            self.tokens,
+            self._draws,
+            self._ring,
+            self._ring_logprob,
+            i32(_RING),
+        )
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        # Kernels are compiled and cuBLAS is set up by a run that is undone: its states go to a scratch copy.
+        saved = self.state
+        with torch.no_grad(), torch.cuda.device(self.device):
+            self.state = DecodeState(saved.conv[:, :size].clone(), saved.ssm[:, :size].clone())
+            self._step_rows(size)
+            self.state = saved
+            _cuda.kernel(_DRAW, "draw", {"IN": 0}, _DRAW_THREADS, self.device.index or 0)
+            torch.cuda.current_stream(self.device).synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._step_rows(size)
+                self._launch_draw(self.logits, 0, size)
+            self._pool = graph.pool()
+        return graph
+
+    def _step_rows(self, rows: int) -> None:
+        """Launches the step of the first `rows` slots up to their logits."""
+        packed, state = self.packed, self.state
+        if rows == 1 and self._stack is not None:
+            self._stack.step(self.tokens, state.conv, state.ssm, self.logits)
+            return
+        first = packed.blocks[0]
+        d_inner, d_state, rank = first.d_inner, first.d_state, first.dt_rank
+        act, pieces = self._act, self._pieces
+        x = F.embedding(self.tokens[:rows], cast(Tensor, packed.embedding.data))
+        stream = torch.empty(rows, first.d_model, device=self.device)
+        normed = torch.empty(rows, first.d_model, dtype=act, device=self.device)
+        u, y = (torch.empty(rows, d_inner, dtype=act, device=self.device) for _ in range(2))
+        each = 4 if rows >= 16 else 1
+        before = None
+        for i, block in enumerate(packed.blocks):
+            in_bias, x_bias, out_bias = self._biases[i]
+            pieces.add_norm(x, before, stream, block.norm, block.epsilon, normed)
+            before = stream
+            uz = F.linear(normed, block.in_proj.data, in_bias)
+            pieces.conv_step(uz[:, :d_inner], state.conv[i], block.conv_weight, block.conv_bias, u)
+            selected = F.linear(u, block.x_proj.data, x_bias)
+            low, B, C = selected.split([rank, d_state, d_state], dim=1)
+            pieces.state_step(
+                state.ssm[i],
+                u,
+                uz[:, d_inner:],
+                (block.dt_proj.data, low),
+                block.A,
+                B,
+                C,
+                block.D,
+                block.dt_bias,
+                y,
+                rows_each=each,
+            )
+            x = F.linear(y, block.out_proj.data, out_bias)
+        pieces.add_norm(x, before, stream, packed.norm_f, packed.epsilon, normed)
+        logits = self.logits[:rows]
+        if act == torch.float32:
+            torch.mm(normed, packed.head.data.t(), out=logits)
+        else:
+            logits.copy_(torch.mm(normed, packed.head.data.t(), out_dtype=torch.float32))
+        if packed.head_bias is not None:
+            logits += packed.head_bias

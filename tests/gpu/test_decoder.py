@@ -1,0 +1,299 @@
+"""The decoder on a GPU: its step against float64, its draws against the host's, the engine against the oracle."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from statescan.data import ByteTokenizer
+from statescan.errors import ConfigError
+from statescan.generate import Engine, SamplingParams, generate_naive, sample
+from statescan.generate.packed import DecodeState, PackedModel
+from statescan.models import CausalLM, MambaConfig, preset
+from statescan.ops import _cuda, mamba_step
+from statescan.ops.packed_linear.validation import PackedWeight
+from statescan.testing import assert_within_budget
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    reason = _cuda.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+# One launch takes the first three (whole and cut tiles of rows, several rows a block, biases); the last has odd sizes
+# everywhere and goes in pieces.
+CONFIGS = {
+    "tiny": preset("tiny"),
+    "wide": MambaConfig(d_model=736, n_layer=2, vocab_size=1003, dt_rank=48, bias=True, tie_embeddings=False),
+    "d_model 2048": MambaConfig(d_model=2048, n_layer=2, vocab_size=5003),
+    "odd": MambaConfig(d_model=45, n_layer=3, vocab_size=203, d_state=11, bias=True),
+}
+ONE_LAUNCH = ["tiny", "wide", "d_model 2048"]
+
+
+@functools.cache
+def model(name: str) -> CausalLM:
+    torch.manual_seed(0)
+    made = CausalLM(CONFIGS[name], device="cuda")
+    for parameter in made.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return made.eval()
+
+
+@functools.cache
+def packed(name: str, dtype: Any) -> PackedModel:
+    return PackedModel(model(name), dtype)
+
+
+def decoder(name: str, dtype: str, capacity: int, vocabulary: int | None = None) -> Any:
+    from statescan.generate.graphs import GraphDecoder
+
+    return GraphDecoder(packed(name, dtype), capacity, vocabulary or CONFIGS[name].vocab_size)
+
+
+def truth(own: PackedModel, ids: Tensor, state: DecodeState) -> Tensor:
+    """Logits in float64 by the reference op with the packed weights; the state, float64 too, moves on in place."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, PackedWeight):
+            return PackedWeight(value.unpack(dtype=torch.float64))
+        return value.double() if isinstance(value, Tensor) else value
+
+    x, residual = own.embedding.unpack(ids.long(), dtype=torch.float64), None
+    for i, block in enumerate(own.blocks):
+        weights = replace(block, **{name: wide(value) for name, value in vars(block).items()})
+        x, residual = mamba_step(x, residual, state.conv[i], state.ssm[i], weights, backend="reference")
+    assert residual is not None
+    h = x + residual
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + own.epsilon) * own.norm_f.double()
+    logits = h @ own.head.unpack(dtype=torch.float64).T
+    return logits if own.head_bias is None else logits + own.head_bias.double()
+
+
+def torch_step(own: PackedModel, ids: Tensor, state: DecodeState) -> Tensor:
+    """Logits in float32 on torch's own ops."""
+    x, residual = own.embedding.unpack(ids.long()), None
+    for i, block in enumerate(own.blocks):
+        x, residual = mamba_step(x, residual, state.conv[i], state.ssm[i], block, backend="torch")
+    assert residual is not None
+    h = x + residual
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + own.epsilon) * own.norm_f
+    logits = h @ own.head.unpack().T
+    return logits if own.head_bias is None else logits + own.head_bias
+
+
+def wide_state(own: PackedModel, rows: int) -> DecodeState:
+    state = own.init_state(rows)
+    return DecodeState(state.conv.double(), state.ssm.double())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+def test_one_launch_is_float32_arithmetic_whatever_the_weights_are(name: str, dtype: str) -> None:
+    own, slots = packed(name, dtype), decoder(name, dtype, 1)
+    assert slots.one_launch_refusal is None
+    exact, plain, again = wide_state(own, 1), own.init_state(1), []
+    ids = torch.randint(0, CONFIGS[name].vocab_size, (7,), device="cuda")
+    for run in range(2):
+        slots.state.conv.zero_()
+        slots.state.ssm.zero_()
+        rows = []
+        for token in ids:
+            slots.tokens.fill_(int(token))
+            slots.logits.fill_(float("nan"))
+            slots._step_rows(1)
+            rows.append(slots.logits[0].clone())
+        again.append((torch.stack(rows), slots.state.conv.clone(), slots.state.ssm.clone()))
+        if run == 0:
+            wanted = torch.cat([truth(own, token[None], exact) for token in ids])
+            usual = torch.cat([torch_step(own, token[None], plain) for token in ids])
+            assert_within_budget(again[0][0], wanted, usual, "logits")
+            assert_within_budget(slots.state.ssm, exact.ssm, plain.ssm, "ssm")
+            assert_within_budget(slots.state.conv, exact.conv, plain.conv, "conv")
+    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True)), "two runs differ"
+
+
+@pytest.mark.parametrize("rows", [2, 3, 16, 37])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_several_rows(name: str, dtype: str, rows: int) -> None:
+    """float32 within the float32 budget, bfloat16 within that of a bfloat16 model; the states of other slots stay."""
+    own, slots = packed(name, dtype), decoder(name, dtype, 40)
+    exact, plain = wide_state(own, rows), own.init_state(rows)
+    slots.state.ssm.normal_()
+    slots.state.ssm[:, :rows] = 0
+    before = slots.state.ssm.clone()
+    ids = torch.randint(0, CONFIGS[name].vocab_size, (5, rows), device="cuda")
+    got = []
+    for step in ids:
+        slots.tokens[:rows] = step.int()
+        slots._step_rows(rows)
+        got.append(slots.logits[:rows].clone())
+    wanted = torch.cat([truth(own, step, exact) for step in ids])
+    if dtype == "float32":
+        usual = torch.cat([torch_step(own, step, plain) for step in ids])
+        assert_within_budget(torch.cat(got), wanted, usual, "logits")
+        assert_within_budget(slots.state.ssm[:, :rows], exact.ssm, plain.ssm, "ssm")
+    else:
+        low = CausalLM(CONFIGS[name], device="cuda", dtype=torch.bfloat16)
+        low.load_state_dict(model(name).state_dict())
+        with torch.no_grad():
+            usual = low.eval()(ids.T).logits.transpose(0, 1).flatten(0, 1)
+        assert_within_budget(torch.cat(got).bfloat16(), wanted, usual, "logits")
+    assert torch.equal(slots.state.ssm[:, rows:], before[:, rows:])
+
+
+DRAWS = [
+    SamplingParams(temperature=0),
+    SamplingParams(seed=1),
+    SamplingParams(seed=2, temperature=0.7),
+    SamplingParams(seed=3, top_k=1),
+    SamplingParams(seed=4, top_k=40, temperature=1.3),
+    SamplingParams(seed=5, top_p=0.9),
+    SamplingParams(seed=6, top_p=0.2, stream=7),
+    SamplingParams(seed=7, min_p=0.05),
+    SamplingParams(seed=8, repetition_penalty=1.7, temperature=0.9),
+    SamplingParams(seed=9, top_k=300, top_p=0.95, min_p=0.01, temperature=0.8, repetition_penalty=1.2),
+    SamplingParams(temperature=0, repetition_penalty=2.5),
+    SamplingParams(seed=2**64 - 1, temperature=1e-30),
+    SamplingParams(seed=10, top_k=5, temperature=50.0),
+    SamplingParams(seed=11, top_p=1e-9),
+]
+
+
+@pytest.mark.parametrize("vocabulary", [203, 1003])
+@pytest.mark.parametrize("ties", [False, True])
+def test_draws_are_the_hosts(ties: bool, vocabulary: int) -> None:
+    """The same token for the same logits, but where a draw meets an edge within rounding; log probabilities, too."""
+    slots = decoder("wide", "float32", len(DRAWS), vocabulary)
+    g = torch.Generator().manual_seed(0)
+    same = total = 0
+    for position in range(25):
+        logits = 3 * torch.randn(len(DRAWS), vocabulary, generator=g)
+        if ties:
+            logits = logits.round()
+        before = torch.randint(0, vocabulary, (30,), generator=g).tolist()
+        seen = torch.zeros(vocabulary, dtype=torch.bool)
+        seen[before] = True
+        for slot, params in enumerate(DRAWS):
+            slots.place(slot, replace(params, logprobs=True), position, before)
+            slots.logits.fill_(99.0)  # columns that pad the vocabulary are never drawn
+            padded = slots.logits[slot].clone()
+            padded[:vocabulary] = logits[slot].cuda()
+            token, logprob = slots.read(slot, slots.draw(slot, padded))
+            wanted = sample(logits[slot], params, position, seen)
+            same, total = same + (token == wanted), total + 1
+            if params.greedy:
+                assert token == wanted
+            assert abs(logprob - float(torch.log_softmax(logits[slot].double(), -1)[token])) < 1e-5
+            assert int(slots.tokens[slot]) == token
+            assert bool(slots._seen[slot, token])
+    assert same >= total - 1
+
+
+def test_draws_follow_their_distribution() -> None:
+    slots = decoder("tiny", "float32", 1)
+    logits = torch.randn(256, generator=torch.Generator().manual_seed(1))
+    slots.place(0, SamplingParams(seed=5, top_k=4), 0, [])
+    row = logits.cuda()
+    counts = torch.zeros(256)
+    for _ in range(2000):
+        counts[slots.read(0, slots.draw(0, row))[0]] += 1
+    top = logits.topk(4)
+    assert set(counts.nonzero().flatten().tolist()) == set(top.indices.tolist())
+    expected = torch.softmax(top.values, 0) * 2000
+    chi = ((counts[top.indices] - expected).square() / expected).sum()
+    assert chi < 16.3  # three degrees of freedom, one in a thousand
+
+
+PROMPTS = ["Call me Ishmael.", "a", "The whale, " * 30, "sea", "a", "Ünïcode", "land"]
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 16])
+def test_greedy_tokens_are_the_oracles(max_batch: int) -> None:
+    params = SamplingParams(temperature=0, max_new_tokens=24)
+    engine = Engine(model("tiny"), max_batch=max_batch)
+    assert engine._slots is not None
+    for prompt, result in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+        naive = generate_naive(model("tiny"), prompt, params)
+        assert result.tokens == naive.tokens
+        assert result.text == naive.text
+
+
+def test_samples_are_reproducible_and_their_own() -> None:
+    each = [SamplingParams(seed=i, max_new_tokens=5 + 7 * i, top_p=0.95, logprobs=True) for i in range(len(PROMPTS))]
+    engine = Engine(model("tiny"), max_batch=3)
+    first = engine.generate(PROMPTS, each)
+    assert engine.generate(PROMPTS, each) == first
+    assert Engine(model("tiny"), max_batch=3).generate(PROMPTS, each) == first
+    for prompt, params, result in zip(PROMPTS, each, first, strict=True):
+        # in float32 alone or in company, up to rounding at an edge
+        naive = generate_naive(model("tiny"), prompt, params)
+        assert result.tokens == naive.tokens
+        assert result.logprobs == pytest.approx(naive.logprobs, abs=1e-3)
+
+
+def test_stops_sessions_and_bfloat16() -> None:
+    engine = Engine(model("tiny"), dtype="bfloat16", max_batch=2)
+    params = SamplingParams(seed=3, max_new_tokens=40)
+    whole = engine.generate("Call me", params)[0]
+    token = whole.tokens[20]
+    stopped = engine.generate("Call me", replace(params, stop_token_ids=(token,)))[0]
+    assert stopped.tokens == whole.tokens[: whole.tokens.index(token) + 1]
+    session = engine.open("Call me")
+    parts = []
+    for seed in range(3):
+        # the draws go on by position, so one seed gives one text however it is cut
+        del seed
+        parts += engine.resume(session, SamplingParams(temperature=0, max_new_tokens=5)).tokens
+    greedy = engine.generate("Call me", SamplingParams(temperature=0, max_new_tokens=15))[0].tokens
+    assert len(parts) == 15
+    assert parts[:5] == greedy[:5]
+    assert session.tokens == list(b"Call me") + parts
+
+
+def test_a_long_prompt_in_parts_and_prompts_together() -> None:
+    own = packed("tiny", "float32")
+    ids = torch.randint(0, 256, (3, 300), device="cuda")
+    whole, parts, alone = own.init_state(3), own.init_state(3), own.init_state(3)
+    a = own.prefill(ids, whole, together=True)
+    b = own.prefill(ids, parts, together=True, chunk=99)
+    c = own.prefill(ids, alone)
+    exact = wide_state(own, 3)
+    for t in range(300):
+        wanted = truth(own, ids[:, t], exact)
+    plain = own.init_state(3)
+    for t in range(300):
+        usual = torch_step(own, ids[:, t], plain)
+    for got in (a, b, c):
+        assert_within_budget(got, wanted, usual, "logits")
+    assert_within_budget(parts.ssm, exact.ssm, plain.ssm, "ssm")
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match=r"'int8' runs on the CPU.*'bfloat16'"):
+        Engine(model("tiny"), dtype="int8")
+    with pytest.raises(ConfigError, match="vocabulary must be from 1 to"):
+        decoder("tiny", "float32", 1, 9999)
+    assert decoder("odd", "float32", 1).one_launch_refusal is not None
+
+
+def test_a_model_goes_where_it_is_told() -> None:
+    there = CausalLM(preset("tiny")).eval()
+    params = SamplingParams(temperature=0, max_new_tokens=8)
+    engine = Engine(there, ByteTokenizer(), device="cuda")
+    assert next(there.parameters()).device.type == "cpu"
+    assert engine.generate("sea", params)[0].tokens == generate_naive(there, "sea", params).tokens
