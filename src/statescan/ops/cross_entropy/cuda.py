@@ -7,6 +7,7 @@ each chunk's logits again.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # and writes the weight's gradient once.
 _LOGITS_AT_ONCE = 2**29
 _ROWS_AT_LEAST = 256
-_MOST_KEPT = 13  # pieces of eight logits that a thread holds in registers
+_THREADS = 512
 _NOT_COUNTED = -(2**62)  # as in softmax_gradient.cu; other targets outside of the vocabulary make NaN
 
 
@@ -45,23 +46,34 @@ def _rows_of_a_chunk(rows: int, vocabulary: int, chunk_size: int | None, item: i
     return max(min(chunk_size, rows), 1)
 
 
+@functools.cache
+def _most_held(device: int) -> int:
+    """Bytes of a row that a block may hold so that two blocks fit a multiprocessor of this device."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_multiprocessor", 0) // 2 - 2048  # not there in older torch
+
+
 def _softmax_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, scale: Tensor, wanted: bool) -> Tensor:
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=accumulate_dtype(logits.dtype), device=logits.device)
     if rows == 0:
         return losses
     pieces = (vocabulary + 7) // 8
-    threads = min(max(32, 1 << (pieces - 1).bit_length()), 512)
-    kept = -(-pieces // threads)
+    threads = min(max(32, 1 << (pieces - 1).bit_length()), _THREADS)
+    whole = vocabulary % 8 == 0 and logits.stride(0) % 8 == 0 and logits.data_ptr() % 16 == 0
+    held = vocabulary * logits.element_size()
+    hold = whole and 8 * threads < vocabulary and held <= _most_held(logits.device.index or 0)
     options = {
         "IN": _IN[logits.dtype],
         "NT": threads,
-        "KEEP": kept if kept <= _MOST_KEPT and logits.dtype != torch.float64 else 0,
-        "VEC": int(vocabulary % 8 == 0 and logits.stride(0) % 8 == 0 and logits.data_ptr() % 16 == 0),
+        "HOLD": int(hold),
+        "MINB": 2 if hold else 1,
+        "VEC": int(whole),
         "BIAS": int(bias is not None),
     }
     with torch.cuda.device(logits.device):
-        run = _cuda.kernel(_SOURCE, "softmax_gradient", options, threads, logits.device.index or 0)
+        shared = held if hold else 0
+        run = _cuda.kernel(_SOURCE, "softmax_gradient", options, threads, logits.device.index or 0, shared)
         run((rows, 1, 1), logits, logits.stride(0), targets, bias, scale, losses, vocabulary, i32(int(wanted)))
     return losses
 

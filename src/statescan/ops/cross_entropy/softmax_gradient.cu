@@ -1,11 +1,14 @@
 // Softmax of a chunk of logits and its cross-entropy, one block a row: the row's loss goes out, and in place of the logits
-// comes the loss's gradient, (softmax - onehot) * scale. A row is read once where the block can hold it in registers
-// (KEEP pieces of eight numbers a thread), else twice. Sums are taken in one fixed order: the same bits in every run.
+// comes the loss's gradient, (softmax - onehot) * scale. A row is read once where it fits into shared memory, twice so that
+// one block computes while another loads (HOLD), else twice. Sums are taken in one fixed order: the same bits in every run.
 #ifndef NT
 #define NT 512
 #endif
-#ifndef KEEP
-#define KEEP 0
+#ifndef HOLD
+#define HOLD 0
+#endif
+#ifndef MINB
+#define MINB 1
 #endif
 #ifndef VEC
 #define VEC 1  // rows are aligned to 16 bytes and of whole pieces
@@ -44,14 +47,13 @@ DEV real larger(real a, real b) {
 // The greatest number so far and the sum of the powers under it.
 struct Peak { real top, sum; };
 // Where both are -inf their difference is no number, but then both sums are zero.
-DEV real under(real x, real top) { return x == top ? real(1) : power(x - top); }
 DEV Peak join(Peak a, Peak b) {
-  const real top = larger(a.top, b.top);
-  return Peak{top, fma_(a.sum, under(a.top, top), b.sum * under(b.top, top))};
+  const real top = larger(a.top, b.top), base = top == NONE ? real(0) : top;
+  return Peak{top, fma_(a.sum, power(a.top - base), b.sum * power(b.top - base))};
 }
 DEV Peak other_lane(Peak a, int m) { return Peak{__shfl_xor_sync(~0u, a.top, m), __shfl_xor_sync(~0u, a.sum, m)}; }
 
-extern "C" __global__ void __launch_bounds__(NT) softmax_gradient(
+extern "C" __global__ void __launch_bounds__(NT, MINB) softmax_gradient(
     act* __restrict__ logits, i64 row_stride, const i64* __restrict__ targets, const real* __restrict__ bias,
     const real* __restrict__ scale, real* __restrict__ losses, i64 vocabulary, int wanted) {
   __shared__ Peak peaks[WARPS];
@@ -65,7 +67,9 @@ extern "C" __global__ void __launch_bounds__(NT) softmax_gradient(
     if (wanted) for (i64 p = tid; p < pieces; p += NT) store(p, Pack8{});
     return;
   }
+#if !HOLD
   auto load = [&](i64 p) { return load8(x + 8 * p, VEC ? 8 : (int)min(i64(8), vocabulary - 8 * p), VEC); };
+#endif
   auto value = [&](const Pack8& r, i64 p, int j) {
     const i64 v = 8 * p + j;
     if (!VEC && v >= vocabulary) return NONE;
@@ -76,17 +80,25 @@ extern "C" __global__ void __launch_bounds__(NT) softmax_gradient(
     real v[8], top = mine.top;
 #pragma unroll
     for (int j = 0; j < 8; j++) top = larger(top, v[j] = value(r, p, j));
-    real sum = mine.sum * under(mine.top, top);
+    // A row of -inf alone has no softmax, but -inf beside numbers is a probability of zero.
+    const real base = top == NONE ? real(0) : top;
+    real sum = mine.sum * power(mine.top - base);
 #pragma unroll
-    for (int j = 0; j < 8; j++) sum += v[j] == NONE ? real(0) : power(v[j] - top);
+    for (int j = 0; j < 8; j++) sum += power(v[j] - base);
     mine = Peak{top, sum};
   };
-#if KEEP
-  Pack8 kept[KEEP];
+#if HOLD
+  // Every thread brings the pieces that it looks at itself, so nobody waits for anybody.
+  extern __shared__ __align__(16) Pack8 held[];
+  for (int p = tid; p < pieces; p += NT) {
+    const u32 to = (u32)__cvta_generic_to_shared(held + p);
 #pragma unroll
-  for (int i = 0; i < KEEP; i++) if (tid + i * NT < pieces) kept[i] = load(tid + i * NT);
-#pragma unroll
-  for (int i = 0; i < KEEP; i++) if (tid + i * NT < pieces) take(kept[i], tid + i * NT);
+    for (int i = 0; i < (int)sizeof(Pack8); i += 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"((const char*)(x + 8 * (i64)p) + i) : "memory");
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll 2
+  for (int p = tid; p < pieces; p += NT) take(held[p], p);
 #else
   for (i64 p = tid; p < pieces; p += NT) take(load(p), p);
 #endif
@@ -109,18 +121,18 @@ extern "C" __global__ void __launch_bounds__(NT) softmax_gradient(
     Pack8 g;
     real v[8];
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const real logit = value(r, p, j);
-      v[j] = power(logit - mine.top) * inverse;
-      if (8 * p + j == target) v[j] -= by;
+    for (int j = 0; j < 8; j++) v[j] = power(value(r, p, j) - mine.top) * inverse;
+    if (p == target / 8) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) if (j == target % 8) v[j] -= by;
     }
 #pragma unroll
     for (int j = 0; j < 8; j += 2) set_pair(g, j, v[j], v[j + 1]);
     store(p, g);
   };
-#if KEEP
-#pragma unroll
-  for (int i = 0; i < KEEP; i++) if (tid + i * NT < pieces) give(kept[i], tid + i * NT);
+#if HOLD
+#pragma unroll 2
+  for (int p = tid; p < pieces; p += NT) give(held[p], p);
 #else
   for (i64 p = tid; p < pieces; p += NT) give(load(p), p);
 #endif

@@ -29,8 +29,7 @@ class CudaKernels:
     def scan_forward(
         self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, w: LayerWeights, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        call = scan._prepare(u, dt, w.A, B, C, w.D, z, w.dt_bias, True, None, cu_seqlens)
-        y, _, checkpoints = scan._forward(call, cu_seqlens, False, True)
+        y, _, checkpoints = scan.launch_forward(u, dt, w.A, B, C, w.D, z, w.dt_bias, True, None, cu_seqlens)
         return y, checkpoints
 
     def scan_backward(
@@ -46,10 +45,12 @@ class CudaKernels:
         cu_seqlens: Tensor | None,
         dz: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        call = scan._prepare(u, dt, w.A, B, C, w.D, z, w.dt_bias, True, None, cu_seqlens)
-        du, ddt, dA, dB, dC, dD, dz_, d_bias, _ = scan._backward(call, cu_seqlens, dy, None, checkpoints)
-        dz.copy_(dz_)
-        return scan._forward(call, cu_seqlens, False, False)[0], du, ddt, dB, dC, dA, dD, d_bias
+        y = torch.empty_like(u)
+        inputs = (u, dt, w.A, B, C, w.D, z, w.dt_bias, True, None, cu_seqlens)
+        du, ddt, dA, dB, dC, dD, _, d_bias, _ = scan.launch_backward(
+            *inputs, dy=dy, checkpoints=checkpoints, dz=dz, y=y
+        )
+        return y, du, ddt, dB, dC, dA, dD, d_bias
 
 
 _POLICIES = tuple(POLICIES)

@@ -390,6 +390,7 @@ def _backward(
     du: Tensor | None = None,
     ddt: Tensor | None = None,
     dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; an empty tensor for an input that isn't there."""
     batch, length, d_inner = c.u.shape
@@ -421,10 +422,10 @@ def _backward(
         states, sums = _states(c, chunks)
 
     def backward_options(**more: int) -> dict[str, int]:
-        access = c.wide_access(p.channels_backward, dy, gu, gdt, gz if c.z is not None else None)
+        access = c.wide_access(p.channels_backward, dy, gu, gdt, gz if c.z is not None else None, y)
         resident = 1 if c.real == torch.float64 else _RESIDENT_BACKWARD  # a double takes two registers
         sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
-        return c.options(**sizes, **access, **more)
+        return c.options(HASY=int(y is not None), **sizes, **access, **more)
 
     def launch(part: int) -> None:
         options = backward_options(PASS=part)
@@ -438,6 +439,7 @@ def _backward(
             *_rows(gu),
             *_rows(gdt),
             *_rows(gz if c.z is not None else None),
+            *_rows(y),
             gA,
             gB,
             gC,
@@ -541,13 +543,15 @@ def launch_backward(
     du: Tensor | None = None,
     ddt: Tensor | None = None,
     dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The backward of `launch_forward`: gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order, an
     empty tensor for an input that isn't there. Those of u, dt, B, C, z come in these tensors' dtypes, the others in the
     state's.
 
     du, ddt, dz: where to write these, slices of wider tensors with neighbouring channels side by side (so that d_xz
-    needs no copy). dy may be such a slice.
+    needs no copy). dy may be such a slice. y: where to write the forward's output again, with z alone: the backward has
+    it at hand, so that a caller need not keep it. It is rounded as the forward's is, but summed in another order.
 
     Raises:
         ShapeError: one of them does not fit.
@@ -555,7 +559,9 @@ def launch_backward(
     """
     with torch.cuda.device(u.device):
         c = _prepare(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
-        g = _backward(c, cu_seqlens, dy, dfinal, checkpoints, du, ddt, dz)
+        assert y is None or z is not None
+        y = None if y is None else _place(y, u, "y")
+        g = _backward(c, cu_seqlens, dy, dfinal, checkpoints, du, ddt, dz, y)
     return (*g[:3], _ungroup(g[3], B), _ungroup(g[4], C), *g[5:])
 
 

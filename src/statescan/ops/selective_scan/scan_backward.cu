@@ -43,6 +43,9 @@
 #ifndef HASZ
 #define HASZ 1
 #endif
+#ifndef HASY
+#define HASY 0  // y is wanted again, too
+#endif
 #ifndef SOFTPLUS
 #define SOFTPLUS 1
 #endif
@@ -116,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     const real* __restrict__ init, const int* __restrict__ starts, const int* __restrict__ ends,
     const act* __restrict__ dout, i64 o_b, i64 o_l, const real* __restrict__ dfinal, const real* __restrict__ ckpt,
     act* __restrict__ gu, i64 gu_b, i64 gu_l, act* __restrict__ gdt, i64 gdt_b, i64 gdt_l, act* __restrict__ gz, i64 gz_b,
-    i64 gz_l, real* __restrict__ gA, real* __restrict__ gB, real* __restrict__ gC, real* __restrict__ gD, real* __restrict__ gbias, real* __restrict__ ginit,
+    i64 gz_l, act* __restrict__ y, i64 y_b, i64 y_l, real* __restrict__ gA, real* __restrict__ gB, real* __restrict__ gC, real* __restrict__ gD, real* __restrict__ gbias, real* __restrict__ ginit,
     real* __restrict__ chunk_state, real* __restrict__ chunk_dt, int L, int d_inner, int group_channels,
     int blocks_per_group, int chunk_len, int chunks) {
   extern __shared__ __align__(16) unsigned char raw_shared[];
@@ -577,14 +580,14 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     {
       const int n = row < steps ? count : 0;
       if (n > 0) {
-        Pack8 ou, od, oz;
+        Pack8 ou, od, oz, oy;
         real share[16];
 #pragma unroll
         for (int j = 0; j < 4; j++) *reinterpret_cast<Four*>(share + 4 * j) = S.sums[j][tid];
 #pragma unroll
         for (int quad = 0; quad < 8; quad += 4) {
           const Four shift = *reinterpret_cast<const Four*>(&S.sbias[seg + quad]), skip = *reinterpret_cast<const Four*>(&S.sD[seg + quad]);
-          real to_u[4], to_dt[4], to_z[4];
+          real to_u[4], to_dt[4], to_z[4], to_y[4];
           Slot f[4];
 #pragma unroll
           for (int m = 0; m < 4; m++) f[m] = S.slots[row][seg + ((quad + m) ^ swap)];
@@ -594,9 +597,10 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             const real uv = part(again.u, j), ov = part(again.dout, j), Dv = skip.v[m], raw = part(again.dt, j) + shift.v[m];
             real dyv = ov;
             if (HASZ) {
-              const real zv = part(again.z, j), sig = quick_sigmoid(zv), os = ov * sig;
+              const real zv = part(again.z, j), sig = quick_sigmoid(zv), os = ov * sig, before = fma_(Dv, uv, f[m].y);
               dyv = os * zv;
-              to_z[m] = os * fma_(Dv, uv, f[m].y) * fma_(zv, real(1) - sig, real(1));
+              to_z[m] = os * before * fma_(zv, real(1) - sig, real(1));
+              if (HASY) to_y[m] = before * (zv * sig);
             }
             real ddt = fma_(uv, f[m].du, f[m].dy * LN2);
             if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= sigmoid(raw);
@@ -612,6 +616,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             set_pair(ou, quad + m, to_u[m], to_u[m + 1]);
             set_pair(od, quad + m, to_dt[m], to_dt[m + 1]);
             if (HASZ) set_pair(oz, quad + m, to_z[m], to_z[m + 1]);
+            if (HASY) set_pair(oy, quad + m, to_y[m], to_y[m + 1]);
           }
         }
 #pragma unroll
@@ -621,6 +626,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         store8(gu + b * gu_b + t * gu_l + to, ou, VEC ? 8 : n, VEC);
         store8(gdt + b * gdt_b + t * gdt_l + to, od, VEC ? 8 : n, VEC);
         if (HASZ) store8(gz + b * gz_b + t * gz_l + to, oz, VEC ? 8 : n, VEC);
+        if (HASY) store8(y + b * y_b + t * y_l + to, oy, VEC ? 8 : n, VEC);
       }
     }
 #endif
