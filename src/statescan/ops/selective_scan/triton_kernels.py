@@ -17,6 +17,10 @@ from statescan.ops._triton_functions import LN2, LOG2E, add_up, column, decay, s
 
 __all__ = ["scan_adjoint", "scan_backward", "scan_combine", "scan_combine_adjoint", "scan_forward"]
 
+# Not told that channels lie side by side, the compiler gives the threads of a warp a channel's steps in turn, in the
+# pattern of its states, so that numbers pass between tiles and states without moving to other threads.
+_CHANNEL_STRIDES = ("u_c", "dt_c", "z_c", "dy_c", "y_c")
+
 
 @triton.jit
 def _span(part, cu, owners, length, segment, parts, EVERY: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr):
@@ -46,8 +50,25 @@ def _span(part, cu, owners, length, segment, parts, EVERY: tl.constexpr, PACKED:
 
 
 @triton.jit
-def _tile(x, at, x_t, here):
-    return tl.load(x + at.to(tl.int64) * x_t, here, other=0.0).to(tl.float32)
+def _tile(x, x_at, t, x_t, here):
+    """A tile from position t on; x_at (BD, TS) are its numbers' places behind that of t."""
+    return tl.load(x + t.to(tl.int64) * x_t + x_at, here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _inside(n, t, end, N: tl.constexpr, NP: tl.constexpr):
+    """Which of a position's NP numbers exist: said so that the compiler sees that neighbours share one answer."""
+    inside = tl.broadcast_to(t, (NP,)) < end
+    if N < NP:
+        inside = inside & (n < N)
+    return inside
+
+
+@triton.jit
+def _vector(x, x_at, t, s, end, x_t, n, N: tl.constexpr, NP: tl.constexpr):
+    """B or C (1, NP) at position t + s; zeros where the sequence has ended."""
+    place = x + t.to(tl.int64) * x_t + s * x_t + x_at
+    return tl.load(place, _inside(n, t + s, end, N, NP), other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -60,11 +81,11 @@ def _steps(raw, bias, here, SOFTPLUS: tl.constexpr, GPU: tl.constexpr):
     return tl.where(here, raw, 0.0), raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANNEL_STRIDES)
 def scan_forward(
     u, dt, z, B, C, A, D, bias, initial, y, final, checkpoints, states, sums, cu, owners,
     u_b, u_t, u_c, dt_b, dt_t, dt_c, z_b, z_t, z_c, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
-    length, d_inner, group_channels, group_blocks, blocks, B_channels, C_channels, segment, parts,
+    y_c, length, d_inner, group_channels, group_blocks, blocks, B_channels, C_channels, segment, parts,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, TS: tl.constexpr, EVERY: tl.constexpr,
     SOFTPLUS: tl.constexpr, FIXED_B: tl.constexpr, FIXED_C: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
     ENDS: tl.constexpr, GPU: tl.constexpr,
@@ -108,15 +129,21 @@ def scan_forward(
         b = tl.load(B + at_state, some, other=0.0)
     else:
         B += row * B_b + (c0 // B_channels).to(tl.int64) * B_g
+        B_at = n * B_n
     if FIXED_C:
         k = tl.load(C + at_state, some, other=0.0)
     else:
         C += row * C_b + (c0 // C_channels).to(tl.int64) * C_g
-    u += row * u_b + c[:, None] * u_c
-    dt += row * dt_b + c[:, None] * dt_c
+        C_at = n * C_n
+    u += row * u_b
+    u_at = c[:, None] * u_c + index.to(tl.int64) * u_t
+    dt += row * dt_b
+    dt_at = c[:, None] * dt_c + index.to(tl.int64) * dt_t
     if z is not None:
-        z += row * z_b + c[:, None] * z_c
-    y += (row * length) * d_inner + c[:, None]
+        z += row * z_b
+        z_at = c[:, None] * z_c + index.to(tl.int64) * z_t
+    y += (row * length) * d_inner
+    y_at = c[:, None] * y_c + index.to(tl.int64) * d_inner
 
     for t0 in range(begin, end, EVERY):
         if checkpoints is not None:
@@ -124,21 +151,19 @@ def scan_forward(
         for t1 in range(t0, tl.minimum(t0 + EVERY, end), TS):
             at = t1 + index
             here = live[:, None] & (at < end)
-            x = _tile(u, at, u_t, here)
-            d, _ = _steps(_tile(dt, at, dt_t, here), shift, here, SOFTPLUS, GPU)
+            x = _tile(u, u_at, t1, u_t, here)
+            d, _ = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
             if not ENDS and z is not None:
-                gate = _tile(z, at, z_t, here)
+                gate = _tile(z, z_at, t1, z_t, here)
             dx = d * x
             out = tl.full((BD, TS), 0.0, tl.float32)
             for s in tl.static_range(TS):
-                t = t1 + s
-                inside = n < tl.where(t < end, N, 0)
                 if not FIXED_B:
-                    b = tl.load(B + t.to(tl.int64) * B_t + n * B_n, inside, other=0.0).to(tl.float32)[None, :]
+                    b = _vector(B, B_at, t1, s, end, B_t, n, N, NP)
                 h = decay(column(d, index, s)[:, None], a, GPU) * h + column(dx, index, s)[:, None] * b
                 if not ENDS:
                     if not FIXED_C:
-                        k = tl.load(C + t.to(tl.int64) * C_t + n * C_n, inside, other=0.0).to(tl.float32)[None, :]
+                        k = _vector(C, C_at, t1, s, end, C_t, n, N, NP)
                     out = tl.where(index == s, tl.sum(h * k, 1)[:, None], out)
             if ENDS:
                 total += d
@@ -147,7 +172,7 @@ def scan_forward(
                     out += skip[:, None] * x
                 if z is not None:
                     out *= gate * sigmoid(gate, GPU)
-                tl.store(y + at.to(tl.int64) * d_inner, out.to(y.dtype.element_ty), here)
+                tl.store(y + t1.to(tl.int64) * d_inner + y_at, out.to(y.dtype.element_ty), here)
     if ENDS:
         tl.store(states + part.to(tl.int64) * size + at_state, h, some)
         tl.store(sums + part.to(tl.int64) * d_inner + c, tl.sum(total, 1), live)
@@ -187,7 +212,7 @@ def scan_combine(
         h = decay(steps, a, GPU) * h + own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANNEL_STRIDES)
 def scan_adjoint(
     dt, z, C, A, bias, dy, adjoints, sums, cu, owners,
     dt_b, dt_t, dt_c, z_b, z_t, z_c, C_b, C_t, C_g, C_n, dy_b, dy_t, dy_c,
@@ -222,10 +247,14 @@ def scan_adjoint(
         k = tl.load(C + at_state, some, other=0.0)
     else:
         C += row * C_b + (c0 // C_channels).to(tl.int64) * C_g
-    dt += row * dt_b + c[:, None] * dt_c
-    dy += row * dy_b + c[:, None] * dy_c
+        C_at = n * C_n
+    dt += row * dt_b
+    dt_at = c[:, None] * dt_c + index.to(tl.int64) * dt_t
+    dy += row * dy_b
+    dy_at = c[:, None] * dy_c + index.to(tl.int64) * dy_t
     if z is not None:
-        z += row * z_b + c[:, None] * z_c
+        z += row * z_b
+        z_at = c[:, None] * z_c + index.to(tl.int64) * z_t
     total = tl.full((BD, TS), 0.0, tl.float32)
     adjoint = tl.full((BD, NP), 0.0, tl.float32)
     tiles = (end - begin + TS - 1) // TS
@@ -233,17 +262,15 @@ def scan_adjoint(
         t1 = begin + (tiles - 1 - i) * TS
         at = t1 + index
         here = live[:, None] & (at < end)
-        d, _ = _steps(_tile(dt, at, dt_t, here), shift, here, SOFTPLUS, GPU)
-        g = _tile(dy, at, dy_t, here)
+        d, _ = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
+        g = _tile(dy, dy_at, t1, dy_t, here)
         if z is not None:
-            gate = _tile(z, at, z_t, here)
+            gate = _tile(z, z_at, t1, z_t, here)
             g *= gate * sigmoid(gate, GPU)
         total += d
         for s in tl.static_range(TS - 1, -1, -1):
-            t = t1 + s
             if not FIXED_C:
-                inside = n < tl.where(t < end, N, 0)
-                k = tl.load(C + t.to(tl.int64) * C_t + n * C_n, inside, other=0.0).to(tl.float32)[None, :]
+                k = _vector(C, C_at, t1, s, end, C_t, n, N, NP)
             adjoint += column(g, index, s)[:, None] * k
             adjoint *= decay(column(d, index, s)[:, None], a, GPU)
     tl.store(adjoints + part.to(tl.int64) * size + at_state, adjoint, some)
@@ -282,12 +309,12 @@ def scan_combine_adjoint(
         adjoint = decay(steps, a, GPU) * adjoint + own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANNEL_STRIDES)
 def scan_backward(
     u, dt, z, B, C, A, D, bias, dy, dfinal, checkpoints, adjoints, scratch,
     du, ddt, dz, dA, dB, dC, dD, dbias, dinitial, cu, owners,
     u_b, u_t, u_c, dt_b, dt_t, dt_c, z_b, z_t, z_c, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, dy_b, dy_t, dy_c,
-    length, rows, d_inner, group_channels, group_blocks, blocks, B_channels, C_channels, segment, parts,
+    y_c, length, rows, d_inner, group_channels, group_blocks, blocks, B_channels, C_channels, segment, parts,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, TS: tl.constexpr, TILES: tl.constexpr, EVERY: tl.constexpr,
     SOFTPLUS: tl.constexpr, FIXED_B: tl.constexpr, FIXED_C: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
     GPU: tl.constexpr,
@@ -316,7 +343,6 @@ def scan_backward(
     size = d_inner * N
     a = tl.load(A + at_state, some, other=0.0) * LOG2E
     index = tl.arange(0, TS)[None, :]
-    last = (begin + segment >= stop) & ((begin < stop) | (number == 0))
     if SPLIT:
         adjoint = tl.load(adjoints + part.to(tl.int64) * size + at_state, some, other=0.0)
     elif dfinal is not None:
@@ -334,19 +360,26 @@ def scan_backward(
         sum_B, lost_B = tl.full((BD, NP), 0.0, tl.float32), tl.full((BD, NP), 0.0, tl.float32)
     else:
         B += row * B_b + (c0 // B_channels).to(tl.int64) * B_g
+        B_at = n * B_n
         dB += (block.to(tl.int64) * rows + row) * length * N
     if FIXED_C:
         k = tl.load(C + at_state, some, other=0.0)
         sum_C, lost_C = tl.full((BD, NP), 0.0, tl.float32), tl.full((BD, NP), 0.0, tl.float32)
     else:
         C += row * C_b + (c0 // C_channels).to(tl.int64) * C_g
+        C_at = n * C_n
         dC += (block.to(tl.int64) * rows + row) * length * N
-    u += row * u_b + c[:, None] * u_c
-    dt += row * dt_b + c[:, None] * dt_c
-    dy += row * dy_b + c[:, None] * dy_c
-    out = (row * length) * d_inner + c[:, None]
+    u += row * u_b
+    u_at = c[:, None] * u_c + index.to(tl.int64) * u_t
+    dt += row * dt_b
+    dt_at = c[:, None] * dt_c + index.to(tl.int64) * dt_t
+    dy += row * dy_b
+    dy_at = c[:, None] * dy_c + index.to(tl.int64) * dy_t
+    out = (row * length) * d_inner
+    out_at = c[:, None] * y_c + index.to(tl.int64) * d_inner
     if z is not None:
-        z += row * z_b + c[:, None] * z_c
+        z += row * z_b
+        z_at = c[:, None] * z_c + index.to(tl.int64) * z_t
     scratch += pid.to(tl.int64) * (RUNS * BD * NP) + tl.arange(0, BD)[:, None] * NP + n[None, :]
     sum_A, lost_A = tl.full((BD, NP), 0.0, tl.float32), tl.full((BD, NP), 0.0, tl.float32)
     sum_D, lost_D = tl.full((BD, TS), 0.0, tl.float32), tl.full((BD, TS), 0.0, tl.float32)
@@ -362,22 +395,21 @@ def scan_backward(
             h = tl.load(kept, some, other=0.0)
             for r in range(count - 1):
                 for m in tl.static_range(TILES):
-                    at = t0 + r * RUN + m * TS + index
+                    t1 = t0 + r * RUN + m * TS
+                    at = t1 + index
                     here = live[:, None] & (at < end)
-                    x = _tile(u, at, u_t, here)
-                    d, _ = _steps(_tile(dt, at, dt_t, here), shift, here, SOFTPLUS, GPU)
+                    x = _tile(u, u_at, t1, u_t, here)
+                    d, _ = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
                     dx = d * x
                     for s in tl.static_range(TS):
-                        t = t0 + r * RUN + (m * TS + s)
                         if not FIXED_B:
-                            b = tl.load(B + t.to(tl.int64) * B_t + n * B_n, n < tl.where(t < end, N, 0), other=0.0)
-                            b = b.to(tl.float32)[None, :]
+                            b = _vector(B, B_at, t1, s, end, B_t, n, N, NP)
                         h = decay(column(d, index, s)[:, None], a, GPU) * h + column(dx, index, s)[:, None] * b
                 tl.store(scratch + (r + 1) * (BD * NP), h)
             tl.debug_barrier()
         for q in range(count):
             r = count - 1 - q
-            t1 = t0 + r * RUN
+            t2 = t0 + r * RUN
             if RUNS > 1:
                 if r == 0:
                     h = tl.load(kept, some, other=0.0)
@@ -392,32 +424,31 @@ def scan_backward(
             gs = ()
             raws = ()
             for m in tl.static_range(TILES):
-                at = t1 + m * TS + index
+                t1 = t2 + m * TS
+                at = t1 + index
                 here = live[:, None] & (at < end)
-                x = _tile(u, at, u_t, here)
-                d, raw = _steps(_tile(dt, at, dt_t, here), shift, here, SOFTPLUS, GPU)
-                g = _tile(dy, at, dy_t, here)
+                x = _tile(u, u_at, t1, u_t, here)
+                d, raw = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
+                g = _tile(dy, dy_at, t1, dy_t, here)
                 if z is not None:
-                    gate = _tile(z, at, z_t, here)
+                    gate = _tile(z, z_at, t1, z_t, here)
                 dx = d * x
                 o = tl.full((BD, TS), 0.0, tl.float32)
                 for s in tl.static_range(TS):
-                    t = t1 + (m * TS + s)
-                    inside = n < tl.where(t < end, N, 0)
                     if not FIXED_B:
-                        b = tl.load(B + t.to(tl.int64) * B_t + n * B_n, inside, other=0.0).to(tl.float32)[None, :]
+                        b = _vector(B, B_at, t1, s, end, B_t, n, N, NP)
                     h = decay(column(d, index, s)[:, None], a, GPU) * h + column(dx, index, s)[:, None] * b
                     hs = hs + (h,)
                     if z is not None:
                         if not FIXED_C:
-                            k = tl.load(C + t.to(tl.int64) * C_t + n * C_n, inside, other=0.0).to(tl.float32)[None, :]
+                            k = _vector(C, C_at, t1, s, end, C_t, n, N, NP)
                         o = tl.where(index == s, tl.sum(h * k, 1)[:, None], o)
                 if z is not None:
                     if D is not None:
                         o += skip[:, None] * x
                     open = sigmoid(gate, GPU)
                     o *= g * (open * (1.0 + gate * (1.0 - open)))
-                    tl.store(dz + out + at.to(tl.int64) * d_inner, o.to(dz.dtype.element_ty), here)
+                    tl.store(dz + out + t1.to(tl.int64) * d_inner + out_at, o.to(dz.dtype.element_ty), here)
                     g *= gate * open
                 ds = ds + (d,)
                 xs = xs + (x,)
@@ -430,6 +461,7 @@ def scan_backward(
             if FIXED_C:
                 tile_C = tl.full((BD, NP), 0.0, tl.float32)
             for m in tl.static_range(TILES - 1, -1, -1):
+                t1 = t2 + m * TS
                 d = ds[m]
                 x = xs[m]
                 g = gs[m]
@@ -437,12 +469,10 @@ def scan_backward(
                 to_drive = tl.full((BD, TS), 0.0, tl.float32)  # gradient of dt u, for du and ddt
                 to_decay = tl.full((BD, TS), 0.0, tl.float32)  # gradient of dt through exp(dt A)
                 for s in tl.static_range(TS - 1, -1, -1):
-                    t = t1 + (m * TS + s)
-                    inside = n < tl.where(t < end, N, 0)
                     if not FIXED_B:
-                        b = tl.load(B + t.to(tl.int64) * B_t + n * B_n, inside, other=0.0).to(tl.float32)[None, :]
+                        b = _vector(B, B_at, t1, s, end, B_t, n, N, NP)
                     if not FIXED_C:
-                        k = tl.load(C + t.to(tl.int64) * C_t + n * C_n, inside, other=0.0).to(tl.float32)[None, :]
+                        k = _vector(C, C_at, t1, s, end, C_t, n, N, NP)
                     g_s = column(g, index, s)[:, None]
                     d_s = column(d, index, s)[:, None]
                     dx_s = column(dx, index, s)[:, None]
@@ -450,19 +480,18 @@ def scan_backward(
                     if FIXED_C:
                         tile_C += g_s * hs[m * TS + s + 1]
                     else:
-                        tl.store(dC + t.to(tl.int64) * N + n, tl.sum(g_s * hs[m * TS + s + 1], 0), inside)
+                        tl.store(dC + (t1 + s).to(tl.int64) * N + n, tl.sum(g_s * hs[m * TS + s + 1], 0), _inside(n, t1 + s, end, N, NP))
                     if FIXED_B:
                         tile_B += adjoint * dx_s
                     else:
-                        tl.store(dB + t.to(tl.int64) * N + n, tl.sum(adjoint * dx_s, 0), inside)
+                        tl.store(dB + (t1 + s).to(tl.int64) * N + n, tl.sum(adjoint * dx_s, 0), _inside(n, t1 + s, end, N, NP))
                     to_drive = tl.where(index == s, tl.sum(adjoint * b, 1)[:, None], to_drive)
                     adjoint *= decay(d_s, a, GPU)
                     w = adjoint * hs[m * TS + s]
                     tile_A += w * d_s
                     to_decay = tl.where(index == s, tl.sum(w * a, 1)[:, None], to_decay)
-                at = t1 + m * TS + index
-                here = live[:, None] & (at < end)
-                along = out + at.to(tl.int64) * d_inner
+                here = live[:, None] & (t1 + index < end)
+                along = out + t1.to(tl.int64) * d_inner + out_at
                 to_u = to_drive * d
                 if D is not None:
                     to_u += skip[:, None] * g

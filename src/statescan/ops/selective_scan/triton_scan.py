@@ -217,7 +217,7 @@ def _forward(
             final if with_state else None, checkpoints if with_checkpoints and not ends else None,
             states, sums, c.cu, owners,
             *_strides(u), *_strides(dt), *_strides(z), *_strides(c.B, c.B.dim() == 2), *_strides(c.C, c.C.dim() == 2),
-            c.length, c.d_inner, c.d_inner // c.groups, each_group, blocks, c.channels_B, c.channels_C,
+            1, c.length, c.d_inner, c.d_inner // c.groups, each_group, blocks, c.channels_B, c.channels_C,
             segment or c.length, each,
             **c.options(channels, segment, FIXED_B=c.B.dim() == 2, SPLIT=bool(segment), ENDS=ends),
         )  # fmt: skip
@@ -309,7 +309,7 @@ def _backward(
             u, dt, z, c.B, c.C, c.A, c.D, c.bias, dy, dfinal, checkpoints, adjoints, scratch,
             du, ddt, dz, dA, dB, dC, dD, dbias, dinitial if with_initial else None, c.cu, owners,
             *_strides(u), *_strides(dt), *_strides(z), *_strides(c.B, fixed_B), *strides_C, *strides_dy,
-            c.length, c.batch, *sizes, c.channels_B, c.channels_C, segment or c.length, each,
+            1, c.length, c.batch, *sizes, c.channels_B, c.channels_C, segment or c.length, each,
             **c.options(channels, segment, TILES=c.plan.tiles, FIXED_B=fixed_B, SPLIT=bool(segment)),
         )  # fmt: skip
 
