@@ -19,7 +19,7 @@ from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 from statescan.ops.add_norm.validation import compute_dtype
 
-__all__ = ["add_rms_norm", "refuses"]
+__all__ = ["add_rms_norm", "launch_again", "refuses"]
 
 _SOURCE = Path(__file__).with_name("norm.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -86,6 +86,26 @@ def _forward(
             *(total if keep else None, output, rstd, rows.shape[0], i32(rows.shape[1]), eps),
         )
     return output, total, rstd
+
+
+def launch_again(total: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The norm's output in `dtype`, again from the sum (..., d) that it gave: the same bits, outside of autograd."""
+    output = torch.empty(total.shape, dtype=dtype, device=total.device)
+    if total.numel() == 0:
+        return output
+    rows, weight = _as_rows(total), weight.contiguous()
+    zero = torch.zeros(rows.shape[1], dtype=dtype, device=total.device)  # one row that all rows add
+    rstd = torch.empty(rows.shape[0], dtype=_compute(dtype, total.dtype), device=total.device)
+    macros = _macros(_FORWARD, rows.shape[1], rstd.dtype, rows, zero, weight, output)
+    kind = _TYPES[total.dtype]
+    macros |= {"XT": _TYPES[dtype], "RT": kind, "ST": kind, "WT": _TYPES[weight.dtype], "KEEP": 0, "APART": 0}
+    with torch.cuda.device(total.device):
+        run = _cuda.kernel(_SOURCE, "norm_forward", macros, macros["NT"], total.device.index or 0)
+        run(
+            (math.ceil(rows.shape[0] / (macros["NT"] // macros["LANES"])), 1, 1),
+            *(zero, 0, rows, rows.stride(0), weight, None, output, rstd, rows.shape[0], i32(rows.shape[1]), eps),
+        )
+    return output
 
 
 def _forward_fake(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops._checks import without_autocast
+from statescan.ops.add_norm import cuda as add_norm
 from statescan.ops.causal_conv1d import cuda as conv
 from statescan.ops.mamba_inner.layer import POLICIES, Kept, LayerGradients, LayerWeights, Normed, backward, forward
 from statescan.ops.selective_scan import cuda as scan
@@ -16,7 +17,10 @@ __all__ = ["CudaKernels", "run_backward", "run_forward"]
 
 
 class CudaKernels:
-    """`statescan.ops.mamba_inner.layer.Kernels` by the cuda backends of the two ops."""
+    """`statescan.ops.mamba_inner.layer.Kernels` by the cuda backends of the ops."""
+
+    def norm_again(self, source: Normed, dtype: torch.dtype) -> Tensor:
+        return add_norm.launch_again(source.stream, source.weight, source.eps, dtype)
 
     def conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         return conv.launch_forward(x, weight, bias, True, None, cu_seqlens)

@@ -11,8 +11,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from statescan.ops.add_norm import add_rms_norm
-
 __all__ = ["POLICIES", "Kept", "Kernels", "LayerGradients", "LayerWeights", "Normed", "backward", "forward"]
 
 # What a policy keeps of a layer between the passes, beside the layer's input or what that is made again from.
@@ -78,6 +76,10 @@ class LayerGradients(NamedTuple):
 
 class Kernels(Protocol):
     """The layer's convolution (with SiLU) and scan (with gate, D, bias and softplus) and their backward passes."""
+
+    def norm_again(self, source: Normed, dtype: torch.dtype) -> Tensor:
+        """rms_norm(stream) * weight in `dtype`, to the bits that the norm gave."""
+        ...
 
     def conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """y of `causal_conv1d`; x may be half of a tensor."""
@@ -190,10 +192,7 @@ def backward(
     inner, rank = w.A.shape[0], w.dt_proj.shape[1]
 
     def input_() -> Tensor:
-        if not isinstance(x, Normed):
-            return x
-        # The norm computes in the stream's precision and rounds once: the way by its dtype gives the same bits.
-        return add_rms_norm(x.stream, x.weight, eps=x.eps).output.to(dout.dtype)
+        return k.norm_again(x, dout.dtype) if isinstance(x, Normed) else x
 
     again = input_() if kept.xz is None else None
     inside = _inside(k, again, w, cu_seqlens, kept)
