@@ -33,7 +33,7 @@ def test_every_benchmark_lists_jobs_with_floors_for_ours() -> None:
 
 def test_a_quick_run_checks_outputs_and_writes_its_file(tmp_path: Path) -> None:
     out = tmp_path / "figures" / "scan.json"
-    report = run(["scan", "decode"], threads=1, quick=True, peers=False, out=out)
+    report = run(["scan", "decode"], device="cpu", threads=1, quick=True, peers=False, out=out)
     assert json.loads(out.read_text()) == report
     assert report["machine"]["versions"]["torch"] == torch.__version__
     rows = [row for row in report["rows"] if row["failure"] is None]
@@ -47,7 +47,7 @@ def test_a_quick_run_checks_outputs_and_writes_its_file(tmp_path: Path) -> None:
 
 def test_a_failing_implementation_is_reported_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATESCAN_CPU_LIBRARY", "nowhere.so")
-    report = run(["scan"], threads=1, quick=True, peers=False, only="cpu")
+    report = run(["scan"], device="cpu", threads=1, quick=True, peers=False, only="cpu")
     assert all("cpu" in row["failure"] for row in report["rows"])
 
 

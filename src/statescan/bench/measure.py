@@ -88,8 +88,11 @@ def _cpu_family() -> str | None:
     return f"family {found.get('cpu family', '?')} model {found.get('model', '?')}"
 
 
-def ceilings() -> dict[str, float]:
+def ceilings(mebibytes: int = 512) -> dict[str, float]:
     """This machine's own limits, measured: memory read, float32 and bf16 matrix products, torch's exponential.
+
+    Args:
+        mebibytes: read for the memory's rate; what fits into a cache measures that.
 
     Returns:
         read_gb_s, matmul_f32_gflops, matmul_f32_prepacked_gflops, matmul_bf16_gflops, exp_g_s.
@@ -99,9 +102,9 @@ def ceilings() -> dict[str, float]:
     def best(call: Callable[[], Any], repeats: int = 7) -> float:
         return min(seconds_per_call(call, warmup=2, repeats=repeats))
 
-    big = torch.empty(512 * 2**20 // 4).uniform_(generator=generator)
+    big = torch.empty(mebibytes * 2**20 // 4).uniform_(generator=generator)
     found = {"read_gb_s": big.numel() * 4 / best(big.sum) / 1e9}
-    sample = big[: 50 * 10**6]
+    sample = big[: big.numel() // 3]
     found["exp_g_s"] = sample.numel() / best(lambda: torch.exp(sample)) / 1e9
     rows, inner, columns = 2048, 768, 3072
     x, w = torch.randn(rows, inner, generator=generator), torch.randn(columns, inner, generator=generator)

@@ -473,7 +473,7 @@ def run(
 
     if device == "cpu":
         say("this machine's ceilings")
-        limits |= ceilings()
+        limits |= ceilings(32) if quick else ceilings()
         options: dict[str, Any] = {**(_QUICK if quick else _FULL), "max_seconds": 1.0 if quick else seconds}
         jobs = [job for name in chosen if name in BENCHMARKS for job in BENCHMARKS[name](options) if wanted(job)]
         found += _process_rows(jobs, options, threads, quick, limits, say, keep)
