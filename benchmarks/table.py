@@ -5,10 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+_WHOLE_MODELS = ("train", "prefill", "decode", "generate", "block")
 
 
 def cell(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
+
+
+def milliseconds(value: float | None) -> str:
+    return cell(value, 2 if value is None or value >= 1 else 4)
+
+
+def facts(machine: dict[str, Any]) -> str:
+    torch = f"torch {machine['versions']['torch']}, {machine['date']}"
+    if machine.get("device") == "cuda":
+        return f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, {torch}"
+    threads = f"{machine['threads']} threads, kernels {machine['cpu_kernels']}"
+    return f"{machine['cpu']} ({machine['cpu_family_model']}), {threads}, {torch}"
 
 
 def main(files: list[str]) -> None:
@@ -16,16 +31,8 @@ def main(files: list[str]) -> None:
         report = json.loads(Path(file).read_text())
         if "ceilings" not in report:
             continue
-        machine = report["machine"]
-        print(
-            f"**{Path(file).stem}**: {machine['cpu']} ({machine['cpu_family_model']}), {machine['threads']} threads, ",
-            end="",
-        )
-        print(
-            f"torch {machine['versions']['torch']}, kernels {machine['cpu_kernels']}, {machine['date']}; ceilings ",
-            end="",
-        )
-        print(", ".join(f"{name} {value:.3g}" for name, value in report["ceilings"].items()) + "\n")
+        ceilings = ", ".join(f"{name} {value:.4g}" for name, value in report["ceilings"].items())
+        print(f"**{Path(file).stem}**: {facts(report['machine'])}; ceilings {ceilings}\n")
         print("| case | implementation | dtype | ms, median (best) | tokens/s | x floor | error | peak GB |")
         print("|---|---|---|---|---|---|---|---|")
         for row in report["rows"]:
@@ -33,10 +40,10 @@ def main(files: list[str]) -> None:
                 print(f"| {row['case']} | {row['implementation']} | {row['dtype']} | {row['failure']} | | | | |")
                 continue
             error = "" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
-            peak = cell(row["peak_memory_bytes"] / 1e9, 2) if row["bench"] in ("train", "prefill", "decode") else ""
-            time = f"{cell(row['milliseconds'], 2)} ({cell(row['best'], 2)})"
+            peak = row["peak_memory_bytes"] if row["bench"] in _WHOLE_MODELS else None
+            time = f"{milliseconds(row['milliseconds'])} ({milliseconds(row['best'])})"
             columns = [row["case"], row["implementation"], row["dtype"], time, cell(row["tokens_per_second"], 1)]
-            print("| " + " | ".join([*columns, cell(row["ratio"], 2), error, peak]) + " |")
+            print("| " + " | ".join([*columns, cell(row["ratio"], 2), error, cell(peak and peak / 1e9, 2)]) + " |")
         print()
 
 
