@@ -1,4 +1,4 @@
-"""The contract of `selective_state_update` on the `cuda` backend, plus what only its kernel shows: every count of lanes,
+"""The contract of `selective_state_update` on the `cuda` backend, plus what only its kernel shows: all counts of lanes,
 cut fours, strided and very large states.
 """
 

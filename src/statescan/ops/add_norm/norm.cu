@@ -173,16 +173,15 @@ norm_backward(const void* total, i64 sr, const void* weight, const real* rstd, c
 #pragma unroll
     for (int j = 0; j < 8; j++) dw[e].v[j] = 0;
   }
-  const i64 stride = i64(gridDim.x) * (NT / LANES);
-#pragma unroll 1
-  for (i64 first = i64(blockIdx.x) * (NT / LANES); first < rows; first += stride) {
-    const bool mine = first + group < rows;
-    const i64 row = mine ? first + group : rows - 1;
-    Packet<ST> s[EACH];
-    Packet<XT> g[EACH];
+  const i64 stride = i64(gridDim.x) * (NT / LANES), begin = i64(blockIdx.x) * (NT / LANES);
+  Packet<ST> s[EACH];
+  Packet<XT> g[EACH];
 #if GT
-    Packet<ST> t[EACH];
+  Packet<ST> t[EACH];
 #endif
+  real scale;
+  auto load = [&](i64 first) {
+    const i64 row = first + group < rows ? first + group : rows - 1;
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
       s[e] = fetch<ST>(total, row * sr, lane, e, d);
@@ -191,27 +190,48 @@ norm_backward(const void* total, i64 sr, const void* weight, const real* rstd, c
       t[e] = fetch<ST>(dtotal, row * tr, lane, e, d);
 #endif
     }
-    const real scale = rstd[row];
+    scale = rstd[row];
+  };
+  if (begin < rows) load(begin);
+#pragma unroll 1
+  for (i64 first = begin; first < rows; first += stride) {
+    const bool mine = first + group < rows;
+    const i64 row = first + group;
+    Eight normed[EACH], up[EACH];
+#if GT
+    Packet<ST> more[EACH];
+#endif
     real dot = 0;
 #pragma unroll
-    for (int e = 0; e < EACH; e++)
+    for (int e = 0; e < EACH; e++) {
+      up[e] = widen<XT>(g[e]);
+      normed[e] = widen<ST>(s[e]);
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const real normed = wide<ST>(s[e].v[j]) * scale, up = wide<XT>(g[e].v[j]);
-        dot = fma_(up * w[e].v[j], normed, dot);
-        if (mine) dw[e].v[j] = fma_(up, normed, dw[e].v[j]);
+        normed[e].v[j] *= scale;
+        if (mine) dw[e].v[j] = fma_(up[e].v[j], normed[e].v[j], dw[e].v[j]);
+        up[e].v[j] *= w[e].v[j];
+        dot = fma_(up[e].v[j], normed[e].v[j], dot);
       }
+#if GT
+      more[e] = t[e];
+#endif
+    }
+    const real factor = scale;
+    if (first + stride < rows) load(first + stride);  // under way while this row's sum goes round
     dot = row_sum(dot) / d;
     if (!mine) continue;
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
       Eight out;
+#if GT
+      const Eight plus = widen<ST>(more[e]);
+#endif
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const real normed = wide<ST>(s[e].v[j]) * scale;
-        out.v[j] = scale * fma_(-normed, dot, wide<XT>(g[e].v[j]) * w[e].v[j]);
+        out.v[j] = factor * fma_(-normed[e].v[j], dot, up[e].v[j]);
 #if GT
-        out.v[j] += wide<ST>(t[e].v[j]);
+        out.v[j] += plus.v[j];
 #endif
       }
       put<XT>(dx, row * d, lane, e, d, out);

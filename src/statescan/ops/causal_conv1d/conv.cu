@@ -4,7 +4,7 @@
 // sums and are added by a second kernel, always in one order.
 // PART chooses what is compiled: 1 forward, 2 backward, 3 the plain kernels, 4 sums and states, 5 the single step.
 // Macros: TAPS taps (0: any number, the plain kernels below), CH channels a thread, RUN positions a thread, AHEAD of them fetched at
-// once, NX x NY threads along channels and time, SILU, VARLEN, HASI (initial state), HASF (gradient of the final state),
+// once (EARLY: while the ones before are worked on), NX x NY threads along channels and time, SILU, VARLEN, HASI (initial state), HASF (gradient of the final state),
 // WT and BT (types of weight and bias as IN; BT -1: none).
 #ifndef PART
 #define PART 1
@@ -26,6 +26,9 @@
 #endif
 #ifndef NY
 #define NY 4
+#endif
+#ifndef EARLY
+#define EARLY 1
 #endif
 #ifndef SILU
 #define SILU 1
@@ -77,6 +80,9 @@ DEV Row pack(const real* v) {
 #endif
 DEV Row fetch(const act* p) { return *reinterpret_cast<const Row*>(p); }
 DEV void put(act* p, const Row& r) { *reinterpret_cast<Row*>(p) = r; }
+// `step`: bytes from one position to the next, below 2^31 so that an address takes one instruction.
+DEV const act* at_position(const act* p, int t, int step) { return reinterpret_cast<const act*>(reinterpret_cast<const char*>(p) + i64(t) * step); }
+DEV act* at_position(act* p, int t, int step) { return reinterpret_cast<act*>(reinterpret_cast<char*>(p) + i64(t) * step); }
 DEV Row nothing() {
   real zero[CH] = {};
   return pack(zero);
@@ -115,7 +121,7 @@ struct Where { int sequence, start, end; };
 DEV Where where(const int* cu, int sequences, int b, int t, int length) {
 #if VARLEN
   const int s = sequence_of(cu, sequences, t);
-  return {s, cu[s], cu[s + 1]};
+  return {s, min(cu[s], t), cu[s + 1]};
 #else
   return {b, 0, length};
 #endif
@@ -181,6 +187,10 @@ DEV real filtered(const Row (&past)[PAST], const Row& now, const real (&w)[TAPS]
   return fma_(w[TAPS - 1][j], get(now, j), sum);
 }
 
+// Whether the tile of AHEAD positions needs none of the checks below is known when compiling.
+struct Checked { static constexpr bool value = true; };
+struct Whole { static constexpr bool value = false; };
+
 #if PART == 1
 extern "C" __global__ void __launch_bounds__(NX* NY, MINB)
 conv_forward(const act* x, i64 xb, i64 xl, const void* weight, i64 wc, i64 wk, const void* bias, const act* init, i64 ib, i64 il,
@@ -192,37 +202,54 @@ conv_forward(const act* x, i64 xb, i64 xl, const void* weight, i64 wc, i64 wk, c
   const int stop = min(me.begin + RUN, length);
   x += me.batch * xb + c;
   y += me.batch * yb + c;
+  const int x_step = int(xl) * int(sizeof(act)), y_step = int(yl) * int(sizeof(act));
   Where at = where(cu, sequences, me.batch, me.begin, length);
-  Row past[PAST];
-  open_window(past, x, xl, init, ib, il, at, me.begin, c);
-  real w[TAPS][CH], offset[CH];
-  load_weights(weight, wc, wk, bias, c, w, offset);
-#pragma unroll 1
-  for (int t0 = me.begin; t0 < stop; t0 += AHEAD) {
-    Row in[AHEAD];
+  Row past[PAST], in[AHEAD];
+  auto load = [&](auto checks, int t0) {
+    const act* from = at_position(x, t0, x_step);
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
-      if (t0 + i < stop) in[i] = fetch(x + (t0 + i) * xl);
+      if (!checks.value || t0 + i < length) in[i] = fetch(at_position(from, i, x_step));
+  };
+  open_window(past, x, xl, init, ib, il, at, me.begin, c);
+  load(Checked(), me.begin);
+  real w[TAPS][CH], offset[CH];
+  load_weights(weight, wc, wk, bias, c, w, offset);
+  auto walk = [&](auto checks, int t0, const Row (&now)[AHEAD]) {
+    act* to = at_position(y, t0, y_step);
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
       const int t = t0 + i;
-      if (t < stop) {
+      if (!checks.value || t < stop) {
 #if VARLEN
-        if (t >= at.end) {
+        if (checks.value && t >= at.end) {
           step_on(at, cu, sequences, t);
           open_window(past, x, xl, init, ib, il, at, t, c);
         }
 #endif
         real out[CH];
 #pragma unroll
-        for (int j = 0; j < CH; j++) out[j] = activate(filtered(past, in[i], w, offset[j], j));
-        put(y + t * yl, pack(out));
-        slide(past, in[i]);
+        for (int j = 0; j < CH; j++) out[j] = activate(filtered(past, now[i], w, offset[j], j));
+        put(at_position(to, i, y_step), pack(out));
+        slide(past, now[i]);
       }
     }
+  };
+  auto tile = [&](auto checks, int t0) {
+    Row now[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) now[i] = in[i];
+    if (EARLY) load(checks, t0 + AHEAD);
+    walk(checks, t0, now);
+    if (!EARLY) load(checks, t0 + AHEAD);
+  };
+  for (int t0 = me.begin; t0 < stop; t0 += AHEAD) {
+    // loops of their own: joined by a branch, the two would copy every register from one's place to the other's
+#pragma unroll 1
+    for (; t0 + AHEAD <= min(min(stop, at.end), length - AHEAD); t0 += AHEAD) tile(Whole(), t0);
+    if (t0 < stop) tile(Checked(), t0);
   }
 }
-
 #else
 extern "C" __global__ void __launch_bounds__(NX* NY, MINB)
 conv_backward(const act* x, i64 xb, i64 xl, const void* weight, i64 wc, i64 wk, const void* bias, const act* init, i64 ib, i64 il,
@@ -237,37 +264,42 @@ conv_backward(const act* x, i64 xb, i64 xl, const void* weight, i64 wc, i64 wk, 
     x += me.batch * xb + c;
     dy += me.batch * gb + c;
     dx += me.batch * db + c;
+    const int x_step = int(xl) * int(sizeof(act)), dy_step = int(gl) * int(sizeof(act)), dx_step = int(dl) * int(sizeof(act));
     Where at = where(cu, sequences, me.batch, me.begin, length);
 #if HASF
     Where out = at;  // of the position whose gradient is complete
 #endif
-    Row past[PAST];
+    Row past[PAST], in[AHEAD], grad[AHEAD];
+    auto load = [&](auto checks, int p0) {
+      const act *from = at_position(x, p0, x_step), *from_grad = at_position(dy, p0, dy_step);
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++)
+        if (!checks.value || p0 + i < length) {
+          in[i] = fetch(at_position(from, i, x_step));
+          grad[i] = fetch(at_position(from_grad, i, dy_step));
+        }
+    };
     open_window(past, x, xl, init, ib, il, at, me.begin, c);
+    load(Checked(), me.begin);
     real w[TAPS][CH], offset[CH];
     load_weights(weight, wc, wk, bias, c, w, offset);
     real open[TAPS][CH] = {};  // gradients of the last TAPS inputs as far as they are known, the newest first
-#pragma unroll 1
-    for (int p0 = me.begin; p0 < stop; p0 += AHEAD) {
-      Row in[AHEAD], grad[AHEAD];
-#pragma unroll
-      for (int i = 0; i < AHEAD; i++)
-        if (p0 + i < inputs) {
-          in[i] = fetch(x + (p0 + i) * xl);
-          grad[i] = fetch(dy + (p0 + i) * gl);
-        }
+    auto walk = [&](auto checks, int p0, const Row (&now)[AHEAD], const Row (&up)[AHEAD]) {
+      constexpr bool check = checks.value;
+      act* to = at_position(dx, p0 - (TAPS - 1), dx_step);
 #pragma unroll
       for (int i = 0; i < AHEAD; i++) {
         const int p = p0 + i, t = p - (TAPS - 1);
-        if (p < stop) {
+        if (!check || p < stop) {
 #pragma unroll
           for (int k = TAPS - 1; k > 0; k--)
 #pragma unroll
             for (int j = 0; j < CH; j++) open[k][j] = open[k - 1][j];
 #pragma unroll
           for (int j = 0; j < CH; j++) open[0][j] = 0;
-          if (p < inputs) {
+          if (!check || p < inputs) {
 #if VARLEN
-            if (p >= at.end) {
+            if (check && p >= at.end) {
               step_on(at, cu, sequences, p);
               open_window(past, x, xl, init, ib, il, at, p, c);
             }
@@ -275,38 +307,55 @@ conv_backward(const act* x, i64 xb, i64 xl, const void* weight, i64 wc, i64 wk, 
             real g[CH];
 #pragma unroll
             for (int j = 0; j < CH; j++)
-              g[j] = deactivate(get(grad[i], j), SILU ? filtered(past, in[i], w, offset[j], j) : real(0));
-            if (p < own) {
+              g[j] = deactivate(get(up[i], j), SILU ? filtered(past, now[i], w, offset[j], j) : real(0));
+            if (!check || p < own) {
 #pragma unroll
               for (int j = 0; j < CH; j++) {
 #pragma unroll
                 for (int k = 0; k < TAPS - 1; k++) dw[k][j] = fma_(g[j], get(past[k], j), dw[k][j]);
-                dw[TAPS - 1][j] = fma_(g[j], get(in[i], j), dw[TAPS - 1][j]);
+                dw[TAPS - 1][j] = fma_(g[j], get(now[i], j), dw[TAPS - 1][j]);
                 dw[TAPS][j] += g[j];
               }
             }
             // no output of a sequence looks back past its start
 #pragma unroll
             for (int k = 0; k < TAPS; k++)
-              if (!VARLEN || k <= p - at.start)
+              if (!VARLEN || !check || k <= p - at.start)
 #pragma unroll
                 for (int j = 0; j < CH; j++) open[k][j] = fma_(w[TAPS - 1 - k][j], g[j], open[k][j]);
-            slide(past, in[i]);
+            slide(past, now[i]);
           }
-          if (t >= me.begin) {
+          if (!check || t >= me.begin) {
 #if HASF
-            if (t >= out.end) step_on(out, cu, sequences, t);
-            const int slot = t - (out.end - (TAPS - 1));
-            if (slot >= 0) {
-              const Row more = fetch(dfinal + (i64(out.sequence) * (TAPS - 1) + slot) * features + c);
+            if (check) {
+              if (t >= out.end) step_on(out, cu, sequences, t);
+              const int slot = t - (out.end - (TAPS - 1));
+              if (slot >= 0) {
+                const Row more = fetch(dfinal + (i64(out.sequence) * (TAPS - 1) + slot) * features + c);
 #pragma unroll
-              for (int j = 0; j < CH; j++) open[TAPS - 1][j] += get(more, j);
+                for (int j = 0; j < CH; j++) open[TAPS - 1][j] += get(more, j);
+              }
             }
 #endif
-            put(dx + t * dl, pack(open[TAPS - 1]));
+            put(at_position(to, i, dx_step), pack(open[TAPS - 1]));
           }
         }
       }
+    };
+    auto tile = [&](auto checks, int p0) {
+      Row now[AHEAD], up[AHEAD];
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) now[i] = in[i], up[i] = grad[i];
+      if (EARLY) load(checks, p0 + AHEAD);
+      walk(checks, p0, now, up);
+      if (!EARLY) load(checks, p0 + AHEAD);
+    };
+    for (int p0 = me.begin; p0 < stop; p0 += AHEAD) {
+      tile(Checked(), p0);
+      // inside of the run and of a sequence, and so is all that becomes complete
+      if (p0 + AHEAD - max(me.begin, at.start) >= TAPS - 1)
+#pragma unroll 1
+        for (; p0 + 2 * AHEAD <= min(min(own, at.end), length - AHEAD); p0 += AHEAD) tile(Whole(), p0 + AHEAD);
     }
   }
   // the block's share: over the runs of time, in their order

@@ -31,11 +31,11 @@ _THREADS = 128
 _MOST_TAPS = 16  # that a thread keeps in registers
 _LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
 # Measured on an H100 (docs/performance.md): bytes of channels a thread, positions a thread walks, positions fetched at
-# once, blocks a multiprocessor.
-_FORWARD = (16, 32, 4, 1)
-_BACKWARD = (8, 32, 4, 1)
+# once, whether while the ones before are worked on, blocks a multiprocessor.
+_FORWARD = (8, 16, 8, 0, 1)
+_BACKWARD = (8, 64, 4, 0, 4)
 _ALL = ("SILU", "VARLEN", "HASI", "HASF", "WT", "BT")
-_PLAIN_RUN = 256  # positions of one partial sum where there are more taps than registers
+_PLAIN_RUN = 64  # positions of one partial sum where there are more taps than registers
 
 
 def refuses(facts: Facts) -> str | None:
@@ -121,10 +121,10 @@ class _Call:
         return [i32(self.length), i32(self.features), i32(self.sequences)]
 
     def cut(
-        self, part: int, settings: tuple[int, int, int, int], *tensors: Tensor | None
+        self, part: int, settings: tuple[int, int, int, int, int], *tensors: Tensor | None
     ) -> tuple[dict[str, int], int, int]:
         """(macros, blocks, rows of partial sums) for kernels that walk runs of positions."""
-        size, run, ahead, resident = settings
+        size, run, ahead, early, resident = settings
         most = max(size // self.x.element_size(), 1)
         while most > 1 and most * self.width > 8 * size // self.x.element_size():
             most //= 2
@@ -138,7 +138,15 @@ class _Call:
 
         while run > 8 and count(run)[0] < 4 * self.processors:
             run //= 2
-        taps = {"TAPS": self.width, "CH": channels, "RUN": run, "AHEAD": ahead, "NX": across, "NY": along}
+        taps = {
+            "TAPS": self.width,
+            "CH": channels,
+            "RUN": run,
+            "AHEAD": ahead,
+            "EARLY": early,
+            "NX": across,
+            "NY": along,
+        }
         return {**self.macros, **taps, "PART": part, "MINB": resident}, *count(run)
 
     def one(self, part: int, *needed: str) -> dict[str, int]:
