@@ -52,13 +52,13 @@ def _span(part, cu, owners, length, segment, parts, EVERY: tl.constexpr, PACKED:
 @triton.jit
 def _tile(x, x_at, t, x_t, here):
     """A tile from position t on; x_at (BD, TS) are its numbers' places behind that of t."""
-    return tl.load(x + t.to(tl.int64) * x_t + x_at, here, other=0.0).to(tl.float32)
+    return tl.load(x + tl.cast(t, tl.int64) * x_t + x_at, here, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _inside(n, t, end, N: tl.constexpr, NP: tl.constexpr):
     """Which of a position's NP numbers exist: said so that the compiler sees that neighbours share one answer."""
-    inside = tl.broadcast_to(t, (NP,)) < end
+    inside = tl.full((NP,), t, tl.int32) < end
     if N < NP:
         inside = inside & (n < N)
     return inside
@@ -67,7 +67,7 @@ def _inside(n, t, end, N: tl.constexpr, NP: tl.constexpr):
 @triton.jit
 def _vector(x, x_at, t, s, end, x_t, n, N: tl.constexpr, NP: tl.constexpr):
     """B or C (1, NP) at position t + s; zeros where the sequence has ended."""
-    place = x + t.to(tl.int64) * x_t + s * x_t + x_at
+    place = x + tl.cast(t, tl.int64) * x_t + s * x_t + x_at
     return tl.load(place, _inside(n, t + s, end, N, NP), other=0.0).to(tl.float32)[None, :]
 
 
@@ -172,7 +172,7 @@ def scan_forward(
                     out += skip[:, None] * x
                 if z is not None:
                     out *= gate * sigmoid(gate, GPU)
-                tl.store(y + t1.to(tl.int64) * d_inner + y_at, out.to(y.dtype.element_ty), here)
+                tl.store(y + tl.cast(t1, tl.int64) * d_inner + y_at, out.to(y.dtype.element_ty), here)
     if ENDS:
         tl.store(states + part.to(tl.int64) * size + at_state, h, some)
         tl.store(sums + part.to(tl.int64) * d_inner + c, tl.sum(total, 1), live)
@@ -448,7 +448,7 @@ def scan_backward(
                         o += skip[:, None] * x
                     open = sigmoid(gate, GPU)
                     o *= g * (open * (1.0 + gate * (1.0 - open)))
-                    tl.store(dz + out + t1.to(tl.int64) * d_inner + out_at, o.to(dz.dtype.element_ty), here)
+                    tl.store(dz + out + tl.cast(t1, tl.int64) * d_inner + out_at, o.to(dz.dtype.element_ty), here)
                     g *= gate * open
                 ds = ds + (d,)
                 xs = xs + (x,)
@@ -480,18 +480,18 @@ def scan_backward(
                     if FIXED_C:
                         tile_C += g_s * hs[m * TS + s + 1]
                     else:
-                        tl.store(dC + (t1 + s).to(tl.int64) * N + n, tl.sum(g_s * hs[m * TS + s + 1], 0), _inside(n, t1 + s, end, N, NP))
+                        tl.store(dC + tl.cast(t1 + s, tl.int64) * N + n, tl.sum(g_s * hs[m * TS + s + 1], 0), _inside(n, t1 + s, end, N, NP))
                     if FIXED_B:
                         tile_B += adjoint * dx_s
                     else:
-                        tl.store(dB + (t1 + s).to(tl.int64) * N + n, tl.sum(adjoint * dx_s, 0), _inside(n, t1 + s, end, N, NP))
+                        tl.store(dB + tl.cast(t1 + s, tl.int64) * N + n, tl.sum(adjoint * dx_s, 0), _inside(n, t1 + s, end, N, NP))
                     to_drive = tl.where(index == s, tl.sum(adjoint * b, 1)[:, None], to_drive)
                     adjoint *= decay(d_s, a, GPU)
                     w = adjoint * hs[m * TS + s]
                     tile_A += w * d_s
                     to_decay = tl.where(index == s, tl.sum(w * a, 1)[:, None], to_decay)
                 here = live[:, None] & (t1 + index < end)
-                along = out + t1.to(tl.int64) * d_inner + out_at
+                along = out + tl.cast(t1, tl.int64) * d_inner + out_at
                 to_u = to_drive * d
                 if D is not None:
                     to_u += skip[:, None] * g
