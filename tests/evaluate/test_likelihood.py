@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from statescan.data import ByteTokenizer
-from statescan.errors import ConfigError, DataError
+from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate import Evaluation, draw_by_position, evaluate_tokens
 
 
@@ -224,9 +225,11 @@ def test_the_curve_is_drawn_and_a_failure_leaves_the_old_file(model, tokens, tmp
     draw_by_position({"model": result}, path, yardsticks={"xz": 7.5})
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     before = path.read_bytes()
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    full = OSError(errno.ENOSPC, "No space left on device", "a temporary name")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(CheckpointError, match=rf"{path.name}: No space left.* is unharmed; free some space") as raised:
         result.draw(path)
+    assert "temporary" not in str(raised.value)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     assert isinstance(result, Evaluation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import re
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from statescan.data import ByteTokenizer
+from statescan.errors import CheckpointError
 from statescan.inspect import InspectReport, inspect_text
 from statescan.inspect.html import MEASURES, map_delta, measure
 from statescan.models import CausalLM, MambaConfig
@@ -113,8 +115,10 @@ def test_the_channel_map_is_the_matrix(report, data):
 def test_a_failed_write_leaves_the_old_file(report, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / ".report.html.tmp"))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(CheckpointError, match=r"/report.html: No space left.* is unharmed; free some space") as raised:
         report.save_html(path)
+    assert ".tmp" not in str(raised.value)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -53,17 +53,22 @@ def test_a_demo_leaves_what_it_names_and_is_replaced_by_the_next(tmp_path: Path)
         assert again["bits_per_byte"] == summary["bits_per_byte"]
 
 
-def test_an_interrupted_demo_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = demo_run(4, "float32", seed=1)
+    monkeypatch.setattr(recipe, "_probe", lambda: {"float32": 0.1, "bf16": 0.2})
 
-    class Stop(recipe.Callback):
-        def on_checkpoint(self, step: int, path: Path) -> None:
-            if step == 2:
-                raise KeyboardInterrupt
+    def stop(self: recipe.Callback, step: int, path: Path) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train(run, tmp_path / "model", progress=False, callbacks=[Stop()])
     lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe._Watch, "on_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            demo(tmp_path, steps=4, seed=1, say=lines.append, progress=False)
+    assert not any("going on" in line for line in lines)
+    # Killed while it wrote a file, it would have left this.
+    (tmp_path / ".samples.txt.12.0a1b2c3d.tmp").write_text("")
     summary = demo(tmp_path, steps=4, seed=1, say=lines.append, progress=False)
     assert any("going on where it was interrupted" in line for line in lines)
     assert summary["steps"] == 4
@@ -94,3 +99,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "precious"
     with pytest.raises(ConfigError, match="got the file"):
         demo(tmp_path / "thesis.txt")
+
+
+def test_a_model_that_train_made_is_no_demo(tmp_path: Path) -> None:
+    train(demo_run(1), tmp_path / "model", progress=False)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="--out must be new, empty or an earlier demo's folder"):
+        demo(tmp_path, steps=1, say=lambda line: None, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -1,6 +1,5 @@
 """Model folders: config.json and model.safetensors, written whole or not at all; this room knows no model class."""
 
-from statescan.checkpoint.atomic import atomic_file
 from statescan.checkpoint.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -9,6 +8,7 @@ from statescan.checkpoint.folder import (
     save_folder,
     tensor_shapes,
 )
+from statescan.files import atomic_file
 
 __all__ = [
     "CONFIG_FILE",

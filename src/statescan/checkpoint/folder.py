@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.checkpoint.atomic import atomic_file
 from statescan.errors import CheckpointError
+from statescan.files import atomic_file
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "load_config", "load_tensors", "save_folder", "tensor_shapes"]
 

@@ -39,9 +39,12 @@ def evaluate(
     from statescan.data import build_token_file, load_tokenizer
     from statescan.errors import ConfigError
     from statescan.evaluate import evaluate_tokens
+    from statescan.files import want_folder
 
     if not 0 < last <= 1:
         raise ConfigError(f"evaluate: --last must be a share of the text above 0 and at most 1, got {last}; e.g. 0.05")
+    if png is not None:
+        want_folder(png)
     language_model, own_tokenizer = open_model(model, device=device)
     text_to_ids = load_tokenizer(tokenizer) if tokenizer else own_tokenizer
     every = build_token_file(data, text_to_ids).tokens

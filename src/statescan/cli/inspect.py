@@ -33,12 +33,14 @@ def inspect(
     """Shows which characters of a text a model writes into its state, and which it lets pass."""
     from statescan.cli.models import open_model
     from statescan.errors import CheckpointError
+    from statescan.files import want_folder
     from statescan.inspect import inspect_text
 
     if model is None and not _DEMO.is_dir():
         raise CheckpointError(
             "inspect: wanted a model, got none; name one with --model DIR (`statescan demo` makes one)"
         )
+    want_folder(out)
     language_model, tokenizer = open_model(model or _DEMO)
     report = inspect_text(
         language_model, tokenizer, sys.stdin.read() if text == "-" else text, layer=layer, max_tokens=max_tokens

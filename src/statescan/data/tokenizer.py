@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statescan.errors import DataError, MissingExtraError
+from statescan.files import atomic_file
 
 __all__ = ["ByteTokenizer", "JsonTokenizer", "Tokenizer", "load_tokenizer", "token_dtype"]
 
@@ -106,7 +106,8 @@ class ByteTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the few bytes that say "bytes" into a model's folder."""
-        _write_whole(Path(folder) / _BYTES_FILE, json.dumps({"kind": "bytes", "vocab_size": 256}) + "\n")
+        with atomic_file(Path(folder) / _BYTES_FILE) as temporary:
+            temporary.write_text(json.dumps({"kind": "bytes", "vocab_size": 256}) + "\n", encoding="utf-8")
 
     def __repr__(self) -> str:
         return "ByteTokenizer()"
@@ -190,7 +191,8 @@ class JsonTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json into a model's folder."""
-        _write_whole(Path(folder) / _JSON_FILE, self._json)
+        with atomic_file(Path(folder) / _JSON_FILE) as temporary:
+            temporary.write_text(self._json, encoding="utf-8", newline="")
 
     def __repr__(self) -> str:
         return f"JsonTokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
@@ -237,17 +239,3 @@ def load_tokenizer(source: str | os.PathLike[str] | None = None) -> ByteTokenize
             f"tokenizer: wanted 'bytes' or an existing file or folder, got '{source}', which does not exist"
         )
     return ByteTokenizer() if path.name == _BYTES_FILE else JsonTokenizer(path)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from statescan.errors import ConfigError, DataError, MissingExtraError
+from statescan.files import atomic_file
 
 __all__ = ["Evaluation", "PositionBucket", "draw_by_position", "evaluate_tokens"]
 
@@ -400,14 +399,5 @@ def draw_by_position(
     axes.grid(True, color="#e5e5e5", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, title="bits per byte of the whole text", alignment="left")
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".png")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            figure.savefig(stream, format="png")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path, make_parents=False) as temporary:
+        figure.savefig(temporary, format="png")

@@ -6,19 +6,18 @@ import base64
 import html
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from statescan.files import atomic_file
 from statescan.inspect.page import PAGE
 
 if TYPE_CHECKING:
     from statescan.inspect.selection import ChannelMap, InspectReport
 
-__all__ = ["MEASURES", "save_html", "write_whole"]
+__all__ = ["MEASURES", "save_html"]
 
 # name of the field, short label, what it says, scale
 MEASURES: tuple[tuple[str, str, str, str], ...] = (
@@ -151,20 +150,5 @@ def save_html(report: InspectReport, path: str | Path) -> None:
         .replace("{{notes}}", notes)
         .replace("{{data}}", _json(data))
     )
-    write_whole(path, page.encode())
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes a file by way of a temporary one beside it, so that a failure leaves what stood there."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path, make_parents=False) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from statescan.errors import MissingExtraError
-from statescan.inspect.html import map_delta, measure, write_whole
+from statescan.files import atomic_file
+from statescan.inspect.html import map_delta, measure
 
 if TYPE_CHECKING:
     from statescan.inspect.selection import InspectReport
@@ -158,9 +158,8 @@ def save_png(report: InspectReport, path: str | Path) -> None:
         f"layer {report.channels.layer}, channel by channel: Δ over the channel's own median", loc="left", fontsize=11
     )
     _ticks(axes, report, tokens)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_whole(path, buffer.getvalue())
+    with atomic_file(path, make_parents=False) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _ticks(axes: Any, report: InspectReport, tokens: int) -> None:

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from statescan import __version__
-from statescan.checkpoint import atomic_file
 from statescan.data import build_token_file, load_tokenizer
 from statescan.errors import ConfigError, MissingExtraError
 from statescan.evaluate import NGramModel, evaluate_tokens, xz_bits_per_byte
+from statescan.files import atomic_file, is_leftover, make_folder
 from statescan.generate import SamplingParams, generate
 from statescan.inspect import inspect_text
 from statescan.models import CausalLM, MambaConfig
@@ -40,6 +40,7 @@ _ACCEPTED, _PLANNED, _LIMIT = 140.0, 120.0, 150.0
 _PROMPTS = ("Call me Ishmael. ", "The whale ", "In the morning, the captain ")
 _CONTEXT = 1024
 _SUMMARY = "summary.json"
+_MARK = ".statescan-demo"
 
 
 def demo_run(steps: int = STEPS, precision: str = "float32", seed: int = 0) -> RunConfig:
@@ -203,9 +204,10 @@ def _check_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise ConfigError(f"demo: --out must be a folder, got the file '{out}'; name another path")
-    found = {entry.name for entry in out.iterdir()}
-    # Every name must be one that a demo writes, since a new demo replaces the folder's contents.
+    # A new demo replaces the folder: it must carry a demo's mark, and every name in it must be one that a demo writes.
+    found = {entry.name for entry in out.iterdir() if not is_leftover(entry.name)}
     written = {
+        _MARK,
         _SUMMARY,
         "summary.md",
         "samples.txt",
@@ -215,9 +217,20 @@ def _check_folder(out: Path) -> None:
         "inspection.png",
         "model",
     }
-    started = (out / _SUMMARY).exists() or (out / "model" / "run.json").exists()
-    if found and not (started and found <= written):
+    if found and not (_MARK in found and found <= written):
         raise ConfigError(f"demo: --out must be new, empty or an earlier demo's folder, got '{out}'; name another path")
+
+
+def _make_anew(out: Path) -> None:
+    """An empty folder with a demo's mark, which is there before anything else and stays longest."""
+    make_folder(out)
+    if not (out / _MARK).exists():
+        _write(out / _MARK, "Made by statescan demo; the next demo into this folder replaces all of it.\n")
+    for entry in out.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _MARK:
+            entry.unlink()
 
 
 def _plan(out: Path, steps: int | None, seed: int) -> tuple[bool, RunConfig, dict[str, float]]:
@@ -233,9 +246,7 @@ def _plan(out: Path, steps: int | None, seed: int) -> tuple[bool, RunConfig, dic
         steps = STEPS
         if steps * speed[precision] > _ACCEPTED:
             steps = max(100, int(_PLANNED / speed[precision]) // 50 * 50)
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    _make_anew(out)
     return False, demo_run(steps, precision, seed), speed
 
 

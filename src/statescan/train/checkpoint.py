@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from statescan.checkpoint.atomic import flush_to_disk
 from statescan.errors import CheckpointError
+from statescan.files import flush_to_disk
 
 __all__ = ["Checkpoint", "latest_checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
 

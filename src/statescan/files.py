@@ -1,19 +1,27 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all: the one writer of every room that leaves something behind."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from statescan.errors import CheckpointError
 
-__all__ = ["atomic_file", "flush_to_disk"]
+__all__ = ["atomic_file", "flush_to_disk", "is_leftover", "make_folder", "want_folder"]
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
 _CURES = {
+    errno.ENOENT: "make its folder first or name another",
+    errno.ENOTDIR: "a part of the path is a file: name another folder",
+    errno.EEXIST: "a part of the path is a file: name another folder",
+    errno.EISDIR: "a folder stands there: name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "free some space or save to another disk",
     errno.EDQUOT: "free some of your quota or save to another disk",
     errno.EFBIG: "raise the file size limit (ulimit -f) or save to another disk",
@@ -51,15 +59,50 @@ def _cure(error: BaseException) -> str:
     )
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is what a process that was killed while writing left behind."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        CheckpointError: the system refused; the text names the folder, the reason and a cure.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        # /proc and its like say "no such file" to whoever makes one.
+        cure = "choose a folder that you may write to" if error.errno == errno.ENOENT else _cure(error)
+        raise CheckpointError(f"save: could not make the folder {path}: {_reason(error)}; {cure}") from error
+    return path
+
+
+def want_folder(path: str | os.PathLike[str]) -> None:
+    """Refuses a path whose folder does not exist, before the work whose result shall go there is begun.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    path = Path(path)
+    if not os.path.isdir(path.parent):
+        raise CheckpointError(
+            f"save: could not write {path}: there is no folder {path.parent}; make it first or name another"
+        )
+
+
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], *, make_parents: bool = True) -> Iterator[Path]:
     """Gives a temporary name beside `path` to write to, and puts the file in place when the block ends well.
 
     The new file is on the disk before it takes the name, so a crash at any moment leaves either the old file or the new
     one. When the block raises, the temporary file is removed and whatever stood at `path` is unharmed.
 
     Args:
-        path: where the file shall be; its folder is made where it is missing.
+        path: where the file shall be.
+        make_parents: its folder is made where it is missing; else that is an error, for a path that someone typed.
 
     Raises:
         CheckpointError: the system refused to write; the text names the file, the reason and a cure.
@@ -67,7 +110,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            want_folder(path)
         yield temporary
         flush_to_disk(temporary)
         os.replace(temporary, path)
@@ -79,7 +125,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         # disk's, and goes up as it is.
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
-        stood = "; the file that stood there is unharmed" if path.exists() else ""
+        stood = "; the file that stood there is unharmed" if os.path.isfile(path) else ""
         raise CheckpointError(f"save: could not write {path}: {_reason(error)}{stood}; {_cure(error)}") from error
     finally:
         with contextlib.suppress(OSError):
