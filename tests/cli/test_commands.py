@@ -92,6 +92,78 @@ def test_help_says_all_that_was_written_for_it(run: Run, name: str, monkeypatch:
         assert [text for text in written if text not in shown] == []
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_all_that_was_written_for_it(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Square brackets in a help text are markup, and vanish without a word: defaults are typer's to show.
+    import typer
+
+    from statescan.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run(name, "--help").out
+    parameters = [one for one in typer.main.get_command(app).commands[name].params if one.name != "help"]
+    assert parameters
+    for parameter in parameters:
+        default = parameter.show_default
+        written = [parameter.help] + ([f"[default: ({default})]"] if isinstance(default, str) else [])
+        assert all(written), f"{parameter.name} has no help"
+        assert [text for text in written if text not in shown] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_all_that_was_written_for_it(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Square brackets in a help text are markup, and vanish without a word: defaults are typer's to show.
+    import typer
+
+    from statescan.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run(name, "--help").out
+    parameters = [one for one in typer.main.get_command(app).commands[name].params if one.name != "help"]
+    assert parameters
+    for parameter in parameters:
+        default = parameter.show_default
+        written = [parameter.help] + ([f"[default: ({default})]"] if isinstance(default, str) else [])
+        assert all(written), f"{parameter.name} has no help"
+        assert [text for text in written if text not in shown] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_all_that_was_written_for_it(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Square brackets in a help text are markup, and vanish without a word: defaults are typer's to show.
+    import typer
+
+    from statescan.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run(name, "--help").out
+    parameters = [one for one in typer.main.get_command(app).commands[name].params if one.name != "help"]
+    assert parameters
+    for parameter in parameters:
+        default = parameter.show_default
+        written = [parameter.help] + ([f"[default: ({default})]"] if isinstance(default, str) else [])
+        assert all(written), f"{parameter.name} has no help"
+        assert [text for text in written if text not in shown] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_all_that_was_written_for_it(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Square brackets in a help text are markup, and vanish without a word: defaults are typer's to show.
+    import typer
+
+    from statescan.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run(name, "--help").out
+    parameters = [one for one in typer.main.get_command(app).commands[name].params if one.name != "help"]
+    assert parameters
+    for parameter in parameters:
+        default = parameter.show_default
+        written = [parameter.help] + ([f"[default: ({default})]"] if isinstance(default, str) else [])
+        assert all(written), f"{parameter.name} has no help"
+        assert [text for text in written if text not in shown] == []
+
+
 def test_help_lists_every_command(run: Run) -> None:
     shown = run("--help").out
     assert [name for name in COMMANDS if name not in shown] == []
@@ -323,7 +395,18 @@ def test_train_refuses_a_preset_or_tokenizer_that_the_run_does_not_have(run: Run
         (("evaluate", "--model", "{model}", "--data", "{text}", "--last", "nan"), ("--last", "got nan")),
         (("evaluate", "--model", "{model}", "--data", "{text}", "--last", "1e-4"), ("--last", "leaves 0 of")),
         (("inspect", "", "--model", "{model}", "-o", "{tmp}/r.html"), ("text",)),
-        (("inspect", "x", "--model", "{model}", "-o", "{tmp}/no/such/r.html"), ("no/such",)),
+        (("inspect", "x", "--model", "{model}", "-o", "{tmp}/no/such/r.html"), ("no/such/r.html:", "make it first")),
+        (("inspect", "x", "--model", "{model}", "-o", "{tmp}/taken"), ("/taken: Is a directory", "name a file")),
+        (("inspect", "x", "--model", "{model}", "-o", "/proc/x"), ("/proc/x:", "; ")),
+        (
+            ("evaluate", "--model", "{model}", "--data", "{text}", "--png", "{tmp}/no/such/c.png"),
+            ("no/such/c.png:", "make it first"),
+        ),
+        (
+            ("train", "--out", "/proc/x", "--data", "{text}"),
+            ("/proc/x:", "choose a folder"),
+        ),
+        (("train", "--out", "{tmp}/taken", "--data", "{text}"), ("taken", "thesis.txt", "name another")),
         (("bench", "speed"), ("speed", "scan")),
         (("demo", "--out", "{tmp}/taken"), ("--out", "taken")),
     ],

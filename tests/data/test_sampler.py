@@ -1,7 +1,9 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from statescan.data import WindowSampler, permute
+from statescan.data import PackedSampler, WindowSampler, permute
 from statescan.errors import ConfigError, DataError
 
 
@@ -88,3 +90,103 @@ def test_bad_arguments_and_states_are_named():
     ]:
         with pytest.raises(DataError, match=name):
             other.load_state_dict(state)
+
+
+SIZES = [1, 5, 40, 2, 3, 17, 1, 90, 8, 2, 31]
+
+
+def documents(sizes=SIZES):
+    """Ids that count up through the corpus, so that an id names its place; and where each document starts."""
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return np.arange(offsets[-1], dtype=np.uint16), offsets
+
+
+@pytest.mark.parametrize("length", [1, 4, 16, 60, 187])
+def test_a_packed_epoch_makes_every_prediction_once_and_none_between_documents(length):
+    tokens, offsets = documents()
+    owner = np.repeat(np.arange(len(SIZES)), SIZES)
+    sampler = PackedSampler(tokens, offsets, length, seed=5)
+    whole = sum(size - 1 for size in SIZES)
+    left_out = []
+    for epoch in range(4):
+        (batch,) = sampler.next_batch(sampler.windows_per_epoch)
+        assert batch.inputs.shape == batch.targets.shape == (1, sampler.windows_per_epoch * length)
+        inputs, targets = batch.inputs[0], batch.targets[0]
+        assert (targets == inputs + 1).all()
+        assert (owner[targets] == owner[inputs]).all(), "no document predicts the next"
+        assert len(set(targets.tolist())) == targets.size
+        assert whole - targets.size < length
+        left_out.append(frozenset(range(len(tokens))) - set(targets.tolist()))
+        assert batch.cu_seqlens.dtype == np.int32
+        assert (batch.cu_seqlens[0], batch.cu_seqlens[-1]) == (0, inputs.size)
+        for start, end in pairwise(batch.cu_seqlens):
+            assert end > start
+            assert (inputs[start:end] == inputs[start] + np.arange(end - start)).all(), "a piece is consecutive"
+            assert start // length == (end - 1) // length, "a piece lies in one window"
+        # Pieces are cut where a document or a window ends, nowhere else.
+        cuts = set(range(0, inputs.size, length)) | {
+            i for i in range(1, inputs.size) if owner[inputs[i]] != owner[inputs[i - 1]]
+        }
+        assert set(batch.cu_seqlens[:-1].tolist()) == cuts
+        assert sampler.epoch == epoch + 1
+    if whole % length:
+        assert len(set(left_out)) > 1, "each epoch leaves out something else"
+
+
+def test_packed_epochs_have_orders_of_their_own():
+    sampler = PackedSampler(*documents([9] * 50), 16, seed=1)
+    orders = [sampler.next_batch(sampler.windows_per_epoch)[0].inputs.tobytes() for _ in range(6)]
+    assert len(set(orders)) == 6
+    assert PackedSampler(*documents([9] * 50), 16, seed=2).next_batch(25)[0].inputs.tobytes() not in orders
+    # Documents are shuffled, and so are the windows of one that is longer than they.
+    (first,) = PackedSampler(*documents([9] * 50), 16, seed=1).next_batch(25)
+    assert (np.diff(first.inputs[0, first.cu_seqlens[:-1]]) < 0).any()
+    (long,) = PackedSampler(*documents([400]), 16, seed=1).next_batch(24)
+    assert (np.diff(long.inputs[0, ::16]) < 0).any()
+
+
+@pytest.mark.parametrize(("world", "parts"), [(1, 4), (2, 2), (4, 1)])
+def test_packed_batches_are_shared_by_ranks_and_passes(world, parts):
+    alone = PackedSampler(*documents(), 8, seed=2)
+    ranks = [PackedSampler(*documents(), 8, seed=2, rank=rank, world=world) for rank in range(world)]
+    for _ in range(40):
+        together = [part for rank in ranks for part in rank.next_batch(4 // world, parts)]
+        (whole,) = alone.next_batch(4)
+        assert len(together) == 4
+        assert (np.concatenate([part.inputs for part in together], 1) == whole.inputs).all()
+        assert (np.concatenate([part.targets for part in together], 1) == whole.targets).all()
+        starts = [part.cu_seqlens[:-1] + 8 * number for number, part in enumerate(together)]
+        assert (np.concatenate(starts) == whole.cu_seqlens[:-1]).all()
+
+
+def test_a_packed_state_goes_on_exactly():
+    sampler = PackedSampler(*documents(), 8, seed=2)
+    for _ in range(13):
+        sampler.next_batch(6)
+    state = sampler.state_dict()
+    expected = [sampler.next_batch(6)[0] for _ in range(30)]
+    other = PackedSampler(*documents(), 8, seed=2)
+    other.load_state_dict(state)
+    for batch in expected:
+        (again,) = other.next_batch(6)
+        assert all((one == two).all() for one, two in zip(batch, again, strict=True))
+
+
+def test_wrong_documents_and_states_are_named():
+    tokens, offsets = documents()
+    with pytest.raises(
+        DataError, match=r"at least length = 190 predictions, got 189 in 11 of them; take a longer text"
+    ):
+        PackedSampler(tokens, offsets, 190, seed=0)
+    with pytest.raises(ConfigError, match="wanted length >= 1, got 0"):
+        PackedSampler(tokens, offsets, 0, seed=0)
+    for wrong in (offsets[:-1], offsets[1:], offsets[::-1], [0]):
+        with pytest.raises(DataError, match="wanted offsets that rise from 0 to the number of ids, 200"):
+            PackedSampler(tokens, wrong, 8, seed=0)
+    packed, plain = PackedSampler(tokens, offsets, 8, seed=0), WindowSampler(tokens, 8, seed=0)
+    with pytest.raises(DataError, match=r"predictions = 189, got None; resume with the same data, data.packing"):
+        packed.load_state_dict(plain.state_dict())
+    with pytest.raises(DataError, match=r"predictions = None, got 189"):
+        plain.load_state_dict(packed.state_dict())
+    with pytest.raises(DataError, match=r"predictions = 189, got 190"):
+        packed.load_state_dict(PackedSampler(tokens, [0, *offsets[2:]], 8, seed=0).state_dict())

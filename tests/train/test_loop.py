@@ -179,13 +179,48 @@ def test_an_existing_run_or_model_is_not_overwritten(make_run, tmp_path):
     ):
         train(make_run(steps=1), tmp_path / "run", progress=False)
     (tmp_path / "run" / "run.json").rename(tmp_path / "run.json")
-    with pytest.raises(ConfigError, match=r"which holds model.safetensors; name another"):
+    with pytest.raises(ConfigError, match=r"wanted a new or empty folder, got .*run', which holds best and 8 more"):
         train(make_run(steps=1), tmp_path / "run", progress=False)
     (tmp_path / "run.json").rename(tmp_path / "run" / "run.json")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="wanted a folder, got the file"):
         train(make_run(steps=1), tmp_path / "file", progress=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["log.csv", "evaluations.csv", "loss.png", "tensorboard/events", "best/notes.txt", "thesis.txt", ".hidden"]
+)
+def test_a_folder_with_anything_in_it_is_refused_before_anything_is_written(make_run, tmp_path, name):
+    out = tmp_path / "run"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("precious")
+    for resume, error in ((False, "wanted a new or empty folder"), (True, "got no run.json there")):
+        with pytest.raises((ConfigError, CheckpointError), match=error) as raised:
+            train(make_run(steps=1), out, resume=resume, progress=False)
+        assert "\n" not in str(raised.value)
+        assert resume or f"which holds {name.partition('/')[0]};" in str(raised.value)
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / name]
+    assert (out / name).read_text() == "precious"
+
+
+def test_an_empty_folder_and_what_a_killed_start_left_are_no_obstacle(make_run, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".run.json.123.0a1b2c3d.tmp").write_text("{")
+    assert train(make_run(steps=1, evaluate_every=0), out, progress=False).steps == 1
+
+
+def test_a_foreign_run_json_is_named(make_run, tmp_path):
+    (tmp_path / "run.json").write_text('{"name": "another program\'s"}')
+    with pytest.raises(CheckpointError, match=r"got a run.json there that train did not write"):
+        train(make_run(steps=1), tmp_path, resume=True, progress=False)
+
+
+def test_a_folder_that_can_t_be_made_is_named_with_a_cure(make_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"make the folder .*file/run: Not a directory; .*name another folder"):
+        train(make_run(steps=1), tmp_path / "file" / "run", progress=False)
 
 
 @pytest.mark.parametrize(

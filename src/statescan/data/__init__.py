@@ -1,6 +1,6 @@
 """Text in: readers, tokenizers, memory-mapped token files, and the order in which training reads them."""
 
-from statescan.data.sampler import WindowSampler, permute
+from statescan.data.sampler import PackedSampler, PackedWindows, WindowSampler, permute
 from statescan.data.text import Chunk, Document, Source, find_sources, packaged_corpus, read_chunks, read_texts
 from statescan.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, token_dtype
 from statescan.data.tokens import TokenFile, build_token_file, default_cache_folder
@@ -10,6 +10,8 @@ __all__ = [
     "Chunk",
     "Document",
     "JsonTokenizer",
+    "PackedSampler",
+    "PackedWindows",
     "Source",
     "TokenFile",
     "Tokenizer",

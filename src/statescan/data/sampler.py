@@ -1,17 +1,18 @@
-"""Which windows of a corpus each step reads: shuffled without a stored order, so that one number is the whole state."""
+"""Which windows of a corpus each step reads: shuffled without a saved order, so that one number is the whole state."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from statescan.errors import ConfigError, DataError
 
-__all__ = ["WindowSampler", "permute"]
+__all__ = ["PackedSampler", "PackedWindows", "WindowSampler", "permute"]
 
 _ROUNDS = 6
+_PHASE_SEED = 0x5EED
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -111,7 +112,7 @@ class WindowSampler:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             phase = int(
-                permute(np.array([0]), max(1, min(self._slack, self.length)), self.seed ^ 0x5EED, int(epoch))[0]
+                permute(np.array([0]), max(1, min(self._slack, self.length)), self.seed ^ _PHASE_SEED, int(epoch))[0]
             )
             window = permute(places[here], self.windows_per_epoch, self.seed, int(epoch))
             starts[here] = phase + window * self.length
@@ -141,11 +142,175 @@ class WindowSampler:
         Raises:
             DataError: the state counts windows of another length, seed or corpus.
         """
-        mine = self.state_dict()
-        for name in ("length", "seed", "tokens"):
-            if state[name] != mine[name]:
-                raise DataError(
-                    f"sampler: wanted a position saved with {name} = {mine[name]}, got {state[name]}; "
-                    "resume with the same data, train.length and train.seed"
-                )
+        _check_state(self.state_dict(), state)
         self.position = state["position"]
+
+
+class PackedWindows(NamedTuple):
+    """Windows of documents, laid end to end as one packed sequence.
+
+    Args:
+        inputs: (1, windows * length) int64, the ids.
+        targets: (1, windows * length) int64, the id that follows each in its document.
+        cu_seqlens: (pieces + 1,) int32, from 0 to windows * length: where each piece of a document starts. A window's
+            start is one of them.
+    """
+
+    inputs: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    cu_seqlens: NDArray[np.int32]
+
+
+class PackedSampler:
+    """Batches of windows of `length` predictions that are packed with documents, none of which sees another.
+
+    A document of n ids holds n - 1 predictions: each id but the last, and the one after it. An epoch lays the documents
+    end to end in an order of its own, leaves out a phase of its own at the start, cuts the rest into windows and visits
+    each once, in an order of its own. A document longer than what is left of a window goes on in the next one, with an
+    empty state; no prediction is made twice, and none from one document to the next. Every window holds exactly
+    `length` predictions, so nothing is padded and every batch weighs the same.
+
+    The state is one number, how many windows were drawn by all ranks together, as with `WindowSampler`.
+
+    Args:
+        tokens: (ids,) unsigned integers, memory-mapped or not.
+        offsets: (documents + 1,) where each document starts, rising from 0 to the number of ids.
+        length: predictions per window.
+        seed: picks the orders and the phases.
+        rank: this process, in [0, world).
+        world: how many processes draw from the same order; each takes an equal, disjoint part of every batch.
+
+    Raises:
+        ConfigError: length < 1.
+        DataError: the documents hold fewer than `length` predictions, or the offsets don't fit the ids.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[Any],
+        offsets: NDArray[Any],
+        length: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if length < 1:
+            raise ConfigError(f"sampler: wanted length >= 1, got {length}")
+        offsets = np.asarray(offsets, np.int64)
+        sizes = np.diff(offsets)
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(tokens) or sizes.min() < 0:
+            raise DataError(f"sampler: wanted offsets that rise from 0 to the number of ids, {len(tokens)}")
+        whole = sizes > 1
+        self.tokens = tokens
+        self.length = length
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.position = 0
+        self._starts = offsets[:-1][whole]
+        self._predictions = sizes[whole] - 1
+        self.predictions = int(self._predictions.sum())
+        if self.predictions < length:
+            raise DataError(
+                f"sampler: wanted documents with at least length = {length} predictions, got {self.predictions} in "
+                f"{len(sizes)} of them; take a longer text or a smaller train.length"
+            )
+        self.windows_per_epoch = self.predictions // length
+        self._slack = self.predictions - self.windows_per_epoch * length
+        self._layouts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    @property
+    def epoch(self) -> float:
+        """How many times the corpus has been gone through."""
+        return self.position / self.windows_per_epoch
+
+    def _layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """An epoch's documents in order, and the place of each one's first prediction in the row of all of them."""
+        if epoch not in self._layouts:
+            # A batch may hold the end of an epoch and the start of the next, no more.
+            self._layouts = {known: layout for known, layout in self._layouts.items() if known == epoch - 1}
+            # Another key than that of the windows, which would else come in the order of the documents.
+            count = len(self._starts)
+            order = permute(np.arange(count), count, self.seed ^ (_PHASE_SEED << 32), epoch)
+            sizes = self._predictions[order]
+            self._layouts[epoch] = order, np.cumsum(sizes) - sizes
+        return self._layouts[epoch]
+
+    def pieces(self, position: int) -> list[tuple[int, int]]:
+        """What the window at a place of the endless order holds.
+
+        Args:
+            position: counts windows from 0.
+
+        Returns:
+            (first id, predictions) of each piece, in order; the predictions sum to `length`.
+        """
+        epoch, place = divmod(position, self.windows_per_epoch)
+        order, firsts = self._layout(epoch)
+        phase = int(permute(np.array([0]), self._slack + 1, self.seed ^ _PHASE_SEED, epoch)[0])
+        window = int(permute(np.array([place]), self.windows_per_epoch, self.seed, epoch)[0])
+        start, end = phase + window * self.length, phase + (window + 1) * self.length
+        pieces = []
+        number = int(np.searchsorted(firsts, start, side="right")) - 1
+        while start < end:
+            document = int(order[number])
+            inside = start - int(firsts[number])
+            count = min(end - start, int(self._predictions[document]) - inside)
+            pieces.append((int(self._starts[document]) + inside, count))
+            start += count
+            number += 1
+        return pieces
+
+    def next_batch(self, batch_size: int, parts: int = 1) -> list[PackedWindows]:
+        """The next windows of this rank; all ranks must ask for as many, and together they get `world` times that.
+
+        Args:
+            batch_size: windows for this rank.
+            parts: how many packed sequences to make of them; divides batch_size. Default 1.
+
+        Returns:
+            `parts` packed sequences of batch_size / parts windows each.
+        """
+        first = self.position + self.rank * batch_size
+        each = batch_size // parts
+        batch = [
+            self._pack([piece for window in range(start, start + each) for piece in self.pieces(window)])
+            for start in range(first, first + batch_size, each)
+        ]
+        self.position += batch_size * self.world
+        return batch
+
+    def _pack(self, pieces: list[tuple[int, int]]) -> PackedWindows:
+        inputs = np.concatenate([self.tokens[start : start + count] for start, count in pieces])
+        targets = np.concatenate([self.tokens[start + 1 : start + count + 1] for start, count in pieces])
+        cu_seqlens = np.cumsum([0, *(count for _, count in pieces)]).astype(np.int32)
+        return PackedWindows(inputs.astype(np.int64)[None], targets.astype(np.int64)[None], cu_seqlens)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and what it counts in."""
+        return {
+            "position": self.position,
+            "length": self.length,
+            "seed": self.seed,
+            "tokens": len(self.tokens),
+            "predictions": self.predictions,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            DataError: the state counts windows of another length, seed or corpus, or of no packed one.
+        """
+        _check_state(self.state_dict(), state)
+        self.position = state["position"]
+
+
+def _check_state(mine: dict[str, int], state: dict[str, int]) -> None:
+    for name in {**mine, **state}:
+        if name != "position" and state.get(name) != mine.get(name):
+            raise DataError(
+                f"sampler: wanted a position saved with {name} = {mine.get(name)}, got {state.get(name)}; "
+                "resume with the same data, data.packing, train.length and train.seed"
+            )

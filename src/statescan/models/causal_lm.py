@@ -358,6 +358,7 @@ class CausalLM(nn.Module):
         *,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        targets: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: tuple[MambaState, ...] | None = None,
@@ -371,6 +372,9 @@ class CausalLM(nn.Module):
             labels: (batch, length), the ids again: position t is judged on labels[t + 1]. Or (batch, length + 1), a
                 window of which the first `length` entries are the inputs, so that the last position is judged too.
                 -100 is ignored. Default: no loss.
+            targets: (batch, length) int64 or int32, instead of labels: position t is judged on targets[t], whatever
+                follows it in the batch, -100 on nothing. So a piece of a packed document is judged on all its
+                positions. Default: none.
             mask: (batch, length) bool or integer, 1 at real tokens, 0 at padding, on either side or in between; real
                 tokens give exactly what they give alone. Padding has logits of a zero hidden state; neither it nor
                 a token whose next one is padding is judged. Default: all are real.
@@ -393,6 +397,8 @@ class CausalLM(nn.Module):
         batch, length, _ = x.shape
         if logits_to_keep < 0:
             raise ConfigError(f"CausalLM.forward: logits_to_keep must be >= 0, got {logits_to_keep}; 0 keeps all")
+        if targets is not None:
+            check_targets(targets, labels, batch, length)
         packing, cu_seqlens = read_layout(x, mask, cu_seqlens)
         if packing is not None and packing.tokens == 0:
             hidden, after, packing = torch.zeros_like(x), state, None
@@ -401,13 +407,14 @@ class CausalLM(nn.Module):
         else:
             hidden, after = self.backbone.run(x, cu_seqlens, state)
         loss = None
-        if labels is not None:
-            targets = next_token_targets(labels, batch, length, mask, cu_seqlens)
+        if labels is not None or targets is not None:
+            if targets is None:
+                targets = next_token_targets(labels, batch, length, mask, cu_seqlens)  # type: ignore[arg-type]
             if packing is not None:
                 targets = packing.pack(targets)
             loss = self._loss(hidden, targets)
         logits = None
-        if labels is None or logits_to_keep > 0:
+        if targets is None or logits_to_keep > 0:
             kept = hidden if packing is None else packing.unpack(hidden)
             logits = self.lm_head(kept[:, -logits_to_keep:] if logits_to_keep else kept)
         return CausalLMOutput(logits, loss, after)
@@ -517,6 +524,19 @@ class CausalLM(nn.Module):
         model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
         return model
+
+
+def check_targets(targets: Tensor, labels: Tensor | None, batch: int, length: int) -> None:
+    """Refuses targets that are no (batch, length) integers, or that come with labels."""
+    if labels is not None:
+        raise ConfigError("CausalLM.forward: labels and targets exclude each other, got both; pass one of them")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise DTypeError(f"CausalLM.forward: targets must be int64 or int32, got {targets.dtype}; pass targets.long()")
+    if targets.shape != (batch, length):
+        raise ShapeError(
+            f"CausalLM.forward: targets must be (batch, length) = ({batch}, {length}), got {tuple(targets.shape)}; "
+            "pass the id that each input is followed by"
+        )
 
 
 def next_token_targets(

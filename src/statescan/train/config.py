@@ -33,6 +33,8 @@ class DataConfig:
         tokenizer: "bytes", a `tokenizers` JSON file, or a folder that holds one.
         field: the field of each JSON line that holds the text.
         invalid_utf8: what a tokenizer of characters does with bytes that are no UTF-8.
+        packing: fill windows with documents (files, JSON lines) of which none sees another, instead of cutting through
+            the text as one stream.
         cache: folder of the token files; None for the user's cache folder.
     """
 
@@ -42,6 +44,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     field: str = "text"
     invalid_utf8: Literal["error", "replace"] = "error"
+    packing: bool = False
     cache: str | None = None
 
     def __post_init__(self) -> None:

@@ -27,9 +27,10 @@ from torch import nn
 
 from statescan import __version__
 from statescan.checkpoint import atomic_file
-from statescan.data import TokenFile, Tokenizer, WindowSampler, build_token_file, load_tokenizer
+from statescan.data import PackedSampler, TokenFile, Tokenizer, WindowSampler, build_token_file, load_tokenizer
 from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from statescan.evaluate import evaluate_tokens
+from statescan.files import is_leftover, make_folder
 from statescan.models import CausalLM, MambaConfig
 from statescan.train.checkpoint import (
     Checkpoint,
@@ -98,6 +99,7 @@ class _Corpus:
     tokenizer: Tokenizer
     file: TokenFile
     train: NDArray[Any]
+    documents: NDArray[np.int64]
     valid: NDArray[Any]
     facts: dict[str, Any]
 
@@ -142,7 +144,7 @@ def train(
 
     Raises:
         MissingExtraError: lightning-fabric is not installed.
-        ConfigError: settings that don't go together, or a run stands in `out` and `resume` is False.
+        ConfigError: settings that don't go together, or `out` holds anything and `resume` is False.
         CheckpointError: nothing to resume, a damaged checkpoint, one of another model or data, or a full disk.
         DataError: the corpus can't be read, is empty, or is shorter than a window.
         TrainingError: `max_nonfinite` gradients in a row were not finite.
@@ -160,6 +162,8 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     fabric = _fabric(config)
+    if first_here:
+        make_folder(out)
     fabric.launch()
     fabric.barrier()
     if corpus is None:
@@ -178,20 +182,25 @@ def _check_folder(out: Path, resume: bool) -> dict[str, Any] | None:
                 "(resume=True), or name another folder"
             )
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            previous = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as problem:
             raise CheckpointError(f"resume: '{path}' can't be read ({problem})") from None
+        if not isinstance(previous, dict) or not {"config", "data", "status"} <= previous.keys():
+            raise CheckpointError(f"resume: wanted a run in '{out}', got a {RUN_FILE} there that train did not write")
+        return previous
     if resume:
         raise CheckpointError(
             f"resume: wanted a run in '{out}', got no {RUN_FILE} there; leave --resume out to start one"
         )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"train: wanted a folder, got the file '{out}'; name another path")
-    for name in ("model.safetensors", "config.json"):
-        if (out / name).exists():
-            raise ConfigError(
-                f"train: wanted a folder without a model, got '{out}', which holds {name}; name another one"
-            )
+    # Whatever it is, it isn't this run's: log.csv, loss.png and the like would be written over.
+    foreign = sorted(entry.name for entry in out.iterdir() if not is_leftover(entry.name)) if out.exists() else []
+    if foreign:
+        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ConfigError(
+            f"train: wanted a new or empty folder, got '{out}', which holds {foreign[0]}{others}; name another one"
+        )
     return None
 
 
@@ -215,13 +224,19 @@ def _read_corpus(run: RunConfig) -> _Corpus:
         facts["valid_digest"] = held_out.digest
     else:
         train_ids, valid_ids = file.split(data.valid_fraction)
-    if len(train_ids) < length + 1:
+    # The cut between training and held-out ids may go through a document.
+    offsets = np.asarray(file.document_offsets)
+    documents = np.append(offsets[offsets < len(train_ids)], len(train_ids))
+    if data.packing:
+        # Before any process is launched: it says where the documents are too short.
+        PackedSampler(train_ids, documents, length, run.train.seed)
+    elif len(train_ids) < length + 1:
         raise DataError(
             f"train: wanted a training text of at least train.length + 1 = {length + 1} ids, got {len(train_ids)}; "
             "take a longer text or a smaller train.length"
         )
     facts |= {"train_tokens": len(train_ids), "valid_tokens": len(valid_ids), "tokenizer": tokenizer.name}
-    return _Corpus(tokenizer, file, train_ids, valid_ids, facts)
+    return _Corpus(tokenizer, file, train_ids, documents, valid_ids, facts)
 
 
 def _check_resumable(run: RunConfig, corpus: _Corpus, previous: dict[str, Any] | None) -> None:
@@ -232,6 +247,7 @@ def _check_resumable(run: RunConfig, corpus: _Corpus, previous: dict[str, Any] |
     for entry in dataclasses.fields(now.model):
         if entry.name != "recompute":
             _want_same(f"model.{entry.name}", getattr(before.model, entry.name), getattr(now.model, entry.name))
+    _want_same("data.packing", before.data.packing, now.data.packing)
     for name in _FIXED:
         _want_same(f"train.{name}", getattr(before.train, name), getattr(now.train, name))
     for name in ("digest", "valid_digest", "train_tokens"):
@@ -392,8 +408,16 @@ class _Trainer:
         compiled = torch.compile(self.raw) if self.config.compile else self.raw
         self.model = fabric.setup_module(compiled)
         self.guarded = GuardedAdamW(self.raw, self.config)
-        self.sampler = WindowSampler(
-            corpus.train, self.config.length, self.config.seed, rank=fabric.global_rank, world=fabric.world_size
+        order: dict[str, int] = {
+            "length": self.config.length,
+            "seed": self.config.seed,
+            "rank": fabric.global_rank,
+            "world": fabric.world_size,
+        }
+        self.sampler: WindowSampler | PackedSampler = (
+            PackedSampler(corpus.train, corpus.documents, **order)
+            if run.data.packing
+            else WindowSampler(corpus.train, **order)
         )
         self.device = fabric.device
         self.done = 0
@@ -443,7 +467,6 @@ class _Trainer:
     def _open_logs(self, resume: bool, checkpoint: Checkpoint | None) -> None:
         # Where there is no checkpoint the run starts over, and judges the untrained model again.
         keep = None if checkpoint is None else self.done
-        self.out.mkdir(parents=True, exist_ok=True)
         if resume:
             self._note_changes(checkpoint)
         self._write_run("running")
@@ -499,22 +522,40 @@ class _Trainer:
     def _update(self) -> None:
         """One update: `accumulate` passes forward and backward, then a guarded step."""
         config = self.config
-        windows = torch.from_numpy(self.sampler.next_batch(config.batch_size // self.fabric.world_size))
-        if self.device.type == "cuda":
-            windows = windows.pin_memory().to(self.device, non_blocking=True)
-        else:
-            windows = windows.to(self.device)
-        passes = windows.chunk(config.accumulate)
+        passes = self._passes()
         loss_sum = torch.zeros((), device=self.device)
-        for number, window in enumerate(passes):
+        for number, inputs in enumerate(passes):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(passes) - 1):
-                loss = self.model(window[:, :-1], labels=window).loss / len(passes)
+                loss = self.model(**inputs).loss / len(passes)
                 self.fabric.backward(loss)
             loss_sum += loss.detach().float()
         self.norm = self.guarded.step(learning_rate(self.done, config))
         self.loss_sum += loss_sum
         self.in_window += 1
         self.done += 1
+
+    def _passes(self) -> list[dict[str, torch.Tensor]]:
+        """What the model is given in each pass of an update, on the device; all of them judge as many tokens."""
+        batch_size, parts = self.config.batch_size // self.fabric.world_size, self.config.accumulate
+        if isinstance(self.sampler, PackedSampler):
+            packed = self.sampler.next_batch(batch_size, parts)
+            return [
+                {
+                    "input_ids": self._moved(part.inputs),
+                    "targets": self._moved(part.targets),
+                    "cu_seqlens": self._moved(part.cu_seqlens),
+                }
+                for part in packed
+            ]
+        windows = self._moved(self.sampler.next_batch(batch_size))
+        return [{"input_ids": part[:, :-1], "labels": part} for part in windows.chunk(parts)]
+
+    def _moved(self, array: NDArray[Any]) -> torch.Tensor:
+        """An array on the device."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     @property
     def _tokens(self) -> int:
