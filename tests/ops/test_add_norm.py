@@ -149,7 +149,7 @@ def test_gradient_out_of_one_result_alone(
 ) -> None:
     require_backend("add_rms_norm", backend, dtype=torch.float64)
     problem = norm_problem((3, 21), torch.float64, residual, torch.float64)
-    cotangents = {name: torch.randn(3, 21, dtype=torch.float64)}
+    cotangents = {name: torch.randn(3, 21, dtype=torch.float64, device=DEVICE)}
     fixed = {"residual_dtype": torch.float64}
     actual = derivatives(running(backend, **fixed), problem, OUTPUTS, cotangents=cotangents)
     truth = derivatives(add_rms_norm_oracle, problem, OUTPUTS, cotangents=cotangents, exact=True)
@@ -194,7 +194,7 @@ def test_strided_inputs(require_backend: Any, backend: str) -> None:
     require_backend("add_rms_norm", backend)
     problem = norm_problem((4, 6, 21), torch.float32)
     plain = derivatives(running(backend), problem, OUTPUTS)
-    wide = torch.randn(4, 6, 42)
+    wide = torch.randn(4, 6, 42, device=DEVICE)
     wide[..., 21:] = problem["x"]
     strided = {
         "x": wide[..., 21:],

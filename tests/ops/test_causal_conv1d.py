@@ -262,10 +262,10 @@ def test_strided_inputs(require_backend: Any, backend: str) -> None:
     require_backend("causal_conv1d", backend)
     problem = conv_problem(ConvCase(batch=2, length=9, features=21), torch.float32)
     plain = derivatives(running(backend), problem)
-    half = torch.randn(2, 9, 42)
+    half = torch.randn(2, 9, 42, device=DEVICE)
     half[..., 21:] = problem["x"]
     turned = problem["x"].transpose(1, 2).contiguous().transpose(1, 2)
-    wide_state = torch.randn(2, 5, 21)
+    wide_state = torch.randn(2, 5, 21, device=DEVICE)
     wide_state[:, 1:4] = problem["initial_state"]
     for x in (half[..., 21:], turned):
         strided = {
@@ -317,14 +317,16 @@ def test_update_has_gradients(require_backend: Any, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_extreme_inputs_keep_silu_finite(require_backend: Any, backend: str) -> None:
     require_backend("causal_conv1d", backend)
-    x = torch.tensor([-3e38, -1e4, -88.0, -87.0, 0.0, 87.0, 1e4, 3e38]).reshape(1, 8, 1).requires_grad_()
-    y = causal_conv1d(x, torch.ones(1, 1), activation="silu", backend=backend).y
+    numbers = torch.tensor([-3e38, -1e4, -88.0, -87.0, 0.0, 87.0, 1e4, 3e38], device=DEVICE)
+    x = numbers.reshape(1, 8, 1).requires_grad_()
+    y = causal_conv1d(x, torch.ones(1, 1, device=DEVICE), activation="silu", backend=backend).y
     truth = torch.nn.functional.silu(x.detach().double())
     torch.testing.assert_close(y.detach().double(), truth, rtol=1e-6, atol=1e-30)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.isfinite(gradient).all()
-    missing = causal_conv1d(torch.full((1, 3, 2), float("nan")), torch.ones(2, 4), activation="silu", backend=backend)
-    assert torch.isnan(missing.y).all()
+    missing = torch.full((1, 3, 2), float("nan"), device=DEVICE)
+    y = causal_conv1d(missing, torch.ones(2, 4, device=DEVICE), activation="silu", backend=backend).y
+    assert torch.isnan(y).all()
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the kernel of the CPU")

@@ -45,9 +45,15 @@ def refuses(facts: Facts) -> str | None:
     return _cuda.unavailable_reason()
 
 
+def _in_reach(tensor: Tensor) -> bool:
+    """Whether the kernels can walk it: channels side by side, positions less than 2^31 bytes apart."""
+    dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return dense and tensor.stride(1) * tensor.element_size() < 2**31
+
+
 def _dense_channels(tensor: Tensor) -> Tensor:
-    """The tensor itself where its channels lie side by side (any strides before them), else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    """The tensor itself where the kernels can walk it, else a contiguous copy."""
+    return tensor if _in_reach(tensor) else tensor.contiguous()
 
 
 def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -160,7 +166,7 @@ class _Call:
 
 def _check_buffer(out: Tensor, x: Tensor) -> None:
     assert (out.shape, out.dtype) == (x.shape, x.dtype)
-    assert out.stride(-1) == 1 or out.shape[-1] == 1
+    assert _in_reach(out)
 
 
 def launch_forward(
