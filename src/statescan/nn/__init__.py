@@ -1,14 +1,24 @@
 """Layers: each has forward (a whole sequence), step (one token) and init_state, all giving the same numbers."""
 
+from statescan.nn.attention import CausalSelfAttention
+from statescan.nn.dilated_conv import DilatedConv
 from statescan.nn.mamba import CausalConv1d, LayerOutput, Mamba, MambaState, StepProjection
+from statescan.nn.mlp import MLP, GatedMLP
 from statescan.nn.norm import RMSNorm
 from statescan.nn.packing import Packing, pack
+from statescan.nn.recurrent import GRU, LSTM
 from statescan.nn.s4 import S4, S4D, LinearLayerOutput
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "MLP",
     "S4",
     "S4D",
     "CausalConv1d",
+    "CausalSelfAttention",
+    "DilatedConv",
+    "GatedMLP",
     "LayerOutput",
     "LinearLayerOutput",
     "Mamba",

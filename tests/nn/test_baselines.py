@@ -1,0 +1,217 @@
+"""LSTM, GRU, dilated convolution, attention: one map whole, in parts and by steps, and against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from statescan.errors import ConfigError, ShapeError
+from statescan.nn import GRU, LSTM, MLP, CausalSelfAttention, DilatedConv, GatedMLP
+from statescan.nn import attention as attention_module
+
+LAYERS = {
+    "lstm": lambda: LSTM(8, 5),
+    "gru": lambda: GRU(8),
+    "conv": lambda: DilatedConv(8, width=3, dilation=2),
+    "conv, one tap": lambda: DilatedConv(8, width=1),
+    "attention rotary": lambda: CausalSelfAttention(8, 2),
+    "attention part rotary": lambda: CausalSelfAttention(16, 2, rotary_fraction=0.25, bias=True),
+    "attention xpos": lambda: CausalSelfAttention(8, 2, positions="xpos"),
+    "attention none": lambda: CausalSelfAttention(8, 2, positions="none"),
+}
+
+
+def _layer(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return LAYERS[kind]().double()
+
+
+def _input(layer: nn.Module, length: int = 19) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(2, length, layer.d_model, generator=draw, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_whole_is_steps_is_pieces(kind: str, grad: bool) -> None:
+    layer = _layer(kind)
+    x = _input(layer)
+    with torch.set_grad_enabled(grad):
+        whole = layer(x)
+        state, steps = layer.init_state(2), []
+        for t in range(x.shape[1]):
+            one = layer.step(x[:, t], state)
+            steps.append(one.output)
+            state = one.state
+        first = layer(x[:, :7], layer.init_state(2))
+        second = layer(x[:, 7:], first.state)
+    assert whole.state is None
+    assert (whole.output - torch.stack(steps, 1)).abs().max() < 1e-12
+    assert (whole.output - torch.cat([first.output, second.output], 1)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_causal(kind: str) -> None:
+    layer = _layer(kind)
+    x = _input(layer)
+    moved = x.clone()
+    moved[:, 11] += 1
+    change = (layer(moved).output - layer(x).output).abs().amax((0, 2))
+    assert change[:11].max() < 1e-14
+    assert change[11] > 1e-3
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_packed_is_separate(kind: str) -> None:
+    layer = _layer(kind)
+    x = _input(layer)[:1]
+    cu_seqlens = torch.tensor([0, 5, 5, 12, 19], dtype=torch.int32)
+    packed = layer(x, cu_seqlens=cu_seqlens).output
+    apart = torch.cat([layer(x[:, a:b]).output for a, b in ((0, 5), (5, 12), (12, 19))], 1)
+    assert torch.equal(packed, apart)
+    with pytest.raises(ConfigError, match="state and cu_seqlens exclude each other"):
+        layer(x, layer.init_state(1), cu_seqlens=cu_seqlens)
+    with pytest.raises(ShapeError, match="cu_seqlens must end at the length 19, got 18"):
+        layer(x, cu_seqlens=torch.tensor([0, 18]))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_state_continued_twice_is_not_changed(kind: str) -> None:
+    layer = _layer(kind)
+    x = _input(layer)
+    with torch.no_grad():
+        state = layer(x[:, :6], layer.init_state(2)).state
+        one = layer(x[:, 6:9], state).output
+        layer(x[:, 9:12], state)
+        assert torch.equal(layer(x[:, 6:9], state).output, one)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_through_a_state(kind: str) -> None:
+    """Two pieces joined by their state have the gradients of the whole."""
+    layer = _layer(kind)
+    x = _input(layer, 9)
+    layer(x).output.square().sum().backward()
+    wanted = {n: p.grad.clone() for n, p in layer.named_parameters()}
+    layer.zero_grad()
+    first = layer(x[:, :4], layer.init_state(2))
+    second = layer(x[:, 4:], first.state)
+    (first.output.square().sum() + second.output.square().sum()).backward()
+    for name, parameter in layer.named_parameters():
+        assert torch.allclose(parameter.grad, wanted[name], rtol=1e-9, atol=1e-12), name
+
+
+def _attention_truth(layer: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
+    """The formula, head by head and position by position, with complex numbers for the turns."""
+    d, h, dh = layer.d_model, layer.n_head, layer.d_head
+    weight, bias = layer.qkv_proj.weight, layer.qkv_proj.bias
+    q, k, v = (
+        (x @ weight[i * d : (i + 1) * d].T + (0 if bias is None else bias[i * d : (i + 1) * d])).unflatten(-1, (h, dh))
+        for i in range(3)
+    )
+    pairs = layer.turned // 2
+    y = torch.zeros(*x.shape[:2], h, dh, dtype=x.dtype)
+    for b in range(x.shape[0]):
+        for head in range(h):
+            for m in range(x.shape[1]):
+                scores = []
+                for n in range(m + 1):
+                    a, c = q[b, m, head], k[b, n, head]
+                    score = a[layer.turned :] @ c[layer.turned :]
+                    for j in range(pairs):
+                        frequency = layer.rotary_base ** (-2 * j / layer.turned) if pairs else 0
+                        turn = complex(math.cos((m - n) * frequency), math.sin((m - n) * frequency))
+                        qj, kj = complex(a[j], a[j + pairs]), complex(c[j], c[j + pairs])
+                        part = (qj * turn * kj.conjugate()).real
+                        if layer.positions == "xpos":
+                            part *= ((2 * j / layer.turned + 0.4) / 1.4) ** ((m - n) / 512)
+                        score = score + part
+                    scores.append(score / math.sqrt(dh))
+                share = torch.softmax(torch.stack([torch.as_tensor(s, dtype=x.dtype) for s in scores]), 0)
+                y[b, m, head] = share @ v[b, : m + 1, head]
+    out = layer.out_proj
+    return y.flatten(2) @ out.weight.T + (0 if out.bias is None else out.bias)
+
+
+@pytest.mark.parametrize("kind", [k for k in LAYERS if k.startswith("attention")])
+def test_attention_is_its_formula(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _layer(kind)
+    x = _input(layer, 11)
+    with torch.no_grad():
+        truth = _attention_truth(layer, x)
+        assert (layer(x).output - truth).abs().max() < 1e-12
+        monkeypatch.setattr(attention_module, "_XPOS_PIECE", 4)  # queries in pieces
+        assert (layer(x).output - truth).abs().max() < 1e-12
+
+
+def test_xpos_does_not_overflow_at_length() -> None:
+    """Keys far back would have scales of e^(+-200) if they were counted from the first position."""
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(4, 1, positions="xpos")
+    with torch.no_grad():
+        state = layer.init_state(1)
+        far = attention_module.AttentionState(
+            torch.randn(1, 1, 90_001, 4), torch.randn(1, 1, 90_001, 4), 90_000, [90_000]
+        )
+        y = layer.step(torch.randn(1, 4), far).output
+    assert torch.isfinite(y).all()
+    assert state.length == 0
+
+
+def test_lstm_is_torchs() -> None:
+    torch.manual_seed(0)
+    layer, x = LSTM(8, 5).double(), torch.randn(2, 6, 8, dtype=torch.float64)
+    hidden, _ = layer.rnn(x)
+    assert torch.equal(layer(x).output, hidden @ layer.out_proj.weight.T)
+
+
+def test_dilated_conv_is_its_formula() -> None:
+    layer = _layer("conv")
+    x = _input(layer, 9)
+    y = torch.zeros_like(x)
+    for t in range(9):
+        both = layer.conv.bias.expand(2, -1).clone()
+        for tap in range(3):
+            s = t - (2 - tap) * 2
+            if s >= 0:
+                both += x[:, s] @ layer.conv.weight[:, :, tap].T
+        y[:, t] = torch.tanh(both[:, :8]) * torch.sigmoid(both[:, 8:]) @ layer.out_proj.weight.T
+    assert (layer(x).output - y).abs().max() < 1e-12
+
+
+def test_mlps() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    plain, gated = MLP(6).double(), GatedMLP(6).double()
+    z = x @ plain.in_proj.weight.T + plain.in_proj.bias
+    gelu = z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    assert torch.allclose(plain(x), gelu @ plain.out_proj.weight.T + plain.out_proj.bias)
+    g, v = (x @ gated.in_proj.weight.T).chunk(2, -1)
+    assert torch.allclose(gated(x), (g / (1 + torch.exp(-g)) * v) @ gated.out_proj.weight.T)
+    assert GatedMLP(768).out_proj.in_features == 2048  # Transformer++'s at this width
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ConfigError, match="n_head must divide d_model = 8, got 3"):
+        CausalSelfAttention(8, 3)
+    with pytest.raises(ConfigError, match="positions must be one of"):
+        CausalSelfAttention(8, 2, positions="alibi")
+    with pytest.raises(ConfigError, match="rotary_fraction must turn at least 2"):
+        CausalSelfAttention(8, 2, rotary_fraction=0.1)
+    with pytest.raises(ConfigError, match="must be >= 1"):
+        DilatedConv(8, dilation=0)
+    with pytest.raises(ConfigError, match="must be >= 1"):
+        LSTM(0)
+    for kind in LAYERS:
+        layer = _layer(kind)
+        with pytest.raises(ShapeError, match="x must be"):
+            layer(torch.zeros(2, 3, 5, dtype=torch.float64))
+    with pytest.raises(ShapeError, match="make it with init_state"):
+        LSTM(8)(torch.zeros(2, 3, 8), LSTM(8).init_state(3))
+    with pytest.raises(ShapeError, match="make it with init_state"):
+        DilatedConv(8)(torch.zeros(2, 3, 8), DilatedConv(8).init_state(3))
+    with pytest.raises(ShapeError, match="state must have 2 rows"):
+        CausalSelfAttention(8, 2)(torch.zeros(2, 3, 8), CausalSelfAttention(8, 2).init_state(3))
