@@ -152,7 +152,7 @@ def scan_forward(
             at = t1 + index
             here = live[:, None] & (at < end)
             x = _tile(u, u_at, t1, u_t, here)
-            d, _ = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
+            d, _raw = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
             if not ENDS and z is not None:
                 gate = _tile(z, z_at, t1, z_t, here)
             dx = d * x
@@ -224,7 +224,7 @@ def scan_adjoint(
     pid = tl.program_id(0)
     block = pid % blocks
     part = pid // blocks
-    _, row, origin, stop, number, _ = _span(part, cu, owners, length, segment, parts, EVERY, PACKED, True)
+    _, row, origin, stop, number, _slot = _span(part, cu, owners, length, segment, parts, EVERY, PACKED, True)
     begin = origin + number * segment
     end = tl.minimum(begin + segment, stop)
     end = tl.where(number == 0, begin, end)  # nothing comes before the first segment
@@ -262,7 +262,7 @@ def scan_adjoint(
         t1 = begin + (tiles - 1 - i) * TS
         at = t1 + index
         here = live[:, None] & (at < end)
-        d, _ = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
+        d, _raw = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
         g = _tile(dy, dy_at, t1, dy_t, here)
         if z is not None:
             gate = _tile(z, z_at, t1, z_t, here)
@@ -399,7 +399,7 @@ def scan_backward(
                     at = t1 + index
                     here = live[:, None] & (at < end)
                     x = _tile(u, u_at, t1, u_t, here)
-                    d, _ = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
+                    d, _raw = _steps(_tile(dt, dt_at, t1, dt_t, here), shift, here, SOFTPLUS, GPU)
                     dx = d * x
                     for s in tl.static_range(TS):
                         if not FIXED_B:
