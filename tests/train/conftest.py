@@ -91,6 +91,9 @@ def _assert_same_run(one, other, run):
     states = [torch.load(latest_checkpoint(out).path / "rank-00000.pt", weights_only=True) for out in (one, other)]
     assert torch.equal(states[0]["random"]["torch"], states[1]["random"]["torch"])
     assert states[0]["random"]["python"] == states[1]["random"]["python"]
+    (_, keys, *rest), (_, other_keys, *other_rest) = (state["random"]["numpy"] for state in states)
+    assert torch.equal(keys, other_keys)
+    assert rest == other_rest
     for name in ("log.csv", "evaluations.csv", "model.safetensors", "config.json", "best/model.safetensors"):
         assert (Path(one) / name).read_bytes() == (Path(other) / name).read_bytes(), name
     results = [json.loads((Path(out) / "run.json").read_text()) for out in (one, other)]

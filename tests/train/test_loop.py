@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ from statescan.errors import CheckpointError, ConfigError, DataError, MissingExt
 from statescan.evaluate import evaluate_tokens
 from statescan.models import CausalLM
 from statescan.train import Callback, list_checkpoints, load_run, loop, train
+from statescan.train.checkpoint import random_states, set_random_states
 from statescan.train.logs import read_csv
 
 
@@ -132,6 +134,38 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(make_run, tmp_path, assert
     assert not parts.interrupted
     assert (parts.steps, parts.train_loss, parts.evaluations) == (whole.steps, whole.train_loss, whole.evaluations)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", run)
+
+
+def _draws(self, *args, real=CausalLM.forward, **kwargs):
+    """A model with noise of its own in training, from all three generators, as dropout has it."""
+    output = real(self, *args, **kwargs)
+    if not self.training:
+        return output
+    return output._replace(loss=output.loss * (0.5 + random.random() + np.random.rand() + torch.rand(())))
+
+
+def test_resume_restores_the_random_states_that_a_model_draws_from(make_run, tmp_path, monkeypatch, assert_same_run):
+    monkeypatch.setattr(CausalLM, "forward", _draws)
+    run = make_run(clip=0)
+    train(run, tmp_path / "whole", progress=False)
+    train(run, tmp_path / "parts", progress=False, callbacks=[InterruptAt(6)])
+    shutil.copytree(tmp_path / "parts", tmp_path / "forgetful")
+    for module in (random, np.random):
+        module.seed(12345)
+    torch.manual_seed(12345)
+    train(run, tmp_path / "parts", resume=True, progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", run)
+    # The noise is what the test stands on: a run that forgets the states goes another way.
+    for name in ("python", "numpy", "torch"):
+        out = tmp_path / f"forgetful-{name}"
+        shutil.copytree(tmp_path / "forgetful", out)
+
+        def forget(states, name=name):
+            set_random_states({**states, name: random_states()[name]})
+
+        monkeypatch.setattr(loop, "set_random_states", forget)
+        train(run, out, resume=True, progress=False)
+        assert (out / "model.safetensors").read_bytes() != (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_resume_from_an_older_checkpoint_when_the_newest_is_damaged(make_run, tmp_path, assert_same_run):
