@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,7 +104,9 @@ def main() -> None:
 
             measured: Measured = {"ceilings": gpu_ceilings(), "facts": gpu_facts()}
         else:
+            start = time.perf_counter()
             measured = measure(job)
+            measured["took_seconds"] = round(time.perf_counter() - start, 2)
         print(MARK + json.dumps(measured), flush=True)
         if measured.get("fatal"):
             return  # the context is lost; the rest needs a new process

@@ -86,7 +86,7 @@ def _read(files: Sequence[Path]) -> tuple[list[Row], str]:
                 f"bench figures: {file} must be a result file of `statescan bench --out`, got one that can't be read "
                 f"so ({type(problem).__name__}: {problem})"
             ) from problem
-        found |= {key: row for key, row in keyed.items() if not row.get("failure")}
+        found |= {key: row for key, row in keyed.items() if row.get("milliseconds") is not None and not row["failure"]}
         device = facts.get("gpu") or facts.get("cpu")
         machine = f"{device}, torch {facts.get('versions', {}).get('torch')}, {facts.get('date')}"
     return list(found.values()), machine
