@@ -246,6 +246,9 @@ def test_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quick_runs_on_a_cpu_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "file.json"
     arguments = ["--device", "cpu", "--quick", "--no-peers", "--threads", "1", "--out", str(out)]
+    assert cli("bench", "generate", *arguments, "--only", "statescan", "--case", "tiny, 2 x") == 0
+    assert {row["case"] for row in json.loads(out.read_text())["rows"]} == {"tiny, 2 x (48 + 8)"}
+    assert "tiny, 2 x (48 + 8)" in capsys.readouterr().out
     assert cli("bench", "attention", "block", "generate", *arguments) == 0
     shown = capsys.readouterr().out
     report = json.loads(out.read_text())

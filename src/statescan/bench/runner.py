@@ -422,6 +422,7 @@ def run(
     peers: bool = True,
     out: Path | None = None,
     only: str | None = None,
+    case: str | None = None,
     max_seconds: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -435,6 +436,7 @@ def run(
         peers: also measure the peers that are installed.
         out: JSON file to write.
         only: measure just the implementations whose name contains this.
+        case: measure just the cases (shape and mode, as the table shows them) that contain this.
         max_seconds: of repetitions of one implementation (CPU: of each round); default 15 on a CPU, 1 on a GPU.
         progress: called with a line before each measurement.
 
@@ -463,7 +465,8 @@ def run(
     machine: dict[str, Any] = {"device": device, "quick": quick, **machine_facts(), "threads": threads}
 
     def wanted(job: Any) -> bool:
-        return (peers or not _is_peer(job)) and (only is None or only in job.implementation)
+        named = (only is None or only in job.implementation) and (case is None or case in job.case)
+        return named and (peers or job.needs is None)  # torch's own functions need nobody
 
     found: list[BenchRow] = []
 
@@ -482,11 +485,6 @@ def run(
     found += _device_rows(jobs_here, device, threads, seconds, limits, machine, say, keep)
     keep([])
     return _report(machine, limits, found)
-
-
-def _is_peer(job: Any) -> bool:
-    """Whether a job measures someone else's package; torch's own functions are always there."""
-    return job.needs is not None
 
 
 def _process_rows(

@@ -32,6 +32,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: shows that it runs, not how fast.")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the installed peers too.")] = True,
     only: Annotated[str | None, typer.Option("--only", help="Only implementations whose name contains this.")] = None,
+    case: Annotated[str | None, typer.Option("--case", help="Only cases, as the table names them, with this.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write everything to this JSON file; figures: the folder.")
     ] = None,
@@ -51,6 +52,7 @@ def bench(
         quick=quick,
         peers=peers,
         only=only,
+        case=case,
         out=out,
         progress=lambda line: console.print(line, style="dim"),
     )
