@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from statescan.ops._checks import without_autocast
-from statescan.ops._dispatch import choose
+from statescan.ops._dispatch import Facts, attempt
 from statescan.ops.selective_scan.validation import settle, validate
 
 __all__ = ["ScanOutput", "selective_scan"]
@@ -34,6 +34,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> ScanOutput:
     """Runs the selective state space recurrence over a batch of sequences.
@@ -61,8 +62,13 @@ def selective_scan(
         cu_seqlens: boundaries of sequences packed one after the other, int32 or int64, (sequences + 1,), from 0 to the
             length; the batch is 1; a sequence may be empty. Nothing passes from one to the next. Default: none.
         return_final_state: also return the state after the last position (of each sequence). Default: False.
+        batch_invariant: give a row's own results (its outputs, its final state, and the gradients of its u, dt, z and
+            initial state, and of its B and C by position) the same bits whatever other rows the batch holds. ``"cpu"``
+            does so always. On ``"cuda"`` it fixes the partition of time by the length alone, which costs speed where
+            that is not the best one (docs/performance.md). The other backends refuse it: PyTorch's last bits depend on
+            where in the batch a number stands. Gradients of what all rows share are sums over them. Default: False.
         backend: ``"auto"``, or ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"``, ``"reference"``; `statescan.explain`
-            tells what "auto" takes.
+            tells what "auto" takes, and given sizes, how it cuts the call.
 
     Returns:
         `ScanOutput` (y, final_state). y has u's shape and dtype. final_state is None unless asked for, else as
@@ -81,20 +87,25 @@ def selective_scan(
     complex A the output is twice the real part. Layout differs: batch, length, features.
     """
     validate(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
-    name = choose("selective_scan", backend, u.device.type, u.dtype, A.is_complex(), A.shape[1])
+    facts = Facts(u.device.type, u.dtype, A.is_complex(), A.shape[1], batch_invariant=batch_invariant)
     with without_autocast(u.device.type):
-        u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens = settle(
-            u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens
-        )
-        if name == "cpu":
-            from statescan.ops.selective_scan.cpu import selective_scan as run
-        elif name == "cuda":
-            from statescan.ops.selective_scan.cuda import selective_scan as run
-        elif name == "triton":
-            from statescan.ops.selective_scan.triton_scan import selective_scan as run
-        elif name == "torch":
-            from statescan.ops.selective_scan.torch_scan import selective_scan as run
-        else:
-            from statescan.ops.selective_scan.reference import selective_scan as run
-        y, final_state = run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state)
+        tensors = settle(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
+
+        def run(name: str) -> tuple[Tensor, Tensor | None]:
+            arguments = (*tensors[:8], dt_softplus, *tensors[8:], return_final_state)
+            if name == "cpu":
+                from statescan.ops.selective_scan.cpu import selective_scan as scan
+            elif name == "cuda":
+                from statescan.ops.selective_scan.cuda import selective_scan as scan
+
+                return scan(*arguments, batch_invariant)
+            elif name == "triton":
+                from statescan.ops.selective_scan.triton_scan import selective_scan as scan
+            elif name == "torch":
+                from statescan.ops.selective_scan.torch_scan import selective_scan as scan
+            else:
+                from statescan.ops.selective_scan.reference import selective_scan as scan
+            return scan(*arguments)
+
+        y, final_state = attempt("selective_scan", backend, facts, run)
     return ScanOutput(y, final_state)

@@ -42,6 +42,8 @@ def refuses(facts: Facts) -> str | None:
         return (
             f"in float64 its kernels take up to 128 states a channel, d_state is {facts.d_state}; use backend='torch'"
         )
+    if facts.batch_invariant:
+        return "batch_invariant is not there yet"
     return _cuda.unavailable_reason()
 
 
@@ -656,6 +658,7 @@ def selective_scan(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     return_final_state: bool,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The scan as described in api.py; its gradients are exact and once differentiable."""
     inputs = (u, dt, A, B, C, D, z, dt_bias)

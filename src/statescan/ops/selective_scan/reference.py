@@ -12,7 +12,12 @@ __all__ = ["refuses", "selective_scan"]
 
 
 def refuses(facts: Facts) -> str | None:
-    """The reference runs everything."""
+    """The reference runs everything; PyTorch's exponentials and sums depend on the batch."""
+    if facts.batch_invariant:
+        return (
+            "PyTorch's last bits depend on where in the batch a number stands, so batch_invariant can't be kept; use "
+            "backend='cpu' or 'cuda'"
+        )
     return None
 
 

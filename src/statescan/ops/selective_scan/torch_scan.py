@@ -25,7 +25,12 @@ CHUNK = 256
 
 
 def refuses(facts: Facts) -> str | None:
-    """Plain PyTorch runs everything."""
+    """Plain PyTorch runs everything; its exponentials and sums depend on the batch."""
+    if facts.batch_invariant:
+        return (
+            "PyTorch's last bits depend on where in the batch a number stands, so batch_invariant can't be kept; use "
+            "backend='cpu' or 'cuda'"
+        )
     return None
 
 

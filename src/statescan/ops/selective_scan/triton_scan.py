@@ -27,6 +27,8 @@ def refuses(facts: Facts) -> str | None:
         return "its kernels take real A only; complex A runs on backend='torch'"
     if facts.d_state > 256:
         return f"its kernels hold up to 256 states a channel, d_state is {facts.d_state}; use backend='torch'"
+    if facts.batch_invariant:
+        return "its partition of time depends on the batch, so batch_invariant can't be kept; use backend='cuda'"
     return _triton.refusal(facts)
 
 
