@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from statescan.train import Callback, RunConfig, checkpoint, train
 
 
@@ -31,8 +33,11 @@ def main():
     parser.add_argument("config", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--signal", type=int, nargs=2, metavar=("NUMBER", "STEP"))
+    parser.add_argument("--double", action="store_true")
     parser.add_argument("--hang", nargs=2, metavar=("WHERE", "STEP"))
     options = parser.parse_args()
+    if options.double:
+        torch.set_default_dtype(torch.float64)
     if options.hang:
         where, step = options.hang
         step = f"step-{int(step):08d}"
