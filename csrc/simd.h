@@ -229,6 +229,10 @@ struct F32 {
     return load(part);
   }
   SS_INLINE void store(float* p) const;
+#if defined(SS_ISA_avx2)
+  SS_INLINE void store(bf16* p) const;
+  SS_INLINE void store(f16* p) const;
+#endif
   template <class S> SS_INLINE void store(S* p) const {
     float all[W];
     store(all);
@@ -272,6 +276,18 @@ SS_INLINE F32 F32::load(const bf16* p) {
 }
 SS_INLINE F32 F32::load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 SS_INLINE void F32::store(float* p) const { _mm256_storeu_ps(p, v); }
+SS_INLINE void F32::store(bf16* p) const {
+  __m256i b = _mm256_castps_si256(v);
+  __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(b, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i nan = _mm256_or_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(0x40));
+  rounded = _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+SS_INLINE void F32::store(f16* p) const {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 SS_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 SS_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 SS_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -431,6 +447,13 @@ SS_INLINE F32 F32::load(const f16* p) { SS_EACH(F32, to_float(p[i])) }
 template <class T> struct VectorOf;
 template <> struct VectorOf<float> { using type = F32; };
 template <> struct VectorOf<double> { using type = F64; };
+template <class T> using Vec = typename VectorOf<T>::type;
+
+// The whole of a vector, or its first n lanes: for loops over rows that are written once for both.
+template <class T, bool Whole, class S> SS_INLINE Vec<T> load(const S* p, int64_t n) {
+  return Whole ? Vec<T>::load(p) : Vec<T>::load(p, n);
+}
+template <bool Whole, class S, class V> SS_INLINE void store(S* p, V v, int64_t n) { Whole ? v.store(p) : v.store(p, n); }
 
 // Horner's rule, lowest coefficient first.
 template <class V> SS_INLINE V polynomial(V, typename V::scalar c) { return V::set(c); }

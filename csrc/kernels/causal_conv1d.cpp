@@ -6,10 +6,15 @@
 #include "causal_conv1d.h"
 
 #include "parallel.h"
-#include "rowvec.h"
+#include "scratch.h"
+#include "simd.h"
 #include "statescan.h"
 
 namespace {
+using namespace ss;
+
+template <class T> struct ComputeOf { using type = float; };
+template <> struct ComputeOf<double> { using type = double; };
 
 constexpr int64_t kBlock = 512;         // channels of an item of the forward
 constexpr int64_t kTile = 128;          // positions of an item of the forward
@@ -81,8 +86,8 @@ struct Inputs {
 #define SS_FOR_CHANNELS(C, count, call_whole, call_rest)                 \
   do {                                                                   \
     int64_t c = 0;                                                       \
-    for (; c + VecOf<C>::lanes <= (count); c += VecOf<C>::lanes) {       \
-      const int n = VecOf<C>::lanes;                                     \
+    for (; c + Vec<C>::W <= (count); c += Vec<C>::W) {                   \
+      const int n = Vec<C>::W;                                           \
       (void)n;                                                           \
       call_whole;                                                        \
     }                                                                    \
@@ -104,17 +109,17 @@ inline void forward_vector(const T* const* x, T* y, int64_t y_row, const C* w, i
     for (int j = 0; j < W + R - 1; ++j) in[j] = load<C, Whole>(x[j] + c, n);
     for (int k = 0; k < W; ++k) {
       const Vec<C> tap = load<C, Whole>(w + k * w_row + c, n);
-      for (int i = 0; i < R; ++i) sum[i] = fma_(tap, in[i + k], sum[i]);
+      for (int i = 0; i < R; ++i) sum[i] = fma(tap, in[i + k], sum[i]);
     }
   } else {
     for (int64_t k = 0; k < taps; ++k) {
       const Vec<C> tap = load<C, Whole>(w + k * w_row + c, n);
-      for (int i = 0; i < R; ++i) sum[i] = fma_(tap, load<C, Whole>(x[i + k] + c, n), sum[i]);
+      for (int i = 0; i < R; ++i) sum[i] = fma(tap, load<C, Whole>(x[i + k] + c, n), sum[i]);
     }
   }
   for (int i = 0; i < R; ++i) {
-    if (Silu) sum[i] = mul(sum[i], sigmoid(sum[i]));
-    store<C, Whole>(y + i * y_row + c, sum[i], n);
+    if (Silu) sum[i] = silu(sum[i]);
+    store<Whole>(y + i * y_row + c, sum[i], n);
   }
 }
 
@@ -167,7 +172,7 @@ template <class C, bool Silu>
 inline Vec<C> through_activation(Vec<C> p, Vec<C> dy) {
   if (!Silu) return dy;
   const Vec<C> s = sigmoid(p);
-  return mul(dy, mul(s, fma_(p, sub(all<C>(C(1)), s), all<C>(C(1)))));
+  return dy * (s * fma(p, Vec<C>::set(1) - s, Vec<C>::set(1)));
 }
 
 template <class T, class C>
@@ -197,27 +202,27 @@ inline void backward_vector(const BackwardRows<T, C>& at, int64_t c, int n) {
     for (int i = 0; i < R; ++i) {
       Vec<C> p = bias;
       if (Silu)
-        for (int k = 0; k < W; ++k) p = fma_(tap[k], in[i + k], p);
+        for (int k = 0; k < W; ++k) p = fma(tap[k], in[i + k], p);
       g[W - 1 + i] = through_activation<C, Silu>(p, load<C, Whole>(at.dy[i] + c, n));
     }
-    for (int j = 0; j < W - 1; ++j) store<C, Whole>(at.carry + j * at.carry_row + c, g[R + j], n);
+    for (int j = 0; j < W - 1; ++j) store<Whole>(at.carry + j * at.carry_row + c, g[R + j], n);
     if (Sum) {
       for (int k = 0; k < W; ++k) {
-        Vec<C> part = mul(g[W - 1], in[k]);
-        for (int i = 1; i < R; ++i) part = fma_(g[W - 1 + i], in[i + k], part);
+        Vec<C> part = g[W - 1] * in[k];
+        for (int i = 1; i < R; ++i) part = fma(g[W - 1 + i], in[i + k], part);
         C* sum = at.sums + k * at.sums_row + c;
-        store<C, Whole>(sum, add(load<C, Whole>(sum, n), part), n);
+        store<Whole>(sum, load<C, Whole>(sum, n) + part, n);
       }
       Vec<C> part = g[W - 1];
-      for (int i = 1; i < R; ++i) part = add(part, g[W - 1 + i]);
+      for (int i = 1; i < R; ++i) part = part + g[W - 1 + i];
       C* sum = at.sums + W * at.sums_row + c;
-      store<C, Whole>(sum, add(load<C, Whole>(sum, n), part), n);
+      store<Whole>(sum, load<C, Whole>(sum, n) + part, n);
     }
     for (int i = 0; i < R; ++i) {
-      Vec<C> dx = mul(tap[W - 1], g[i]);
-      for (int k = W - 2; k >= 0; --k) dx = fma_(tap[k], g[i + W - 1 - k], dx);
-      if (R == 1 && at.extra) dx = add(dx, load<C, Whole>(at.extra + c, n));
-      store<C, Whole>(at.dx[i] + c, dx, n);
+      Vec<C> dx = tap[W - 1] * g[i];
+      for (int k = W - 2; k >= 0; --k) dx = fma(tap[k], g[i + W - 1 - k], dx);
+      if (R == 1 && at.extra) dx = dx + load<C, Whole>(at.extra + c, n);
+      store<Whole>(at.dx[i] + c, dx, n);
     }
   } else {
     static_assert(R == 1, "any width: one position at a time");
@@ -226,21 +231,21 @@ inline void backward_vector(const BackwardRows<T, C>& at, int64_t c, int n) {
     Vec<C> p = load<C, Whole>(at.w + width * at.w_row + c, n);
     if (Silu)
       for (int64_t k = 0; k < width; ++k)
-        p = fma_(load<C, Whole>(at.w + k * at.w_row + c, n), load<C, Whole>(at.x[k] + c, n), p);
+        p = fma(load<C, Whole>(at.w + k * at.w_row + c, n), load<C, Whole>(at.x[k] + c, n), p);
     const Vec<C> g = through_activation<C, Silu>(p, dy);
     if (Sum) {
       for (int64_t k = 0; k <= width; ++k) {
         C* sum = at.sums + k * at.sums_row + c;
         const Vec<C> was = load<C, Whole>(sum, n);
-        store<C, Whole>(sum, k < width ? fma_(g, load<C, Whole>(at.x[k] + c, n), was) : add(was, g), n);
+        store<Whole>(sum, k < width ? fma(g, load<C, Whole>(at.x[k] + c, n), was) : was + g, n);
       }
     }
-    Vec<C> dx = mul(load<C, Whole>(at.w + c, n), g);
+    Vec<C> dx = load<C, Whole>(at.w + c, n) * g;
     for (int64_t k = 1; k < width; ++k)
-      dx = fma_(load<C, Whole>(at.w + k * at.w_row + c, n), load<C, Whole>(at.carry_rows[width - 1 - k] + c, n), dx);
-    if (at.extra) dx = add(dx, load<C, Whole>(at.extra + c, n));
-    store<C, Whole>(at.dx[0] + c, dx, n);
-    if (width > 1) store<C, Whole>(at.carry_rows[0] + c, g, n);  // the oldest is used up; its row becomes the newest
+      dx = fma(load<C, Whole>(at.w + k * at.w_row + c, n), load<C, Whole>(at.carry_rows[width - 1 - k] + c, n), dx);
+    if (at.extra) dx = dx + load<C, Whole>(at.extra + c, n);
+    store<Whole>(at.dx[0] + c, dx, n);
+    if (width > 1) store<Whole>(at.carry_rows[0] + c, g, n);  // the oldest is used up; its row becomes the newest
   }
 }
 
@@ -359,7 +364,7 @@ int32_t by_dtype(const ss_conv_args& a) {
   switch (a.dtype) {
     case SS_F32: return by_activation<float, Backward>(a);
     case SS_BF16: return by_activation<bf16, Backward>(a);
-    case SS_F16: return by_activation<half, Backward>(a);
+    case SS_F16: return by_activation<f16, Backward>(a);
     case SS_F64: return by_activation<double, Backward>(a);
     default: return -1;
   }
