@@ -54,6 +54,8 @@ def _probe(device: str) -> str | None:
 def _unavailable(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return f"triton does not import; {_INSTALL}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     reason = _probe(device)
     if reason is not None:
         warnings.warn(f"statescan's Triton kernels are not used: {reason}", stacklevel=2)
