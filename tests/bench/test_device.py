@@ -170,6 +170,19 @@ def test_a_wrong_gradient_gives_no_figure(monkeypatch: pytest.MonkeyPatch) -> No
     assert measured["failure"].startswith("wrong result: d x is off by 5.0")
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept() -> None:
+    subjects._expected.clear()
+
+
+def test_the_truth_is_worked_out_once_a_problem() -> None:
+    for mode in ("inference", "backward", "forward"):
+        device_worker.measure(job_of("scan", "statescan torch", shape=[2, 20, 16], mode=mode))
+    assert len(subjects._expected) == 2  # a slice of channels, and every channel of a row for dB and dC
+    device_worker.measure(job_of("scan", "statescan torch", shape=[2, 24, 16], mode="forward"))
+    assert len(subjects._expected) == 1
+
+
 def test_not_a_number_is_the_worst() -> None:
     assert subjects.worst({"a": Verdict(float("nan"), 1.0), "b": Verdict(5.0, 1.0)})[0] == "a"
 
