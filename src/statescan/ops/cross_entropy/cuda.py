@@ -29,7 +29,7 @@ _IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # and writes the weight's gradient once.
 _LOGITS_AT_ONCE = 2**29
 _ROWS_AT_LEAST = 256
-_THREADS = 512
+_THREADS = 1024
 _NOT_COUNTED = -(2**62)  # as in softmax_gradient.cu; other targets outside of the vocabulary make NaN
 
 
@@ -134,6 +134,7 @@ class _Call:
                 torch.ops.statescan.add_product_(of_weight, g.T, h)
             if of_bias is not None:
                 of_bias += g.sum(0, dtype=self.wide)
+            del g  # or two chunks exist while the next one is made
         if late is not None:
             of_weight = None if of_weight is None else of_weight * late
             of_bias = None if of_bias is None else of_bias * late
