@@ -28,7 +28,7 @@ __all__ = ["GraphDecoder", "bucket", "refuses"]
 
 _DRAW = Path(__file__).with_name("sample.cu")
 _DRAW_THREADS = 1024
-_SLOT_WORDS = 8  # 64-bit words of `struct Slot` in sample.cu
+_SLOT_WORDS = 7  # 64-bit words of `struct Slot` in sample.cu
 _RING = 256  # tokens of a slot kept in the host's memory until they are read
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _GREEDY, _LOGPROB = 1, 2
@@ -94,13 +94,15 @@ class GraphDecoder:
         self.tokens = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._slots = torch.zeros(capacity, _SLOT_WORDS, dtype=torch.int64, device=device)
         self._draws = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self._work = torch.empty(capacity, vocabulary, device=device)
+        # Eight blocks draw for a row; a vocabulary of bytes fits one.
+        self._draw_blocks = 8 if vocabulary > 4 * _DRAW_THREADS else 1
         self._seen = torch.zeros(capacity, vocabulary, dtype=torch.uint8, device=device)
         self._ring = torch.zeros(capacity, _RING, dtype=torch.int64).pin_memory()
         self._ring_logprob = torch.zeros(capacity, _RING).pin_memory()
         self._ring_words = self._ring.numpy()
         self._ring_values = self._ring_logprob.numpy()
         self._counts = np.zeros(capacity, dtype=np.int64)  # draws started in each slot, as the device counts them
+        self._side = torch.cuda.Stream(device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._biases = [
@@ -204,12 +206,13 @@ class GraphDecoder:
         return self.packed.init_state(rows)
 
     def _launch_draw(self, logits: Tensor, first: int, rows: int) -> None:
-        run = _cuda.kernel(_DRAW, "draw", {"IN": 0}, _DRAW_THREADS, self.device.index or 0)
+        blocks = self._draw_blocks
+        options = {"IN": 0, "CL": blocks, "ITEMS": math.ceil(self.vocabulary / (blocks * _DRAW_THREADS))}
+        run = _cuda.kernel(_DRAW, "draw", options, _DRAW_THREADS, self.device.index or 0, cluster=blocks)
         run(
             (rows, 1, 1),
             logits,
             logits.stride(0),
-            self._work,
             self._seen,
             i32(self.vocabulary),
             i32(first),
@@ -228,7 +231,6 @@ class GraphDecoder:
             self.state = DecodeState(saved.conv[:, :size].clone(), saved.ssm[:, :size].clone())
             self._step_rows(size)
             self.state = saved
-            _cuda.kernel(_DRAW, "draw", {"IN": 0}, _DRAW_THREADS, self.device.index or 0)
             torch.cuda.current_stream(self.device).synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
@@ -245,25 +247,33 @@ class GraphDecoder:
             return
         first = packed.blocks[0]
         d_inner, d_state, rank = first.d_inner, first.d_state, first.dt_rank
-        act, pieces = self._act, self._pieces
+        act, pieces, device = self._act, self._pieces, self.device
         x = F.embedding(self.tokens[:rows], cast(Tensor, packed.embedding.data))
-        stream = torch.empty(rows, first.d_model, device=self.device)
-        normed = torch.empty(rows, first.d_model, dtype=act, device=self.device)
-        u, y = (torch.empty(rows, d_inner, dtype=act, device=self.device) for _ in range(2))
+        stream = torch.empty(rows, first.d_model, device=device)
+        normed = torch.empty(rows, first.d_model, dtype=act, device=device)
+        before_conv, z, u, y = (torch.empty(rows, d_inner, dtype=act, device=device) for _ in range(4))
         each = 4 if rows >= 16 else 1
+        main, side = torch.cuda.current_stream(device), self._side
         before = None
         for i, block in enumerate(packed.blocks):
             in_bias, x_bias, out_bias = self._biases[i]
+            u_bias, z_bias = (None, None) if in_bias is None else in_bias.split(d_inner)
+            u_weight, z_weight = block.in_proj.data.split(d_inner)
             pieces.add_norm(x, before, stream, block.norm, block.epsilon, normed)
             before = stream
-            uz = F.linear(normed, block.in_proj.data, in_bias)
-            pieces.conv_step(uz[:, :d_inner], state.conv[i], block.conv_weight, block.conv_bias, u)
+            _product(normed, u_weight, u_bias, before_conv)
+            # The gate's half of in_proj fills the memory while conv and x_proj, which are short, wait for themselves.
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                _product(normed, z_weight, z_bias, z)
+            pieces.conv_step(before_conv, state.conv[i], block.conv_weight, block.conv_bias, u)
             selected = F.linear(u, block.x_proj.data, x_bias)
             low, B, C = selected.split([rank, d_state, d_state], dim=1)
+            main.wait_stream(side)
             pieces.state_step(
                 state.ssm[i],
                 u,
-                uz[:, d_inner:],
+                z,
                 (block.dt_proj.data, low),
                 block.A,
                 B,
@@ -282,3 +292,10 @@ class GraphDecoder:
             logits.copy_(torch.mm(normed, packed.head.data.t(), out_dtype=torch.float32))
         if packed.head_bias is not None:
             logits += packed.head_bias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)

@@ -94,7 +94,8 @@ def cache_folder() -> Path:
 def _compile(source: str, options: tuple[str, ...], arch: str) -> bytes:
     core = _core()
     defines = [tuple(o.split("=", 1)) for o in options] or None  # it takes no empty list
-    settings = core.ProgramOptions(arch=arch, std="c++17", define_macro=defines)
+    # A generic lambda can't be marked as the device's own: without this NVRTC takes it for the host's and refuses it.
+    settings = core.ProgramOptions(arch=arch, std="c++17", define_macro=defines, device_as_default_execution_space=True)
     try:
         code = core.Program(source, "c++", settings).compile("cubin").code
     except Exception as problem:
@@ -144,11 +145,13 @@ def _allow_shared(function: Any, shared: int) -> None:
 class Kernel:
     """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit)."""
 
-    def __init__(self, function: Any, threads: int, shared: int, cooperative: bool = False) -> None:
+    def __init__(self, function: Any, threads: int, shared: int, cooperative: bool = False, cluster: int = 1) -> None:
         self._function = function
         self._threads = threads
         self._shared = shared
-        self._more = {"is_cooperative": True} if cooperative else {}
+        self._more: dict[str, Any] = {"is_cooperative": True} if cooperative else {}
+        if cluster > 1:
+            self._more["cluster"] = (cluster, 1, 1)
         self._core = _core()
         if shared > 48 * 1024:
             _allow_shared(function, shared)
@@ -176,9 +179,16 @@ def _module(file: str, options: tuple[str, ...], device: int) -> Any:
 
 @functools.cache
 def _function(
-    file: str, name: str, options: tuple[str, ...], threads: int, device: int, shared: int, cooperative: bool
+    file: str,
+    name: str,
+    options: tuple[str, ...],
+    threads: int,
+    device: int,
+    shared: int,
+    cooperative: bool,
+    cluster: int,
 ) -> Kernel:
-    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative)
+    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster)
 
 
 def kernel(
@@ -189,12 +199,14 @@ def kernel(
     device: int,
     shared: int = 0,
     cooperative: bool = False,
+    cluster: int = 1,
 ) -> Kernel:
     """The function `name` of `file`, compiled with the macros `options` for this device; made once a process.
     `shared`: bytes of dynamic shared memory a block. `cooperative`: all blocks of a launch run at once, or it fails.
+    `cluster`: blocks of a cluster; the grid then counts clusters.
 
     Raises:
         BackendUnavailableError: the compiler refuses it.
     """
     settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
-    return _function(str(file), name, settings, threads, device, shared, cooperative)
+    return _function(str(file), name, settings, threads, device, shared, cooperative, cluster)

@@ -110,6 +110,8 @@ class Pieces:
         rows, d_inner = u.shape
         lanes, states = _lanes(A.shape[1])
         options = {"N": A.shape[1], "G": lanes, "NS": states, "RPT": rows_each}
+        parts = [B, C] if isinstance(dt, Tensor) else [B, C, dt[1]]
+        options["VBC"] = int(all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in parts))
         whole, weight, low = dt if isinstance(dt, Tensor) else None, None, None
         if not isinstance(dt, Tensor):
             weight, low = dt

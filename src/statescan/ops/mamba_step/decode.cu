@@ -29,10 +29,10 @@
 #define UP4(x) (((x) + 3) / 4 * 4)
 #define OWN ((X + NB - 1) / NB)    // outputs of x_proj that a block adds up, at most
 #ifndef POLL
-#define POLL 20         // ns between two looks at a word
+#define POLL 0          // ns between two looks at a word
 #endif
-#ifdef PROFILE         // cycle counts of block 0 behind the words, eight a layer
-#define MARK(k) if (tid == 0 && block == PROFILE - 1) p_words[(i64)X * NB + l * 8 + k] = clock64()
+#ifdef PROFILE         // cycle counts behind the words, ten a layer and block
+#define MARK(k) if (tid == 0) { u64 now_; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now_)); p_words[(i64)X * NB + (l * 10 + k) * NB + block] = PROFILE == 1 ? clock64() : now_; }
 #else
 #define MARK(k)
 #endif
@@ -62,9 +62,13 @@ struct Layer {
   const float *norm, *conv, *conv_bias, *A, *skip, *dt_bias, *in_bias, *x_bias, *out_bias;
 };
 
+#ifndef LAYERS
+#define LAYERS 64
+#endif
 struct Shared {
+  Layer layers[LAYERS];
   u64 full[SLOTS], empty[SLOTS];
-  float vec[E];                        // the stream times the norm's weight, then y
+  alignas(16) float vec[E];            // the stream times the norm's weight, then y
   float pu[KS][UP4(CE)], pz[KS][UP4(CE)], po[KS][UP4(OE)], ph[KS][UP4(HE)];
   float us[UP4(CE)], sums[X], xp[NT * 2];
   float squares[NT / 32];
@@ -106,6 +110,11 @@ DEV u64 get(const u64* w) {
 DEV void get2(const u64* w, u64& a, u64& b) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(w) : "memory");
 }
+#ifdef NOHOP  // for timing alone: nothing waits for another block
+#define RIGHT(a, tag) true
+#else
+#define RIGHT(a, tag) ((u32)((a) >> 32) == (tag))
+#endif
 DEV void pause() { if (POLL) asm volatile("nanosleep.u32 %0;" ::"n"(POLL)); }
 // Pairs of numbers [2 (tid + i NT)] of `count` words into v.
 template <int LINES> DEV void collect(const u64* w, int tid, int count, u32 tag, float2 (&v)[LINES]) {
@@ -117,7 +126,7 @@ template <int LINES> DEV void collect(const u64* w, int tid, int count, u32 tag,
     ready = true;
 #pragma unroll
     for (int i = 0; i < LINES; i++) if (2 * (tid + i * NT) < count) {
-      ready &= (u32)(a[i] >> 32) == tag && (u32)(b[i] >> 32) == tag;
+      ready &= RIGHT(a[i], tag) && RIGHT(b[i], tag);
       v[i] = make_float2(__uint_as_float((u32)a[i]), __uint_as_float((u32)b[i]));
     }
     if (!ready) pause();
@@ -133,8 +142,11 @@ DEV uint4 early4(const void* p) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
+#ifndef PREFETCH
+#define PREFETCH 1
+#endif
 DEV void prefetch(const void* p, i64 bytes, int lane) {
-  if (!p) return;
+  if (!p || !PREFETCH) return;
   for (i64 at = (i64)p / 128 * 128 + lane * 128; at < (i64)p + bytes; at += 32 * 128)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
@@ -235,7 +247,7 @@ DEV int share(int total, int b) { return (int)((i64)total * b / NB); }
 #define PARTS (NT / PAIRS)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
-    const Layer* __restrict__ layers, int count, const wt* __restrict__ embedding, const wt* __restrict__ head,
+    const Layer* __restrict__ table, int count, const wt* __restrict__ embedding, const wt* __restrict__ head,
     const float* __restrict__ norm_f, const float* __restrict__ head_bias, float eps, float eps_f,
     const int* __restrict__ token, float* __restrict__ conv_state, i64 conv_layer, float* __restrict__ ssm_state,
     i64 ssm_layer, float* __restrict__ logits, u64* __restrict__ words, u32* __restrict__ epoch) {
@@ -247,6 +259,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
   const int v0 = share(V, block), nv = share(V, block + 1) - v0;
   const int tiles_u = (nc + RA - 1) / RA, tiles_o = (no + RC - 1) / RC, tiles_h = (nv + RA - 1) / RA;
   u64 *x_words = words, *y_words = x_words + D, *s_words = y_words + E, *p_words = s_words + X;
+  const Layer* layers = sh.layers;  // a pointer read from memory would cost each phase as much as an exchange
+  for (int i = tid; i < count * (int)(sizeof(Layer) / 8); i += THREADS)
+    reinterpret_cast<u64*>(sh.layers)[i] = reinterpret_cast<const u64*>(table)[i];
   if (tid == 0) {
     for (int i = 0; i < SLOTS; i++) {
       bar_init(&sh.full[i], 1);
@@ -320,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
             const int o = block + q * NB, from = lane + 32 * i;
             v[q][i] = 0.f;
             if (o < X && from < NB) {
-              ready &= (u32)(a[q][i] >> 32) == tag;
+              ready &= RIGHT(a[q][i], tag);
               v[q][i] = __uint_as_float((u32)a[q][i]);
             }
           }
@@ -377,12 +392,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     }
     float taps[W], past[W], conv_bias = 0.f, u_bias = 0.f;
     float* own_conv = conv_state + l * conv_layer + c0 + tid;
-    float h[ITEMS], A[ITEMS], skip[ITEMS], dt_bias[ITEMS], z_bias[ITEMS];
-#if DT_VEC
-    uint4 dtw[ITEMS][RPL * WB / 16];
-#else
-    float dtw[ITEMS][RPL];
-#endif
     if (!last) {
       if (tid < nc) {
 #pragma unroll
@@ -391,32 +400,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
         for (int k = 0; k + 1 < W; k++) past[k] = early(own_conv + (i64)k * E);
         if (w.conv_bias) conv_bias = early(w.conv_bias + c0 + tid);
         if (w.in_bias) u_bias = early(w.in_bias + c0 + tid);
-      }
-#pragma unroll
-      for (int i = 0; i < ITEMS; i++) {
-        const int c = tid / 16 + i * (NT / 16), n = tid % 16;
-        skip[i] = dt_bias[i] = z_bias[i] = h[i] = A[i] = 0.f;
-        if (c < nc) {
-          h[i] = early(ssm_state + l * ssm_layer + (i64)(c0 + c) * N + n);
-          A[i] = early(w.A + (i64)(c0 + c) * N + n);
-          const wt* from = w.dt + (i64)(c0 + c) * R + n * RPL;
-#if DT_VEC
-#pragma unroll
-          for (int k = 0; k < RPL * WB / 16; k++) dtw[i][k] = early4(from + k * (16 / WB));
-#else
-#pragma unroll
-          for (int k = 0; k < RPL; k++) {
-#if WT == 0
-            dtw[i][k] = n * RPL + k < R ? early(from + k) : 0.f;
-#else
-            dtw[i][k] = n * RPL + k < R ? low_half(early_bits(from + k)) : 0.f;
-#endif
-          }
-#endif
-          if (w.skip) skip[i] = early(w.skip + c0 + c);
-          if (w.dt_bias) dt_bias[i] = early(w.dt_bias + c0 + c);
-          if (w.in_bias) z_bias[i] = early(w.in_bias + E + c0 + c);
-        }
       }
     }
     MARK(0);
@@ -511,9 +494,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     // z, while x_proj's sums are made
     MINE(tiles_u, (rows_of_tile<RA, CHUNKS_A, KA, D>(tile, part, lane, xr, &sh.pz[part][i * RA])))
     MARK(4);
+    // What the state's phase needs of its own leaves before the wait.
+    float h[ITEMS], A[ITEMS], skip[ITEMS], dt_bias[ITEMS], z_bias[ITEMS];
+#if DT_VEC
+    uint4 dtw[ITEMS][RPL * WB / 16];
+#else
+    float dtw[ITEMS][RPL];
+#endif
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      const int c = tid / 16 + i * (NT / 16), n = tid % 16;
+      skip[i] = dt_bias[i] = z_bias[i] = h[i] = A[i] = 0.f;
+      if (c < nc) {
+        h[i] = early(ssm_state + l * ssm_layer + (i64)(c0 + c) * N + n);
+        A[i] = early(w.A + (i64)(c0 + c) * N + n);
+        const wt* from = w.dt + (i64)(c0 + c) * R + n * RPL;
+#if DT_VEC
+#pragma unroll
+        for (int k = 0; k < RPL * WB / 16; k++) dtw[i][k] = early4(from + k * (16 / WB));
+#else
+#pragma unroll
+        for (int k = 0; k < RPL; k++) {
+#if WT == 0
+          dtw[i][k] = n * RPL + k < R ? early(from + k) : 0.f;
+#else
+          dtw[i][k] = n * RPL + k < R ? low_half(early_bits(from + k)) : 0.f;
+#endif
+        }
+#endif
+        if (w.skip) skip[i] = early(w.skip + c0 + c);
+        if (w.dt_bias) dt_bias[i] = early(w.dt_bias + c0 + c);
+        if (w.in_bias) z_bias[i] = early(w.in_bias + E + c0 + c);
+      }
+    }
     for (int o = tid; o < X; o += NT) {
       u64 a = get(s_words + o);
-      while ((u32)(a >> 32) != tag) { pause(); a = get(s_words + o); }
+      while (!RIGHT(a, tag)) { pause(); a = get(s_words + o); }
       sh.sums[o] = __uint_as_float((u32)a);
     }
     sync();
@@ -574,8 +590,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     sync();
     float yr[CHUNKS_C * 8];
     slice<CHUNKS_C, KC>(sh.vec, part, lane, yr);
+    MARK(8);
     MINE(tiles_o, (rows_of_tile<RC, CHUNKS_C, KC, E>(tile, part, lane, yr, &sh.po[part][i * RC])))
     sync();
+    MARK(9);
     if (tid < no) put(x_words + o0 + tid, (sh.po[0][tid] + sh.po[1][tid]) + (sh.po[2][tid] + sh.po[3][tid]) + out_bias, tag);
   }
   // Every block has read the epoch by now: this one has had numbers of each.

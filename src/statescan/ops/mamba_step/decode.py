@@ -19,6 +19,7 @@ __all__ = ["Stack", "refuses_stack"]
 
 _SOURCE = Path(__file__).with_name("decode.cu")
 _THREADS = 512 + 64
+_FIELDS = 13  # pointers of `struct Layer`
 _SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block can have on compute capability 9.0
 _WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -28,14 +29,14 @@ def _up(value: int, unit: int) -> int:
 
 
 def _layout(
-    d_model: int, d_inner: int, rank: int, d_state: int, vocabulary: int, blocks: int, size: int
+    d_model: int, d_inner: int, rank: int, d_state: int, vocabulary: int, layers: int, blocks: int, size: int
 ) -> tuple[int, int]:
     """(bytes of a slot of the ring, bytes of `struct Shared` without its barriers), as decode.cu has them."""
     outputs = rank + 2 * d_state
     channels, rows, words = (math.ceil(total / blocks) for total in (d_inner, d_model, vocabulary))
     slot = _up(max(4 * d_model, 2 * d_inner, channels * outputs) * size, 128)
     parts = 4 * (2 * _up(channels, 4) + _up(rows, 4) + _up(words, 4))
-    return slot, 4 * (d_inner + parts + _up(channels, 4) + outputs + 1024 + 16) + 64
+    return slot, 8 * _FIELDS * layers + 4 * (d_inner + parts + _up(channels, 4) + outputs + 1024 + 16) + 64
 
 
 def refuses_stack(blocks: Sequence[BlockWeights], head: PackedWeight, device: torch.device) -> str | None:
@@ -57,8 +58,8 @@ def refuses_stack(blocks: Sequence[BlockWeights], head: PackedWeight, device: to
             "d_model and d_inner must be multiples of 32 and dt_rank one of 8 up to 480, they are "
             f"{first.d_model}, {first.d_inner}, {first.dt_rank}"
         )
-    if _slots(first, head, device) < 2:
-        return "two rows of its weights don't fit a block's shared memory"
+    if _slots(first, len(blocks), head, device) < 2:
+        return "a few rows of its weights don't fit a block's shared memory"
     return None
 
 
@@ -70,13 +71,14 @@ def _blocks(first: BlockWeights, device: torch.device) -> int:
     return min(_multiprocessors(device), first.d_inner)
 
 
-def _slots(first: BlockWeights, head: PackedWeight, device: torch.device) -> int:
+def _slots(first: BlockWeights, layers: int, head: PackedWeight, device: torch.device) -> int:
     slot, rest = _layout(
         first.d_model,
         first.d_inner,
         first.dt_rank,
         first.d_state,
         head.rows,
+        layers,
         _blocks(first, device),
         head.data.element_size(),
     )
@@ -135,8 +137,17 @@ class Stack:
         self.nbytes = sum(x.nbytes for x in transposed)  # of weights that nobody else holds
         self._grid = (_blocks(first, device), 1, 1)
         size = head.data.element_size()
-        slot, rest = _layout(first.d_model, first.d_inner, first.dt_rank, first.d_state, head.rows, self._grid[0], size)
-        slots = options.pop("SLOTS", 0) or _slots(first, head, device)
+        slot, rest = _layout(
+            first.d_model,
+            first.d_inner,
+            first.dt_rank,
+            first.d_state,
+            head.rows,
+            len(blocks),
+            self._grid[0],
+            size,
+        )
+        slots = options.pop("SLOTS", 0) or _slots(first, len(blocks), head, device)
         macros = {
             "IN": 0,
             "D": first.d_model,
@@ -148,6 +159,7 @@ class Stack:
             "NB": self._grid[0],
             "WT": _WEIGHTS[head.data.dtype],
             "SLOTS": slots,
+            "LAYERS": len(blocks),
             **options,
         }
         shared = slots * (slot + 16) + rest
@@ -155,7 +167,8 @@ class Stack:
             _SOURCE, "decode_step", macros, _THREADS, device.index or 0, shared=shared, cooperative=True
         )
         outputs = first.dt_rank + 2 * first.d_state
-        words = first.d_model + first.d_inner + outputs * (1 + self._grid[0]) + 8 * len(blocks) * ("PROFILE" in options)
+        words = first.d_model + first.d_inner + outputs * (1 + self._grid[0])
+        words += 10 * len(blocks) * self._grid[0] * ("PROFILE" in options)
         self._words = torch.zeros(words, dtype=torch.int64, device=device)
         self._epoch = torch.zeros(1, dtype=torch.int32, device=device)
         self._epsilons = (ctypes.c_float(first.epsilon), ctypes.c_float(epsilon))

@@ -117,6 +117,9 @@ extern "C" __global__ void __launch_bounds__(256) conv_step(
 #ifndef RPT
 #define RPT 1 // rows of a thread
 #endif
+#ifndef VBC
+#define VBC 0 // B, C and dt's low part lie on 16-byte marks, row by row
+#endif
 #define CB (256 / G)
 #define RPL ((R + G - 1) / G)
 // h = exp(dt A) h + dt B u; y = (C . h + D u) silu(z), dt = softplus(. + bias). Grid (channels / CB, rows / RPT).
@@ -152,13 +155,14 @@ extern "C" __global__ void __launch_bounds__(256) state_step(
 #if R > 0
 #pragma unroll
   for (int r = 0; r < RPT; r++) step[r] = real(0);
-#if RPL % 8 == 0 && R % G == 0 && (WT == 1 || WT == 2) && IN == WT
-  for (int k = 0; k < RPL; k += 8) {
-    const Pack8 w8 = load8(dt_weight + (i64)cc * R + g * RPL + k, 8, true);
+#if R % (8 * G) == 0 && (WT == 1 || WT == 2) && IN == WT && VBC
+#pragma unroll
+  for (int k = 0; k < R; k += 8 * G) {
+    const Pack8 w8 = load8(dt_weight + (i64)cc * R + k + g * 8, 8, true);
 #pragma unroll
     for (int r = 0; r < RPT; r++) {
       if (r0 + r >= rows) continue;
-      const Pack8 x8 = load8(low + (i64)(r0 + r) * low_row + g * RPL + k, 8, true);
+      const Pack8 x8 = load8(low + (i64)(r0 + r) * low_row + k + g * 8, 8, true);
 #pragma unroll
       for (int j = 0; j < 8; j++) step[r] = fma_(part(w8, j), part(x8, j), step[r]);
     }
@@ -185,12 +189,23 @@ extern "C" __global__ void __launch_bounds__(256) state_step(
     if (r0 + r >= rows) continue;
     const i64 row = r0 + r;
     const real dv = softplus(step[r] + shift), uv = to_real(u[row * d_inner + cc]), du = dv * uv;
-    real sum = real(0);
+    real sum = real(0), b[NS], c4[NS];
+#if VBC && NS == 4 && G * NS == N && (IN == 1 || IN == 2)
+    const uint2 bw = *reinterpret_cast<const uint2*>(B + row * BC_row + g * 4), cw = *reinterpret_cast<const uint2*>(C + row * BC_row + g * 4);
+    b[0] = to_real(act(bw.x)); b[1] = to_real(act(bw.x >> 16)); b[2] = to_real(act(bw.y)); b[3] = to_real(act(bw.y >> 16));
+    c4[0] = to_real(act(cw.x)); c4[1] = to_real(act(cw.x >> 16)); c4[2] = to_real(act(cw.y)); c4[3] = to_real(act(cw.y >> 16));
+#else
 #pragma unroll
     for (int n = 0; n < NS; n++) {
-      if (G * NS != N && g * NS + n >= N) continue;
-      h[r][n] = fma_(decay(dv, a[n]), h[r][n], du * to_real(B[row * BC_row + g * NS + n]));
-      sum = fma_(h[r][n], to_real(C[row * BC_row + g * NS + n]), sum);
+      const bool in = G * NS == N || g * NS + n < N;
+      b[n] = in ? to_real(B[row * BC_row + g * NS + n]) : real(0);
+      c4[n] = in ? to_real(C[row * BC_row + g * NS + n]) : real(0);
+    }
+#endif
+#pragma unroll
+    for (int n = 0; n < NS; n++) {
+      h[r][n] = fma_(decay(dv, a[n]), h[r][n], du * b[n]);
+      sum = fma_(h[r][n], c4[n], sum);
     }
 #pragma unroll
     for (int m = 1; m < G; m <<= 1) sum += __shfl_xor_sync(~0u, sum, m);
