@@ -37,28 +37,27 @@ class Plan:
     """How one call is cut.
 
     Args:
-        states: d_state, rounded up to a power of two.
-        channels_forward, channels_backward: channels of a program.
-        steps: positions of an elementwise tile.
-        tiles: tiles whose states the backward holds at once.
+        pieces, width: d_state, rounded up to a power of two, as so many pieces of so many states.
+        channels: channels of a program, which is one warp.
+        run: positions whose states the backward holds in registers, and whose inputs are asked for at once.
         every: positions between checkpoints.
         segment_forward, segment_backward: positions a program walks; 0 where it walks whole sequences.
+        dot: sums over channels are products with ones, on tensor cores.
     """
 
-    states: int
-    channels_forward: int
-    channels_backward: int
-    steps: int
-    tiles: int
+    pieces: int
+    width: int
+    channels: int
+    run: int
     every: int
     segment_forward: int
     segment_backward: int
+    dot: bool
 
 
-_EVERY = 32  # positions between checkpoints: two bytes a position and channel at 16 states
-_NUMBERS_FORWARD, _NUMBERS_BACKWARD = 128, 128  # states of a program, which is one warp
-_HELD = 8  # positions whose states the backward holds in registers
-_WARPS_FORWARD, _WARPS_BACKWARD = 12, 12  # programs a multiprocessor, below which time is cut
+_EVERY = 16  # positions between checkpoints: four bytes a position and channel at 16 states
+_RUN = 4
+_PROGRAMS = 6  # a multiprocessor; where sequences and channels make less than half of it, time is cut
 
 
 def _segment(programs: int, wanted: int, length: int) -> int:
@@ -72,24 +71,12 @@ def _segment(programs: int, wanted: int, length: int) -> int:
 def plan(sequences: int, length: int, d_inner: int, d_state: int, groups: int, multiprocessors: int) -> Plan:
     """Cuts a call of this shape for a GPU with this many multiprocessors."""
     states = _triton.power_of_2(d_state)
+    width = max(min(states, 4), states // 4)  # 16 states a thread at most
     per_group = d_inner // groups
-    few = _triton.power_of_2(per_group)
-    forward = min(max(1, _NUMBERS_FORWARD // states), 32, few)
-    backward = min(max(1, _NUMBERS_BACKWARD // states), 32, few)
-    steps = min(8, max(4, states // 4))  # so that a channel's steps lie over as many threads as its states
-    tiles = max(1, _HELD // steps)
-    walks = [sequences * groups * math.ceil(per_group / channels) for channels in (forward, backward)]
-    average = length // sequences if sequences else length
-    return Plan(
-        states,
-        forward,
-        backward,
-        steps,
-        tiles,
-        _EVERY,
-        _segment(walks[0], _WARPS_FORWARD * multiprocessors, average),
-        _segment(walks[1], _WARPS_BACKWARD * multiprocessors, average),
-    )
+    channels = min(32, max(1, 128 // width), _triton.power_of_2(per_group))
+    programs = sequences * groups * math.ceil(per_group / channels)
+    segment = _segment(programs, _PROGRAMS * multiprocessors, length)
+    return Plan(states // width, width, channels, _RUN, _EVERY, segment, segment, channels >= 16 and states >= 8)
 
 
 def _checkpoints(batch: int, length: int, sequences: int | None) -> int:
@@ -154,23 +141,25 @@ class _Call:
         walks = torch.arange(total, device=self.cu.device, dtype=torch.int32)
         return total, 1, torch.searchsorted(first, walks, right=True, out_int32=True) - 1
 
-    def blocks(self, channels: int) -> tuple[int, int]:
+    def blocks(self) -> tuple[int, int]:
         """Blocks of channels: (of a group, in all)."""
-        each = -(-(self.d_inner // self.groups) // channels)
+        each = -(-(self.d_inner // self.groups) // self.plan.channels)
         return each, each * self.groups
 
-    def options(self, channels: int, segment: int, **more: Any) -> dict[str, Any]:
+    def options(self, **more: Any) -> dict[str, Any]:
         return {
             "N": self.d_state,
-            "NP": self.plan.states,
-            "BD": channels,
-            "TS": self.plan.steps,
+            "W": self.plan.width,
+            "G": self.plan.pieces,
+            "BD": self.plan.channels,
+            "RUN": self.plan.run,
             "EVERY": self.plan.every,
             "SOFTPLUS": self.softplus,
             "FIXED_C": self.C.dim() == 2,
             "PACKED": self.cu is not None,
             "GPU": _triton.hardware(self.u),
             "num_warps": 1,
+            "num_stages": 1,
             **more,
         }
 
@@ -206,8 +195,8 @@ def _forward(
         checkpoints = c.real(c.slots, c.d_inner, c.d_state)
         if cu_seqlens is not None:
             checkpoints.zero_()
-    channels, segment = c.plan.channels_forward, c.plan.segment_forward
-    each_group, blocks = c.blocks(channels)
+    segment = c.plan.segment_forward
+    each_group, blocks = c.blocks()
     walks, each, owners = c.parts(segment)
     states = sums = None
     if segment:
@@ -219,9 +208,9 @@ def _forward(
             final if with_state else None, checkpoints if with_checkpoints and not ends else None,
             states, sums, c.cu, owners,
             *_strides(u), *_strides(dt), *_strides(z), *_strides(c.B, c.B.dim() == 2), *_strides(c.C, c.C.dim() == 2),
-            1, c.length, c.d_inner, c.d_inner // c.groups, each_group, blocks, c.channels_B, c.channels_C,
+            c.length, c.d_inner, c.d_inner // c.groups, each_group, blocks, c.channels_B, c.channels_C,
             segment or c.length, each,
-            **c.options(channels, segment, FIXED_B=c.B.dim() == 2, SPLIT=bool(segment), ENDS=ends),
+            **c.options(FIXED_B=c.B.dim() == 2, SPLIT=bool(segment), ENDS=ends),
         )  # fmt: skip
 
     with _triton.on_device_of(u):
@@ -280,20 +269,19 @@ def _backward(
     run = _triton.kernels("selective_scan")
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     checkpoints = checkpoints.contiguous()
-    channels, segment = c.plan.channels_backward, c.plan.segment_backward
-    each_group, blocks = c.blocks(channels)
+    segment = c.plan.segment_backward
+    each_group, blocks = c.blocks()
     walks, each, owners = c.parts(segment)
     fixed_B, fixed_C = B.dim() == 2, C.dim() == 2
     du, ddt, dz = (torch.empty(u.shape, dtype=u.dtype, device=u.device) for _ in range(3))
     dA = c.real(walks, c.d_inner, c.d_state)
-    dB, dC = (
-        c.real(walks, c.d_inner, c.d_state) if fixed else c.real(blocks, c.batch, c.length, c.d_state)
-        for fixed in (fixed_B, fixed_C)
-    )
+    dBC = c.real(blocks, c.batch, c.length, 2, c.d_state) if not (fixed_B and fixed_C) else None
+    dB, dC = (c.real(walks, c.d_inner, c.d_state) if fixed else None for fixed in (fixed_B, fixed_C))
     dD, dbias = c.real(walks, c.d_inner), c.real(walks, c.d_inner)
     dinitial = c.real(c.sequences, c.d_inner, c.d_state) if with_initial else c.real(0)
-    runs = c.plan.every // (c.plan.steps * c.plan.tiles)
-    scratch = c.real(blocks * walks * runs * channels * c.plan.states if runs > 1 else 1)
+    runs = c.plan.every // c.plan.run
+    states = c.plan.pieces * c.plan.width
+    scratch = c.real(blocks * walks * runs * c.plan.channels * states if runs > 1 else 1)
     sizes = (c.d_inner, c.d_inner // c.groups, each_group, blocks)
     strides_C, strides_dy = _strides(c.C, fixed_C), _strides(dy)
     adjoints = None
@@ -303,31 +291,33 @@ def _backward(
             run.scan_adjoint[(blocks * walks,)](
                 dt, z, c.C, c.A, c.bias, dy, adjoints, sums, c.cu, owners,
                 *_strides(dt), *_strides(z), *strides_C, *strides_dy,
-                c.length, *sizes, c.channels_C, segment, each, **c.options(channels, segment),
+                c.length, *sizes, c.channels_C, segment, each, **c.options(),
             )  # fmt: skip
             grid, last, options = c.combine(segment, each)
             run.scan_combine_adjoint[grid](adjoints, sums, c.A, dfinal, *last, **options)
         run.scan_backward[(blocks * walks,)](
             u, dt, z, c.B, c.C, c.A, c.D, c.bias, dy, dfinal, checkpoints, adjoints, scratch,
-            du, ddt, dz, dA, dB, dC, dD, dbias, dinitial if with_initial else None, c.cu, owners,
+            du, ddt, dz, dA, dBC, dB, dC, dD, dbias, dinitial if with_initial else None, c.cu, owners,
             *_strides(u), *_strides(dt), *_strides(z), *_strides(c.B, fixed_B), *strides_C, *strides_dy,
-            1, c.length, c.batch, *sizes, c.channels_B, c.channels_C, segment or c.length, each,
-            **c.options(channels, segment, TILES=c.plan.tiles, FIXED_B=fixed_B, SPLIT=bool(segment)),
+            c.length, c.batch, *sizes, c.channels_B, c.channels_C, segment or c.length, each,
+            **c.options(FIXED_B=fixed_B, SPLIT=bool(segment), DOT=c.plan.dot,
+                        PRECISION="tf32x3" if u.dtype == torch.float32 else "tf32"),
         )  # fmt: skip
 
-    def of(shares: Tensor, like: Tensor) -> Tensor:
-        if like.dim() == 2:
+    def of(shares: Tensor | None, which: int, like: Tensor) -> Tensor:
+        if shares is not None:
             return shares.sum(0).to(like.dtype)
-        groups = like.shape[2]
-        return shares.unflatten(0, (groups, -1)).sum(1).permute(1, 2, 0, 3).to(like.dtype).contiguous()
+        assert dBC is not None
+        grouped = dBC[..., which, :].unflatten(0, (like.shape[2], -1))
+        return grouped.sum(1).permute(1, 2, 0, 3).to(like.dtype).contiguous()
 
     nothing = c.real(0)
     return (
         du,
         ddt,
         dA.sum(0),
-        of(dB, B),
-        of(dC, C),
+        of(dB, 0, B),
+        of(dC, 1, C),
         dD.sum(0) if D is not None else nothing,
         dz if z is not None else u.new_empty(0),
         dbias.sum(0) if dt_bias is not None else nothing.clone(),
@@ -449,7 +439,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """`statescan.ops.selective_scan` in Triton, from settled arguments.
 
-    Without a gradient to come nothing is kept; with one, the state before every 32nd position.
+    Without a gradient to come nothing is kept; with one, the state before every 16th position.
     """
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
