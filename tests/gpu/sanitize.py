@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -259,6 +260,7 @@ def main() -> int:
     parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}")
     parser.add_argument("--only", default="", help="only where 'OP, BACKEND' contains this")
     parser.add_argument("--seconds", type=float, default=600.0, help="an op may take under a tool")
+    parser.add_argument("--jobs", type=int, default=4, help="so many at once on one GPU")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     unknown = set(given.tools) - set(TOOLS)
@@ -273,19 +275,20 @@ def main() -> int:
     if shutil.which("compute-sanitizer") is None and not os.path.exists("/usr/local/cuda/bin/compute-sanitizer"):
         print("skipped: compute-sanitizer is not installed (it comes with the CUDA toolkit; put its folder on PATH)")
         return 0
-    bad = 0
-    for tool in given.tools or TOOLS:
-        for op, backend in subjects():
-            if given.only not in f"{op}, {backend}":
-                continue
-            start = time.perf_counter()
-            problem = check(tool, op, backend, given.seconds)
-            print(f"{tool}: {op}, {backend}: {'clean' if problem is None else 'FAILED'}", end="")
-            print(f" ({time.perf_counter() - start:.0f} s)", flush=True)
-            if problem is not None:
-                bad += 1
-                print(problem, flush=True)
-    return 1 if bad else 0
+    pairs = [pair for pair in subjects() if given.only in ", ".join(pair)]
+    runs = [(tool, *pair) for tool in given.tools or TOOLS for pair in pairs]
+
+    def report(run: tuple[str, str, str]) -> bool:
+        start = time.perf_counter()
+        problem = check(*run, given.seconds)
+        outcome = "clean" if problem is None else f"FAILED\n{problem}"
+        print(f"{run[0]}: {run[1]}, {run[2]} ({time.perf_counter() - start:.0f} s): {outcome}", flush=True)
+        return problem is None
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        good = list(pool.map(report, runs))
+    print(f"{sum(good)} of {len(good)} clean")
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":
