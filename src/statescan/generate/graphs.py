@@ -103,6 +103,7 @@ class GraphDecoder:
         self._ring_values = self._ring_logprob.numpy()
         self._counts = np.zeros(capacity, dtype=np.int64)  # draws started in each slot, as the device counts them
         self._side = torch.cuda.Stream(device)
+        self._variant: dict[str, Any] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._biases = [
@@ -252,7 +253,6 @@ class GraphDecoder:
         stream = torch.empty(rows, first.d_model, device=device)
         normed = torch.empty(rows, first.d_model, dtype=act, device=device)
         before_conv, z, u, y = (torch.empty(rows, d_inner, dtype=act, device=device) for _ in range(4))
-        each = 4 if rows >= 16 else 1
         main, side = torch.cuda.current_stream(device), self._side
         before = None
         for i, block in enumerate(packed.blocks):
@@ -263,25 +263,35 @@ class GraphDecoder:
             before = stream
             _product(normed, u_weight, u_bias, before_conv)
             # The gate's half of in_proj fills the memory while conv and x_proj, which are short, wait for themselves.
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
+            fork = self._variant.get("fork", True)
+            if fork:
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    _product(normed, z_weight, z_bias, z)
+                    if self._variant.get("warm", 0):
+                        pieces.warm(block.out_proj.data, self._variant["warm"])
+            else:
                 _product(normed, z_weight, z_bias, z)
             pieces.conv_step(before_conv, state.conv[i], block.conv_weight, block.conv_bias, u)
             selected = F.linear(u, block.x_proj.data, x_bias)
             low, B, C = selected.split([rank, d_state, d_state], dim=1)
-            main.wait_stream(side)
+            dt: Any = (block.dt_proj.data, low)
+            if self._variant.get("dt", True):
+                dt = F.linear(low, block.dt_proj.data)
+            if fork:
+                main.wait_stream(side)
             pieces.state_step(
                 state.ssm[i],
                 u,
                 z,
-                (block.dt_proj.data, low),
+                dt,
                 block.A,
                 B,
                 C,
                 block.D,
                 block.dt_bias,
                 y,
-                rows_each=each,
+                rows_each=self._variant.get("each", 1),
             )
             x = F.linear(y, block.out_proj.data, out_bias)
         pieces.add_norm(x, before, stream, packed.norm_f, packed.epsilon, normed)

@@ -66,7 +66,10 @@ class Pieces:
     ) -> None:
         """stream = x + before; normed = stream / rms(stream) * weight; (rows, d_model), `before` may be `stream`."""
         rows, d_model = x.shape
-        run = self._kernel("add_norm")
+        chunks = math.ceil(d_model / (8 * _THREADS)) if d_model % 8 == 0 else 0
+        tensors = [t for t in (x, before, stream, weight, normed) if t is not None]
+        whole = 0 < chunks <= 2 and all(t.data_ptr() % 16 == 0 for t in tensors)
+        run = self._kernel("add_norm", CHUNKS=chunks if whole else 0)
         run((rows, 1, 1), x, before, stream, weight, normed, i32(d_model), ctypes.c_double(epsilon))
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -79,6 +82,10 @@ class Pieces:
         sizes = (i32(rows), i32(outputs), i32(columns))
         run(grid, x, x.stride(0), packed.data, scale, bias, y, *sizes)
         return y
+
+    def warm(self, weight: Tensor, blocks: int) -> None:
+        """Reads a contiguous tensor into the L2 cache, for a product that comes later."""
+        self._kernel("warm")((blocks, 1, 1), weight, weight.nbytes)
 
     def conv_step(self, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """y = silu(conv(x)), the state (rows, width - 1, d_inner) moved on; x (rows, d_inner) may be a part of rows."""

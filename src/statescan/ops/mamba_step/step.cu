@@ -27,18 +27,12 @@ DEV real warp_sum(real s) {
   return s;
 }
 
-// stream = x + stream; normed = stream / rms * weight. One block of 256 threads a row.
-extern "C" __global__ void __launch_bounds__(256) add_norm(
-    const act* __restrict__ x, const real* before, real* stream, const real* __restrict__ weight, act* __restrict__ normed,
-    int d_model, double epsilon) {
-  __shared__ real parts[8];
-  const i64 row = (i64)blockIdx.x * d_model;
-  real square = real(0);
-  for (int k = threadIdx.x; k < d_model; k += 256) {
-    const real v = before ? to_real(x[row + k]) + before[row + k] : to_real(x[row + k]);
-    stream[row + k] = v;
-    square = fma_(v, v, square);
-  }
+// stream = x + stream; normed = stream / rms * weight. One block of 256 threads a row; CHUNKS > 0: rows of up to 2048 CHUNKS
+// numbers, a multiple of eight, stay in registers between the two passes.
+#ifndef CHUNKS
+#define CHUNKS 0
+#endif
+DEV real inverse_rms(real square, int d_model, double epsilon, real* parts) {
   square = warp_sum(square);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = square;
   __syncthreads();
@@ -46,11 +40,58 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(
 #pragma unroll
   for (int i = 0; i < 8; i++) square += parts[i];
 #if IN == 3
-  const real inverse = 1.0 / sqrt(square / d_model + epsilon);
+  return 1.0 / sqrt(square / d_model + epsilon);
 #else
-  const real inverse = 1.f / sqrtf(square / d_model + (float)epsilon);
+  return 1.f / sqrtf(square / d_model + (float)epsilon);
 #endif
+}
+extern "C" __global__ void __launch_bounds__(256) add_norm(
+    const act* __restrict__ x, const real* before, real* stream, const real* __restrict__ weight, act* __restrict__ normed,
+    int d_model, double epsilon) {
+  __shared__ real parts[8];
+  const i64 row = (i64)blockIdx.x * d_model;
+  real square = real(0);
+#if CHUNKS > 0
+  real v[CHUNKS][8], w[CHUNKS][8];
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) {
+    const int k = (threadIdx.x + i * 256) * 8;
+    if (k >= d_model) continue;
+    const Pack8 p = load8(x + row + k, 8, true);
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+      const Four f = before ? *reinterpret_cast<const Four*>(before + row + k + j) : Four{};
+      const Four g = *reinterpret_cast<const Four*>(weight + k + j);
+#pragma unroll
+      for (int m = 0; m < 4; m++) { v[i][j + m] = f.v[m]; w[i][j + m] = g.v[m]; }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      v[i][j] += part(p, j);
+      square = fma_(v[i][j], v[i][j], square);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) *reinterpret_cast<Four*>(stream + row + k + j) = Four{v[i][j], v[i][j + 1], v[i][j + 2], v[i][j + 3]};
+  }
+  const real inverse = inverse_rms(square, d_model, epsilon, parts);
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) {
+    const int k = (threadIdx.x + i * 256) * 8;
+    if (k >= d_model) continue;
+    Pack8 out;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) set_pair(out, j, v[i][j] * inverse * w[i][j], v[i][j + 1] * inverse * w[i][j + 1]);
+    store8(normed + row + k, out, 8, true);
+  }
+#else
+  for (int k = threadIdx.x; k < d_model; k += 256) {
+    const real v = before ? to_real(x[row + k]) + before[row + k] : to_real(x[row + k]);
+    stream[row + k] = v;
+    square = fma_(v, v, square);
+  }
+  const real inverse = inverse_rms(square, d_model, epsilon, parts);
   for (int k = threadIdx.x; k < d_model; k += 256) normed[row + k] = to_act(stream[row + k] * inverse * weight[k]);
+#endif
 }
 
 // y = x W^T * scale + bias, in float32 throughout: a warp an output, ROWS rows at a time. Grid (outputs / 8, rows / ROWS).
@@ -102,6 +143,22 @@ extern "C" __global__ void __launch_bounds__(256) conv_step(
   y[row * d_inner + c] = to_act(s * sigmoid(s));
 }
 
+// Reads memory into the cache, to be there for a product that comes later.
+extern "C" __global__ void __launch_bounds__(256) warm(const char* __restrict__ data, i64 bytes) {
+  for (i64 at = ((i64)blockIdx.x * 256 + threadIdx.x) * 128; at < bytes; at += (i64)gridDim.x * 256 * 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(data + at));
+}
+
+// States pass by once a step and leave the cache first: weights that were read ahead stay.
+DEV float4 streamed(const float4* p) {
+  float4 v;
+  asm("ld.global.cs.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+  return v;
+}
+DEV void stream_out(float4* p, float4 v) {
+  asm volatile("st.global.cs.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
 #ifndef N
 #define N 16
 #endif
@@ -139,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(256) state_step(
 #if G * NS == N && NS % 4 == 0 && IN != 3
 #pragma unroll
     for (int m = 0; m < NS; m += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(from + m);
+      const float4 v = streamed(reinterpret_cast<const float4*>(from + m));
       h[r][m] = v.x; h[r][m + 1] = v.y; h[r][m + 2] = v.z; h[r][m + 3] = v.w;
     }
 #else
@@ -213,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(256) state_step(
       real* to = state + (row * d_inner + c) * N + g * NS;
 #if G * NS == N && NS % 4 == 0 && IN != 3
 #pragma unroll
-      for (int m = 0; m < NS; m += 4) *reinterpret_cast<float4*>(to + m) = make_float4(h[r][m], h[r][m + 1], h[r][m + 2], h[r][m + 3]);
+      for (int m = 0; m < NS; m += 4) stream_out(reinterpret_cast<float4*>(to + m), make_float4(h[r][m], h[r][m + 1], h[r][m + 2], h[r][m + 3]));
 #else
 #pragma unroll
       for (int n = 0; n < NS; n++) if (g * NS + n < N) to[n] = h[r][n];
