@@ -249,6 +249,7 @@ class GraphDecoder:
         first = packed.blocks[0]
         d_inner, d_state, rank = first.d_inner, first.d_state, first.dt_rank
         act, pieces, device = self._act, self._pieces, self.device
+        pieces.early = self._variant.get("early", False)
         x = F.embedding(self.tokens[:rows], cast(Tensor, packed.embedding.data))
         stream = torch.empty(rows, first.d_model, device=device)
         normed = torch.empty(rows, first.d_model, dtype=act, device=device)

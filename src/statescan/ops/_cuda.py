@@ -145,11 +145,21 @@ def _allow_shared(function: Any, shared: int) -> None:
 class Kernel:
     """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit)."""
 
-    def __init__(self, function: Any, threads: int, shared: int, cooperative: bool = False, cluster: int = 1) -> None:
+    def __init__(
+        self,
+        function: Any,
+        threads: int,
+        shared: int,
+        cooperative: bool = False,
+        cluster: int = 1,
+        dependent: bool = False,
+    ) -> None:
         self._function = function
         self._threads = threads
         self._shared = shared
         self._more: dict[str, Any] = {"is_cooperative": True} if cooperative else {}
+        if dependent:
+            self._more["programmatic_stream_serialization"] = True
         if cluster > 1:
             self._more["cluster"] = (cluster, 1, 1)
         self._core = _core()
@@ -187,8 +197,9 @@ def _function(
     shared: int,
     cooperative: bool,
     cluster: int,
+    dependent: bool,
 ) -> Kernel:
-    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster)
+    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster, dependent)
 
 
 def kernel(
@@ -200,13 +211,15 @@ def kernel(
     shared: int = 0,
     cooperative: bool = False,
     cluster: int = 1,
+    dependent: bool = False,
 ) -> Kernel:
     """The function `name` of `file`, compiled with the macros `options` for this device; made once a process.
     `shared`: bytes of dynamic shared memory a block. `cooperative`: all blocks of a launch run at once, or it fails.
-    `cluster`: blocks of a cluster; the grid then counts clusters.
+    `cluster`: blocks of a cluster; the grid then counts clusters. `dependent`: it may be launched before the kernel
+    ahead of it in the stream has ended, and waits for that itself (griddepcontrol.wait).
 
     Raises:
         BackendUnavailableError: the compiler refuses it.
     """
     settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
-    return _function(str(file), name, settings, threads, device, shared, cooperative, cluster)
+    return _function(str(file), name, settings, threads, device, shared, cooperative, cluster, dependent)

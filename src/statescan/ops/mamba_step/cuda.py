@@ -56,10 +56,13 @@ class Pieces:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._options = {"IN": _TYPES[dtype]}
+        self.early = False
         self._device = device.index if device.index is not None else torch.cuda.current_device()
 
-    def _kernel(self, name: str, **options: int) -> _cuda.Kernel:
-        return _cuda.kernel(_SOURCE, name, {**self._options, **options}, _THREADS, self._device)
+    def _kernel(self, name: str, dependent: bool = False, /, **options: int) -> _cuda.Kernel:
+        if dependent:
+            options["PDL"] = 1
+        return _cuda.kernel(_SOURCE, name, {**self._options, **options}, _THREADS, self._device, dependent=dependent)
 
     def add_norm(
         self, x: Tensor, before: Tensor | None, stream: Tensor, weight: Tensor, epsilon: float, normed: Tensor
@@ -69,7 +72,7 @@ class Pieces:
         chunks = math.ceil(d_model / (8 * _THREADS)) if d_model % 8 == 0 else 0
         tensors = [t for t in (x, before, stream, weight, normed) if t is not None]
         whole = 0 < chunks <= 2 and all(t.data_ptr() % 16 == 0 for t in tensors)
-        run = self._kernel("add_norm", CHUNKS=chunks if whole else 0)
+        run = self._kernel("add_norm", self.early, CHUNKS=chunks if whole else 0)
         run((rows, 1, 1), x, before, stream, weight, normed, i32(d_model), ctypes.c_double(epsilon))
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -90,7 +93,7 @@ class Pieces:
     def conv_step(self, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """y = silu(conv(x)), the state (rows, width - 1, d_inner) moved on; x (rows, d_inner) may be a part of rows."""
         rows, d_inner = x.shape
-        run = self._kernel("conv_step", W=weight.shape[1])
+        run = self._kernel("conv_step", self.early, W=weight.shape[1])
         run((math.ceil(d_inner / _THREADS), rows, 1), x, x.stride(0), state, weight, bias, y, i32(d_inner))
 
     def state_step(
