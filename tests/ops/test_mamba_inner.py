@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statescan.errors import BackendUnavailableError
 from statescan.ops import add_rms_norm, causal_conv1d, selective_scan
-from statescan.ops.mamba_inner import LayerWeights, unavailable_reason
+from statescan.ops.mamba_inner import LayerWeights, api, unavailable_reason
 from statescan.ops.mamba_inner.layer import POLICIES, Kept, LayerGradients, Normed, backward, forward
 
 CU_SEQLENS = torch.tensor([0, 5, 5, 6, 13], dtype=torch.int32)
@@ -150,6 +151,18 @@ def test_what_is_kept_is_what_the_policies_say() -> None:
     assert sizes["cheap"] == tokens * item * (2 * d_inner + narrow) + checkpoints
     assert sizes["block"] == 0
     assert Kept._fields == POLICIES["none"]
+
+
+def test_a_kernel_that_cannot_be_made_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_, **__):
+        raise BackendUnavailableError("no compiler")
+
+    monkeypatch.setattr(api, "mamba_inner", fails)
+    monkeypatch.setattr(api, "_broken", {})
+    x, w = problem(torch.float32)
+    with pytest.warns(UserWarning, match="op by op instead of as one function: no compiler"):
+        assert api.mamba_inner_or_none(x, w) is None
+    assert api._broken == {(torch.float32, 3, 4): "no compiler"}
 
 
 def test_elsewhere_the_layer_takes_its_ops() -> None:

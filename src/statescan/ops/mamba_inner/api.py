@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from statescan.ops._dispatch import explain
+from statescan.errors import BackendUnavailableError
+from statescan.ops._dispatch import choose
 from statescan.ops.mamba_inner.layer import POLICIES, Kept, LayerGradients, LayerWeights, Normed
 
-__all__ = ["LayerWeights", "Normed", "mamba_inner", "unavailable_reason"]
+__all__ = ["LayerWeights", "Normed", "mamba_inner", "mamba_inner_or_none", "unavailable_reason"]
+
+
+# Why a layer of such facts, which should have run as one function, did not: it runs op by op from then on.
+_broken: dict[tuple[torch.dtype, int, int], str] = {}
 
 
 def unavailable_reason(device: str, dtype: torch.dtype, d_state: int, d_conv: int) -> str | None:
@@ -23,12 +29,13 @@ def unavailable_reason(device: str, dtype: torch.dtype, d_state: int, d_conv: in
         d_state: state size.
         d_conv: width of the convolution.
     """
-    facts = {"device": device, "dtype": dtype, "d_state": d_state, "width": d_conv}
-    for op in ("causal_conv1d", "selective_scan"):
-        taken = explain(op, **facts).backend
+    for op, taken in (
+        ("causal_conv1d", choose("causal_conv1d", "auto", device, dtype, width=d_conv)),
+        ("selective_scan", choose("selective_scan", "auto", device, dtype, d_state=d_state)),
+    ):
         if taken != "cuda":
             return f"{op} runs on '{taken}'"
-    return None
+    return _broken.get((dtype, d_state, d_conv))
 
 
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_dispatch.choose`
@@ -95,6 +102,18 @@ def mamba_inner(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     source = (None, None, 0.0) if normed is None else (normed.stream.detach(), normed.weight.detach(), normed.eps)
     return _Inner.apply(x, compute, cu_seqlens, recompute, *source, *weights)  # type: ignore[return-value]
+
+
+def mamba_inner_or_none(x: Tensor, weights: LayerWeights, **arguments: Any) -> Tensor | None:
+    """`mamba_inner`, or None where a kernel of its forward pass can't be made here: warned of once, with the cause."""
+    try:
+        return mamba_inner(x, weights, **arguments)
+    except BackendUnavailableError as problem:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        _broken[dtype, weights.A.shape[1], weights.conv.shape[1]] = str(problem)
+        warnings.warn(f"Mamba: a layer runs op by op instead of as one function: {problem}", stacklevel=2)
+        return None
 
 
 assert LayerGradients._fields[1:] == LayerWeights._fields
