@@ -116,6 +116,23 @@ def test_lengths_around_runs(length: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize(
+    "name",
+    ["every option", "packed", "packed, no initial state", "one run with tiles inside", "tiles inside, packed",
+     "width 3, vectors", "width 5, vectors", "blocks of time, packed", "plain", "cut block"],
+)  # fmt: skip
+def test_long_runs(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs that calls take which fill the chip, here given to small ones."""
+    monkeypatch.setattr(backend, "_FORWARD", (*backend._FORWARD[:5], 0))
+    monkeypatch.setattr(backend, "_BACKWARD", (*backend._BACKWARD[:5], 0))
+    hold_to_budget(running(), CASES[name], dtype)
+
+
+def test_sums_over_many_positions_stay_within_budget() -> None:
+    hold_to_budget(running(), ConvCase(batch=2, length=6000, features=64, initial_state=False), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
 @pytest.mark.parametrize("name", ["every option", "blocks of time", "blocks of time, packed", "width 17, long"])
 def test_runs_are_bit_equal(name: str, dtype: torch.dtype) -> None:
     problem = conv_problem(CASES[name], dtype)

@@ -24,9 +24,9 @@ __all__ = ["add_rms_norm", "launch_again", "refuses"]
 _SOURCE = Path(__file__).with_name("norm.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Measured on an H100 (docs/performance.md): threads a block, packets of eight numbers that a thread holds at most.
-_FORWARD = (128, 4)
-_BACKWARD = (128, 2)
-_THREADS_A_PROCESSOR = 1024  # of the backward, whose blocks walk over the rows
+_FORWARD = (128, 1)
+_BACKWARD = (256, 1)
+_THREADS_A_PROCESSOR = 512  # of the backward, whose blocks walk over the rows
 
 
 def refuses(facts: Facts) -> str | None:

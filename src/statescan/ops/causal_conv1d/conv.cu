@@ -27,6 +27,9 @@
 #ifndef NY
 #define NY 4
 #endif
+#ifndef STREAM
+#define STREAM 0
+#endif
 #ifndef EARLY
 #define EARLY 1
 #endif
@@ -78,7 +81,20 @@ DEV Row pack(const real* v) {
   return r;
 }
 #endif
-DEV Row fetch(const act* p) { return *reinterpret_cast<const Row*>(p); }
+DEV Row fetch(const act* p) {
+  Row r;
+#if STREAM
+  if constexpr (sizeof(Row) == 16) {
+    u32* w = reinterpret_cast<u32*>(&r);
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
+  } else if constexpr (sizeof(Row) == 8) {
+    u32* w = reinterpret_cast<u32*>(&r);
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
+  } else
+#endif
+    r = *reinterpret_cast<const Row*>(p);
+  return r;
+}
 DEV void put(act* p, const Row& r) { *reinterpret_cast<Row*>(p) = r; }
 // `step`: bytes from one position to the next, below 2^31 so that an address takes one instruction.
 DEV const act* at_position(const act* p, int t, int step) { return reinterpret_cast<const act*>(reinterpret_cast<const char*>(p) + i64(t) * step); }

@@ -31,9 +31,10 @@ _THREADS = 128
 _MOST_TAPS = 16  # that a thread keeps in registers
 _LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
 # Measured on an H100 (docs/performance.md): bytes of channels a thread, positions a thread walks, positions fetched at
-# once, whether while the ones before are worked on, blocks a multiprocessor.
-_FORWARD = (8, 16, 8, 0, 1)
-_BACKWARD = (8, 64, 4, 0, 4)
+# once, whether while the ones before are worked on, blocks a multiprocessor; runs are cut shorter until there are so
+# many blocks for each multiprocessor.
+_FORWARD = (8, 16, 8, 0, 6, 4)
+_BACKWARD = (8, 128, 4, 1, 4, 3)
 _ALL = ("SILU", "VARLEN", "HASI", "HASF", "WT", "BT")
 _PLAIN_RUN = 64  # positions of one partial sum where there are more taps than registers
 
@@ -126,11 +127,11 @@ class _Call:
     def sizes(self) -> list[Any]:
         return [i32(self.length), i32(self.features), i32(self.sequences)]
 
-    def cut(
-        self, part: int, settings: tuple[int, int, int, int, int], *tensors: Tensor | None
-    ) -> tuple[dict[str, int], int, int]:
+    def cut(self, part: int, settings: tuple[int, ...], *tensors: Tensor | None) -> tuple[dict[str, int], int, int]:
         """(macros, blocks, rows of partial sums) for kernels that walk runs of positions."""
-        size, run, ahead, early, resident = settings
+        size, run, ahead, early, resident, fill = settings
+        if self.width > 4 or self.x.dtype == torch.float64:  # longer code and more registers a position
+            ahead, resident = 2, 1
         most = max(size // self.x.element_size(), 1)
         while most > 1 and most * self.width > 8 * size // self.x.element_size():
             most //= 2
@@ -142,7 +143,7 @@ class _Call:
             rows = self.batch * math.ceil(self.length / (run * along))
             return math.ceil(self.features / (across * channels)) * rows, rows
 
-        while run > 8 and count(run)[0] < 4 * self.processors:
+        while run > 8 and count(run)[0] < fill * self.processors:
             run //= 2
         taps = {
             "TAPS": self.width,
