@@ -105,7 +105,7 @@ def test_a_command_of_a_document_parses(line: str) -> None:
         from statescan.models import preset
         from statescan.train import RunConfig
 
-        RunConfig(preset(parsed.params["preset"])).apply_overrides(overrides)
+        RunConfig(preset(parsed.params["preset"] or "tiny")).apply_overrides(overrides)
 
 
 def test_a_wrong_command_would_not_parse() -> None:

@@ -140,10 +140,10 @@ def test_full_disk_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.Monk
     before = contents(tmp_path)
 
     def full(*args: object, **named: object) -> None:
-        Path(str(args[1])).write_bytes(b"half")
+        Path(str(args[0])).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("statescan.checkpoint.folder.write_safetensors", full)
     with pytest.raises(CheckpointError) as caught:
         save_folder(tmp_path, {"old": False}, tensors())
     one_line(caught, str(tmp_path / WEIGHTS_FILE), "No space left", "unharmed", "free some space")

@@ -1,66 +1,118 @@
-"""A model's folder: config.json beside model.safetensors."""
+"""A model's folder: config.json beside its weights, in any of the layouts."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from statescan.checkpoint.weights import (
+    BIN_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_FILES,
+    TensorSpec,
+    open_weights,
+    shards_of,
+    some,
+    write_bin,
+    write_safetensors,
+)
 from statescan.errors import CheckpointError
 from statescan.files import atomic_file
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "load_config", "load_tensors", "save_folder", "tensor_shapes"]
+__all__ = [
+    "CONFIG_FILE",
+    "MOST_BYTES_OF_A_SHARD",
+    "WEIGHTS_FILE",
+    "load_config",
+    "load_tensors",
+    "read_config",
+    "save_folder",
+    "tensor_shapes",
+]
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-
-_LISTED = 3
+MOST_BYTES_OF_A_SHARD = 5 * 10**9
 
 
-def save_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Writes config.json and model.safetensors into a folder, each whole or not at all.
+def save_folder(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    binary: bool = False,
+    shard_bytes: int = MOST_BYTES_OF_A_SHARD,
+) -> Path:
+    """Writes config.json and the weights into a folder, each file whole or not at all.
 
-    Both are complete on the disk under temporary names before the first takes its place, so a full disk harms nothing.
+    All are complete on the disk under temporary names before the first takes its place, so a full disk harms nothing.
 
     Args:
         folder: made where it is missing; other files in it are left alone.
         config: anything that json can write.
         tensors: one entry a parameter, any dtype that safetensors knows; views and shared storage are allowed.
+        binary: write pytorch_model.bin instead of safetensors.
+        shard_bytes: weights beyond so many bytes are split into several files and an index. Default 5 GB.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the system refused to write.
+        CheckpointError: the system refused to write, or weights of another form lie there, which readers would take.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    with atomic_file(folder / CONFIG_FILE) as config_file, atomic_file(folder / WEIGHTS_FILE) as weights_file:
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    groups = [list(specs)] if binary else shards_of(specs, shard_bytes)
+    index = None
+    if binary:
+        files = {BIN_FILE: groups[0]}
+    elif len(groups) == 1:
+        files = {WEIGHTS_FILE: groups[0]}
+    else:
+        index = f"{WEIGHTS_FILE}.index.json"
+        files = {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+    main = index or next(iter(files))
+    if others := [name for name in WEIGHTS_FILES if name != main and (folder / name).exists()]:
+        raise CheckpointError(
+            f"save: {folder} holds {some(others)}, which would be taken for the model's weights beside {main}; save to "
+            "another folder"
+        )
+    with contextlib.ExitStack() as stack:
+        # Contexts end in reverse order: what points to the weights takes its place after them.
+        config_file = stack.enter_context(atomic_file(folder / CONFIG_FILE))
         config_file.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-        save_file(_unshared(plain), weights_file, metadata={"format": "pt"})
+        if index is not None:
+            index_file = stack.enter_context(atomic_file(folder / index))
+            total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+            places = {name: file for file, names in files.items() for name in names}
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True)
+            index_file.write_text(text + "\n", encoding="utf-8")
+        for file, names in files.items():
+            path = stack.enter_context(atomic_file(folder / file))
+            (write_bin if binary else write_safetensors)(path, _Some(tensors, names))
     return folder
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, none of which shares memory with another or is part of a larger one."""
-    seen: set[int] = set()
-    alone = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        if tensor.numel() and (
-            storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size()
-        ):
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        alone[name] = tensor
-    return alone
+class _Some(Mapping[str, Tensor]):
+    """Some entries of a mapping, each asked for when it is needed."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def load_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -70,17 +122,21 @@ def load_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the folder or file is missing, or is no JSON object.
     """
     folder = Path(folder)
-    path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise CheckpointError(
             f"load: the model must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, got {folder}, which is "
             f"{'a file' if folder.exists() else 'missing'}; pass the folder that a model was saved to"
         )
+    return read_config(folder / CONFIG_FILE)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a config.json, wherever it lies; raises as `load_config` does."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"load: {folder} has no {CONFIG_FILE}; pass the folder that a model was saved to"
+            f"load: {path.parent} has no {CONFIG_FILE}; pass the folder that a model was saved to"
         ) from None
     except OSError as error:
         raise CheckpointError(f"load: could not read {path}: {error.strerror}; check its permissions") from error
@@ -95,40 +151,13 @@ def load_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"load: {path.parent} has no {path.name}; pass the folder that a model was saved to"
-        ) from None
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"load: {path} is cut short or no safetensors file ({size} bytes: {error}); copy it again or save the "
-            "model again"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(
-            f"load: could not read {path}: {error.strerror or error}; check its permissions"
-        ) from error
-
-
 def tensor_shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a folder's model.safetensors, read from its header alone.
+    """Names and shapes of the tensors in a folder's weights, read from headers alone.
 
     Raises:
         CheckpointError: the file is missing or cut short.
     """
-    with _open(Path(folder) / WEIGHTS_FILE) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
+    return {name: spec.shape for name, spec in open_weights(Path(folder)).specs.items()}
 
 
 def load_tensors(
@@ -136,7 +165,7 @@ def load_tensors(
     wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Reads the tensors of a folder's model.safetensors after checking every name and shape.
+    """Reads the tensors of a folder's weights after checking every name and shape.
 
     Args:
         folder: as written by `save_folder`.
@@ -151,28 +180,8 @@ def load_tensors(
             checked before the first tensor is read.
     """
     folder = Path(folder)
-    path = folder / WEIGHTS_FILE
-    with _open(path) as file:
-        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        missing = sorted(set(wanted) - set(there))
-        if missing:
-            raise CheckpointError(
-                f"load: {path} lacks {_some(missing)}; it belongs to another configuration than {folder / CONFIG_FILE}"
-            )
-        extra = sorted(set(there) - set(wanted))
-        if extra:
-            raise CheckpointError(
-                f"load: {path} holds {_some(extra)}, which the model does not have; it belongs to another "
-                f"configuration than {folder / CONFIG_FILE}"
-            )
-        for name, (shape, _) in wanted.items():
-            if there[name] != tuple(shape):
-                raise CheckpointError(
-                    f"load: {path}: {name} must have shape {tuple(shape)}, got {there[name]}; it belongs to another "
-                    f"configuration than {folder / CONFIG_FILE}"
-                )
-        tensors = {}
-        for name, (_, dtype) in wanted.items():
-            tensor = file.get_tensor(name)
-            tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
-        return tensors
+    weights = open_weights(folder)
+    weights.check({name: shape for name, (shape, _) in wanted.items()}, folder / CONFIG_FILE, floats=False)
+    return {
+        name: weights[name].to(device=device, dtype=wanted[name][1], copy=True) for name in weights.in_order(wanted)
+    }

@@ -9,6 +9,7 @@ import typer
 from statescan import __version__
 from statescan.cli import terminal
 from statescan.cli.bench import bench
+from statescan.cli.convert import convert
 from statescan.cli.demo import demo
 from statescan.cli.doctor import doctor
 from statescan.cli.evaluate import evaluate
@@ -53,5 +54,6 @@ app.command(epilog='Example: statescan inspect "It was the whale." -o report.htm
     inspect
 )
 app.command(epilog="Example: statescan bench scan decode --threads 2")(bench)
+app.command(epilog="Example: statescan convert runs/whale whale-hf --to transformers")(convert)
 app.command(epilog="Example: statescan info 130m --set d_state=32")(info)
 app.command(epilog="Example: statescan demo --out demo-out")(demo)

@@ -2,6 +2,7 @@
 
 from statescan.models.causal_lm import Backbone, BackboneOutput, Block, CausalLM, CausalLMOutput
 from statescan.models.config import MambaConfig
+from statescan.models.convert import convert
 from statescan.models.counters import Flops, flops_per_token, parameter_count, state_bytes
 from statescan.models.presets import PRESETS, preset
 
@@ -14,6 +15,7 @@ __all__ = [
     "CausalLMOutput",
     "Flops",
     "MambaConfig",
+    "convert",
     "flops_per_token",
     "parameter_count",
     "preset",

@@ -25,7 +25,7 @@ from statescan.ops.mamba_inner import Normed
 __all__ = ["Backbone", "BackboneOutput", "Block", "CausalLM", "CausalLMOutput"]
 
 _IGNORED = -100
-_ARCHITECTURE = "CausalLM"
+_HEAD = "lm_head.weight"
 # Rows of logits that a head of unknown kind makes at once.
 _HEAD_CHUNK = 256
 
@@ -85,6 +85,7 @@ class Block(nn.Module):
             dt_init_floor=config.dt_init_floor,
             conv_bias=config.conv_bias,
             bias=config.bias,
+            mixer_rms_eps=config.mixer_rms_eps,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -474,56 +475,92 @@ class CausalLM(nn.Module):
         """Bytes of the state of `batch` sequences with activations of `dtype` (default: the weights')."""
         return counters.state_bytes(self.config, batch, dtype or self.backbone.embedding.weight.dtype)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes config.json and model.safetensors into a folder, whole or not at all; a tied head is not written.
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        layout: str = "statescan",
+        *,
+        shard_bytes: int = files.MOST_BYTES_OF_A_SHARD,
+    ) -> Path:
+        """Writes config.json and the weights into a folder, each file whole or not at all.
+
+        Args:
+            folder: made where it is missing.
+            layout: "statescan"; "transformers", for its `MambaForCausalLM` or `FalconMambaForCausalLM`; "state-spaces",
+                for the authors' package. Default "statescan".
+            shard_bytes: weights beyond so many bytes are split into several files. Default 5 GB.
 
         Raises:
-            CheckpointError: the system refused to write; what stood there before is unharmed.
+            CheckpointError: the system refused to write (what stood there before is unharmed), or the layout has no
+                word for what this model is.
+            ConfigError: an unknown layout.
         """
-        tensors = {name: tensor for name, tensor in self.state_dict().items() if name in self._saved_names()}
-        config = {"architecture": _ARCHITECTURE, **self.config.to_dict()}
-        return files.save_folder(folder, config, tensors)
+        state = self.state_dict()
+        # What the layout can't say is refused before anything is written.
+        config = files.fields_to(layout, self.config.to_dict(), _dtype_name(self.backbone.embedding.weight.dtype))
+        names = [n for n in state if n != _HEAD or files.head_is_written(layout, self.config.tie_embeddings)]
+        tensors = {files.their_name(layout, name): state[name] for name in names}
+        return files.save_folder(folder, config, tensors, binary=layout == "state-spaces", shard_bytes=shard_bytes)
 
-    def _saved_names(self) -> set[str]:
-        names = set(self.state_dict())
-        return names - {"lm_head.weight"} if self.config.tie_embeddings else names
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that makes up the model, a tied head left out."""
+        tied = self.config.tie_embeddings
+        return {n: tuple(t.shape) for n, t in self.state_dict().items() if not (tied and n == _HEAD)}
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        source: str | os.PathLike[str],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        revision: str | None = None,
+        offline: bool = False,
         backend: str = "auto",
     ) -> CausalLM:
-        """Reads a model that `save_pretrained` wrote.
+        """Reads a model: of this package, of the state-spaces authors, or of the transformers package.
 
         Args:
-            folder: with config.json and model.safetensors.
+            source: a folder with config.json and weights, a file of weights beside its config.json, or "owner/name" on
+                the hub, which is downloaded into its cache.
             device: where the model shall be. Default: the CPU.
             dtype: of the parameters in memory; A_log and D stay float32 below it. Default: torch's.
+            revision: branch, tag or commit on the hub. Default: its main branch.
+            offline: look into the hub's cache alone. Default False.
             backend: as in `statescan.ops`. Default "auto".
 
         Raises:
-            CheckpointError: a file is missing, cut short or of another shape.
-            ConfigError: config.json has an unknown field or a value out of range.
+            CheckpointError: a file is missing, cut short, of another shape or holds code; the hub can't be reached.
+            ConfigError: config.json has an unknown field or architecture, or a value out of range.
+            MissingExtraError: a hub id without the package huggingface_hub.
         """
-        fields = files.load_config(folder)
-        architecture = fields.pop("architecture", _ARCHITECTURE)
-        if architecture != _ARCHITECTURE:
-            raise ConfigError(
-                f"from_pretrained: {Path(folder) / files.CONFIG_FILE} must have architecture '{_ARCHITECTURE}', got "
-                f"{architecture!r}; open it with that class"
-            )
-        config = MambaConfig.from_dict(fields)
+        opened = files.open_source(source, revision=revision, offline=offline)
+        config = config_of(opened)
         model = cls(config, backend=backend, device="meta", dtype=dtype)
-        saved = model._saved_names()
-        wanted = {n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items() if n in saved}
-        tensors = files.load_tensors(folder, wanted, device or "cpu")
+        stored = opened.tensors(model.saved_shapes(), config.tie_embeddings)
+        state = model.state_dict()
+        where = device or "cpu"
+        # Copies, since the files may change while the model lives.
+        tensors = {name: stored[name].to(device=where, dtype=state[name].dtype, copy=True) for name in stored}
         model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
         return model
+
+
+def config_of(source: files.Source) -> MambaConfig:
+    """The configuration of an opened checkpoint.
+
+    Raises:
+        ConfigError: a field is missing, unknown or out of range; the text names the file.
+    """
+    try:
+        return MambaConfig.from_dict(source.fields)
+    except ConfigError as error:
+        raise ConfigError(f"{source.folder / files.CONFIG_FILE}: {error}") from None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_targets(targets: Tensor, labels: Tensor | None, batch: int, length: int) -> None:

@@ -35,6 +35,8 @@ class MambaConfig:
         dt_init_floor: initial step sizes are at least this. Default 1e-4.
         conv_bias: the convolution has a bias. Default True.
         bias: in_proj and out_proj have biases. Default False.
+        mixer_rms_eps: FalconMamba's variant: dt, B and C of every layer are divided by their root mean square, with
+            this added to the mean square. Default None: Mamba.
         norm_epsilon: added to the mean square in every norm. Default 1e-5.
         residual_in_fp32: keep the residual stream in float32 where activations are narrower. Default True.
         pad_vocab_size_multiple: the embedding's rows are a multiple of this. Default 8.
@@ -63,6 +65,7 @@ class MambaConfig:
     dt_init_floor: float = 1e-4
     conv_bias: bool = True
     bias: bool = False
+    mixer_rms_eps: float | None = None
     norm_epsilon: float = 1e-5
     residual_in_fp32: bool = True
     pad_vocab_size_multiple: int = 8
@@ -83,6 +86,11 @@ class MambaConfig:
         self._want("dt_max", self.dt_max >= self.dt_min, f"at least dt_min = {self.dt_min}")
         for name in ("norm_epsilon", "initializer_range"):
             self._want(name, _is_number(self, name) and getattr(self, name) >= 0, "a number >= 0")
+        self._want(
+            "mixer_rms_eps",
+            self.mixer_rms_eps is None or (_is_number(self, "mixer_rms_eps") and self.mixer_rms_eps >= 0),
+            "None or a number >= 0",
+        )
         for name in ("conv_bias", "bias", "residual_in_fp32", "tie_embeddings", "rescale_prenorm_residual"):
             self._want(name, isinstance(getattr(self, name), bool), "True or False")
         self._want("recompute", self.recompute in _RECOMPUTE, f"one of {', '.join(map(repr, _RECOMPUTE))}")

@@ -20,7 +20,7 @@ from statescan.ops import (
     selective_scan,
     selective_state_update,
 )
-from statescan.ops.mamba_inner import LayerWeights, Normed, mamba_inner, unavailable_reason
+from statescan.ops.mamba_inner import LayerWeights, Normed, mamba_inner, mamba_inner_or_none, unavailable_reason
 
 __all__ = ["CausalConv1d", "LayerOutput", "Mamba", "MambaState", "StepProjection", "is_plain"]
 
@@ -121,6 +121,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def _over_its_rms(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 (float64 for float64) inside."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 class Mamba(nn.Module):
     """The Mamba layer: a gated causal convolution and a selective scan between two projections.
 
@@ -146,6 +152,8 @@ class Mamba(nn.Module):
         dt_init_floor: initial step sizes are at least this. Default 1e-4.
         conv_bias: the convolution has a bias. Default True.
         bias: in_proj and out_proj have biases. Default False.
+        mixer_rms_eps: divide dt (before dt_proj), B and C by their root mean square, with this added to the mean
+            square, as FalconMamba does; it has no parameters. Default None: leave them.
         backend: backend of the convolution and the scan, as in `statescan.ops`. Default "auto".
         device: where parameters are made. Default: torch's.
         dtype: of the parameters; A_log and D stay float32 below it. Default: torch's.
@@ -174,6 +182,7 @@ class Mamba(nn.Module):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        mixer_rms_eps: float | None = None,
         *,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -197,6 +206,8 @@ class Mamba(nn.Module):
                 f"dt_min={dt_min!r}, dt_max={dt_max!r}, dt_init_floor={dt_init_floor!r}, dt_scale={dt_scale!r}; "
                 "0.001, 0.1, 1e-4 and 1 are published"
             )
+        if mixer_rms_eps is not None and not mixer_rms_eps >= 0:
+            raise ConfigError(f"Mamba: mixer_rms_eps must be None or >= 0, got {mixer_rms_eps!r}; 1e-6 is published")
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv
@@ -205,6 +216,7 @@ class Mamba(nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
         self.dt_min, self.dt_max = dt_min, dt_max
         self.dt_init, self.dt_scale, self.dt_init_floor = dt_init, dt_scale, dt_init_floor
+        self.mixer_rms_eps = mixer_rms_eps
         self.backend = backend
 
         where = {"device": device, "dtype": dtype}
@@ -321,8 +333,12 @@ class Mamba(nn.Module):
         self._check_state("Mamba.forward", state, rows)
         policy = recompute if isinstance(recompute, str) else "cheap" if recompute else "none"
         if self.runs_as_one(x, state):
-            weights = self._weights()
-            return LayerOutput(mamba_inner(x, weights, cu_seqlens=cu_seqlens, recompute=policy, normed=normed), None)
+            # Traced or named, the kernels are there or the call fails; "auto" goes on op by op.
+            strict = self.backend != "auto" or torch.compiler.is_compiling()
+            run = mamba_inner if strict else mamba_inner_or_none
+            whole = run(x, self._weights(), cu_seqlens=cu_seqlens, recompute=policy, normed=normed)
+            if whole is not None:
+                return LayerOutput(whole, None)
         if policy == "none" or not torch.is_grad_enabled():
             output, after = self._after_in_proj(self.in_proj(x), state, cu_seqlens)
         elif policy == "cheap":
@@ -347,6 +363,8 @@ class Mamba(nn.Module):
         on, convolution and scan run on their cuda backends, no state goes in, and no adapter, hook or sharding stands
         between a parameter and its use."""
         if state is not None or x.device.type != "cuda" or not torch.is_grad_enabled():
+            return False
+        if self.mixer_rms_eps is not None:
             return False
         if self.backend not in ("auto", "cuda") or not all(
             is_plain(module, kind)
@@ -449,6 +467,8 @@ class Mamba(nn.Module):
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes before their bias, and B and C, as functions of the input: what makes the layer selective."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.mixer_rms_eps is not None:
+            dt, B, C = (_over_its_rms(part, self.mixer_rms_eps) for part in (dt, B, C))
         return self.dt_proj(dt), B, C
 
     def _A(self) -> Tensor:

@@ -1,0 +1,89 @@
+"""From one layout of checkpoints to another, tensor by tensor from file to file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from statescan import checkpoint as files
+from statescan.errors import CheckpointError
+from statescan.files import flush_to_disk, make_folder
+from statescan.models.causal_lm import CausalLM, config_of
+
+__all__ = ["convert"]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    layout: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    shard_bytes: int = files.MOST_BYTES_OF_A_SHARD,
+) -> Path:
+    """Writes a checkpoint in another layout; every number keeps its bits and its dtype.
+
+    The tensors go from file to file through a memory map: what lies in memory does not grow with the model. (A
+    pytorch_model.bin of PyTorch before 1.6 can't be mapped: of such, one shard lies in memory.) All is written beside
+    the destination and takes its name when it is whole. Tokenizer files go along.
+
+    Args:
+        source: as in `CausalLM.from_pretrained`.
+        destination: a folder that does not exist yet or is empty.
+        layout: "statescan", "state-spaces" or "transformers".
+        revision: of a hub id. Default: its main branch.
+        offline: look into the hub's cache alone. Default False.
+        shard_bytes: weights beyond so many bytes are split into several files. Default 5 GB.
+
+    Returns:
+        The destination.
+
+    Raises:
+        CheckpointError: something is wrong with the source, the destination is in use, the layout can't say what the
+            model is, or the system refused to write; the destination is as it was.
+        ConfigError: an unknown layout, architecture or field.
+    """
+    destination = Path(destination)
+    opened = files.open_source(source, revision=revision, offline=offline)
+    config = config_of(opened)
+    tied = config.tie_embeddings
+    tensors = opened.tensors(CausalLM(config, device="meta").saved_shapes(), tied)
+    fields = files.fields_to(layout, config.to_dict(), str(tensors.dtype).removeprefix("torch."))
+    stored = {files.their_name(layout, name): tensors[name] for name in tensors}
+    if tied and files.head_is_written(layout, tied):
+        stored["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    with _new_folder(destination) as folder:
+        files.save_folder(folder, fields, stored, binary=layout == "state-spaces", shard_bytes=shard_bytes)
+        for name in files.TOKENIZER_FILES:
+            if (opened.folder / name).is_file():
+                shutil.copyfile(opened.folder / name, folder / name)
+    return destination
+
+
+@contextlib.contextmanager
+def _new_folder(destination: Path) -> Iterator[Path]:
+    """A folder under a temporary name that takes the destination's when the block ends well."""
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise CheckpointError(
+            f"convert: the destination must be a new or empty folder, got {destination}, which is in use; name another"
+        )
+    # A folder's name may end in dots and slashes: its own, not the one typed.
+    target = Path(os.path.abspath(destination))
+    make_folder(target.parent)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        make_folder(temporary)
+        yield temporary
+        os.replace(temporary, target)
+        flush_to_disk(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"convert: could not write {destination}: {error.strerror or error}; check the path and the disk"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
