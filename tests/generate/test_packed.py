@@ -198,6 +198,7 @@ def test_errors() -> None:
     state = packed.init_state(2)
     cases: list[tuple[Any, type[Exception], str]] = [
         (lambda: PackedModel(model(), "int4"), errors.ConfigError, "dtype must be one of"),  # type: ignore[arg-type]
+        (lambda: PackedModel(model(), "float16"), errors.ConfigError, "'float16' runs on GPUs.*'bfloat16'"),
         (lambda: PackedModel(nn.Linear(2, 2)), errors.ConfigError, "model must be a CausalLM"),  # type: ignore[arg-type]
         (lambda: packed.init_state(0), errors.ShapeError, "batch must be >= 1, got 0"),
         (lambda: packed.step(torch.zeros(3, dtype=torch.long), state), errors.ShapeError, "state.conv must be"),

@@ -100,7 +100,7 @@ def wide_state(own: PackedModel, rows: int) -> DecodeState:
     return DecodeState(state.conv.double(), state.ssm.double())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ONE_LAUNCH)
 def test_one_launch_is_float32_arithmetic_whatever_the_weights_are(name: str, dtype: str) -> None:
     own, slots = packed(name, dtype), decoder(name, dtype, 1)

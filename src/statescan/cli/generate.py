@@ -27,6 +27,7 @@ class Weights(enum.StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"
     int8 = "int8"
 
 

@@ -149,7 +149,8 @@ class Engine:
     Args:
         model: a `statescan.models.CausalLM`, packed here, or a `Decoder` as it is.
         tokenizer: turns prompts into tokens and back. Default: bytes, for a model of 256 tokens.
-        dtype: of the packed weights, ``"float32"``, ``"bfloat16"`` or, on the CPU, ``"int8"``. Default ``"float32"``.
+        dtype: of the packed weights, ``"float32"``, ``"bfloat16"``, on the CPU ``"int8"`` and on a GPU ``"float16"``.
+            Default ``"float32"``.
         prefill_chunk: tokens of a prompt read at once. Default 2048, on a GPU 16384.
         max_batch: rows stepped together; further prompts wait. Default 16.
         device: where the packed weights go. Default: where the model is.

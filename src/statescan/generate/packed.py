@@ -26,7 +26,9 @@ from statescan.ops import (
 from statescan.ops.mamba_step.api import BlockWeights
 from statescan.ops.packed_linear.validation import PACKED_DTYPES, PackedDType
 
-__all__ = ["DecodeState", "PackedModel", "effective_linear"]
+__all__ = ["DecodeDType", "DecodeState", "PackedModel", "effective_linear"]
+
+DecodeDType = PackedDType | Literal["float16"]
 
 # Positions prefilled at once: the largest temporaries are (2048, 2 d_inner), 25 MB in float32 at the 130m shape.
 _CHUNK = 2048
@@ -105,6 +107,12 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().float().contiguous()
 
 
+def _pack(weight: Tensor, dtype: DecodeDType) -> PackedWeight:
+    if dtype == "float16":
+        return PackedWeight(weight.detach().half().contiguous())
+    return pack_weight(weight, dtype)
+
+
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
@@ -124,10 +132,10 @@ def _moved_block(block: BlockWeights, device: torch.device) -> BlockWeights:
 
 
 @torch.no_grad()
-def _pack_block(layer: Any, dtype: PackedDType) -> BlockWeights:
+def _pack_block(layer: Any, dtype: DecodeDType) -> BlockWeights:
     mixer, norm = layer.mixer, layer.norm
     # The projections that make dt, B and C are 5 % of the weights and steer the recurrence: int8 stops at bfloat16.
-    fine: PackedDType = "bfloat16" if dtype == "int8" else dtype
+    fine: DecodeDType = "bfloat16" if dtype == "int8" else dtype
     in_weight, in_bias = effective_linear(mixer.in_proj, mixer.d_model)
     x_weight, x_bias = effective_linear(mixer.x_proj, mixer.d_inner)
     dt_weight, dt_extra = effective_linear(mixer.dt_proj, mixer.dt_rank)
@@ -140,12 +148,12 @@ def _pack_block(layer: Any, dtype: PackedDType) -> BlockWeights:
     assert conv_weight is not None
     return BlockWeights(
         norm=norm_weight,
-        in_proj=pack_weight(in_weight, dtype),
+        in_proj=_pack(in_weight, dtype),
         conv_weight=conv_weight,
-        x_proj=pack_weight(x_weight, fine),
-        dt_proj=pack_weight(dt_weight, fine),
+        x_proj=_pack(x_weight, fine),
+        dt_proj=_pack(dt_weight, fine),
         A=-torch.exp(mixer.A_log.detach().float()).contiguous(),
-        out_proj=pack_weight(out_weight, dtype),
+        out_proj=_pack(out_weight, dtype),
         conv_bias=_vector(mixer.conv1d.bias),
         dt_bias=dt_bias,
         D=_vector(mixer.D),
@@ -162,7 +170,8 @@ class PackedModel:
     Args:
         model: the language model; left unchanged and not kept.
         dtype: of the large weights. ``"float32"`` shares the memory of a float32 model's weights; ``"bfloat16"`` takes
-            2 bytes a weight and ``"int8"`` 1 (x_proj and dt_proj stay bfloat16 there). A tied head is held once.
+            2 bytes a weight and ``"int8"`` 1 (x_proj and dt_proj stay bfloat16 there); ``"float16"`` on GPUs. A tied
+            head is held once.
         device: where the packed weights go. Default: where the model is.
 
     Numerics:
@@ -178,27 +187,29 @@ class PackedModel:
     """
 
     def __init__(
-        self, model: CausalLM, dtype: PackedDType = "float32", *, device: torch.device | str | None = None
+        self, model: CausalLM, dtype: DecodeDType = "float32", *, device: torch.device | str | None = None
     ) -> None:
-        if dtype not in PACKED_DTYPES:
-            raise ConfigError(f"PackedModel: dtype must be one of {list(PACKED_DTYPES)}, got {dtype!r}")
+        if dtype not in (*PACKED_DTYPES, "float16"):
+            raise ConfigError(f"PackedModel: dtype must be one of {[*PACKED_DTYPES, 'float16']}, got {dtype!r}")
         if not isinstance(model, CausalLM):
             raise ConfigError(f"PackedModel: model must be a CausalLM, got {type(model).__name__}")
         self.config = model.config
-        self.dtype: PackedDType = dtype
+        self.dtype: DecodeDType = dtype
         backbone: Any = model.backbone
         where = backbone.norm_f.weight.device if device is None else torch.device(device)
+        if dtype == "float16" and where.type == "cpu":
+            raise ConfigError("PackedModel: dtype 'float16' runs on GPUs, got device cpu; use 'bfloat16' there")
         self.blocks = [_moved_block(_pack_block(layer, dtype), where) for layer in backbone.layers]
         norm_f = _moved(_vector(backbone.norm_f.weight), where)
         assert norm_f is not None
         self.norm_f = norm_f
         self.epsilon = float(backbone.norm_f.eps)
         head_weight, head_bias = effective_linear(model.lm_head, self.config.d_model)
-        self.head = _moved_weight(pack_weight(head_weight, dtype), where)
+        self.head = _moved_weight(_pack(head_weight, dtype), where)
         self.head_bias = _moved(_vector(head_bias), where)
         embedding = self._embedding_weight(backbone.embedding)
         tied = embedding.shape == head_weight.shape and embedding.data_ptr() == head_weight.data_ptr()
-        self.embedding = self.head if tied else _moved_weight(pack_weight(embedding, dtype), where)
+        self.embedding = self.head if tied else _moved_weight(_pack(embedding, dtype), where)
         self._stack = self._native_stack()
         self._prefill: list[dict[str, Callable[[Tensor], Tensor]]] | None = None
         self._prefill_bytes = 0
@@ -384,8 +395,8 @@ class PackedModel:
         return packed_linear(add_rms_norm(kept, self.norm_f, eps=self.epsilon).output, self.head, self.head_bias)
 
     def _activation_dtype(self) -> torch.dtype:
-        if self.dtype == "float32":
-            return torch.float32
+        if self.dtype in ("float32", "float16"):
+            return torch.float32 if self.dtype == "float32" else torch.float16
         return torch.bfloat16 if _multiplies_bfloat16(self.device) else torch.float32
 
     def _prefill_products(self) -> list[dict[str, Callable[[Tensor], Tensor]]]:
