@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from statescan.testing import refusal
+
+# Triton settles at its own import whether its functions are interpreted, which tests/ops/test_triton.py needs where no
+# GPU is; torch may import it for another test before that.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as _patch:
+        _patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.language")
 
 # where the ops' suites put their tensors
 TEST_DEVICE = os.environ.get("STATESCAN_TEST_DEVICE", "cpu")

@@ -1,7 +1,7 @@
 """The contract of the `triton` backends compiled for a GPU, plus what only a GPU shows: segments of time, whole and cut
 blocks of channels, graphs.
 
-tests/ops/test_triton.py holds the same kernels to the contract on the CPU, through Triton's interpreter; and the suites of
+tests/ops/test_triton.py holds the same kernels to the contract on the CPU, through Triton's interpreter; the suites of
 the single ops run here, too, with STATESCAN_TEST_DEVICE=cuda in the environment.
 """
 

@@ -1,7 +1,7 @@
 """What the Triton backends share: whether Triton can run here, and how their kernels are launched.
 
-Nothing here imports triton before a call needs it. Kernels are in modules of their own (``triton_kernels.py`` beside each
-backend), imported at the first launch. On the CPU they run only through Triton's interpreter, for tests: slowly.
+Nothing here imports triton before a call needs it. Kernels are in modules of their own (``triton_kernels.py`` beside
+each backend), imported at the first launch. On the CPU they run only through Triton's interpreter, for tests: slowly.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def refusal(facts: Facts) -> str | None:
             )
         return None if importlib.util.find_spec("triton") is not None else f"triton does not import; {_INSTALL}"
     if facts.device not in _DEVICES:
-        return f"it runs on devices of type {' or '.join(_DEVICES)}, the inputs are on '{facts.device}'; use backend='torch'"
+        kinds = " or ".join(_DEVICES)
+        return f"it runs on devices of type {kinds}, the inputs are on '{facts.device}'; use backend='torch'"
     if interpreting():
         return "TRITON_INTERPRET is set, which interprets kernels on the CPU; unset it to run on the GPU"
     return _unavailable(facts.device)

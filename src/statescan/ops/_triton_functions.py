@@ -1,3 +1,4 @@
+# type: ignore  (what Triton compiles looks like Python, but has types of its own)
 """Functions that the Triton kernels of several ops share.
 
 GPU is 0 for the interpreter, whose exponentials are exact; 1 for NVIDIA, whose hardware exponential is low by 1.6e-8 to
@@ -44,7 +45,7 @@ def exp_down(x, GPU: tl.constexpr):
 
 @triton.jit
 def softplus(x, GPU: tl.constexpr):
-    """log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|), with log1p(e) / e as a polynomial good to 5e-9 on [0, 1]."""
+    """log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|); log1p(e) / e is a polynomial good to 5e-9 on [0, 1]."""
     e = exp_down(-tl.abs(x), GPU)
     p = e * -3.244004445e-03 + 1.985136978e-02
     p = e * p + -5.695936084e-02

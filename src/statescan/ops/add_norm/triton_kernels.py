@@ -1,5 +1,6 @@
-"""The residual addition and RMS norm in Triton. A program has ROWS rows, one after the other; a row is read in pieces of
-BF features, twice where it is longer than one piece."""
+# type: ignore  (what Triton compiles looks like Python, but has types of its own)
+"""The residual addition and RMS norm in Triton. A row is read in pieces of BF features, twice where it is longer than
+one piece; in the backward a program has ROWS rows, one after the other."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def norm_backward(
     o_r, o_c, d_r, d_c, t_r, t_c, rows, features,
     BF: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd (w g - total rstd^2 mean(w g total)) + dtotal, the same for the residual; ROWS rows' share of dweight."""
+    """dx = rstd (w g - total rstd^2 mean(w g total)) + dtotal, also for the residual; ROWS rows' share of dweight."""
     first = tl.program_id(0) * ROWS
     share = tl.program_id(0).to(tl.int64) * features
     total_w = tl.full((BF,), 0.0, tl.float32)

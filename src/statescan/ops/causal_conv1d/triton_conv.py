@@ -1,4 +1,4 @@
-"""The causal convolution in Triton: portable to the GPUs that Triton knows; its interpreter runs it on the CPU for tests."""
+"""The causal convolution in Triton: portable to the GPUs that Triton knows, interpreted on the CPU for tests."""
 
 from __future__ import annotations
 
@@ -104,10 +104,13 @@ def _backward(
     grid, sizes = _tiles(x)
     blocks = sizes[3]
     shares = grid[0] // blocks
-    real = {"dtype": torch.float32, "device": x.device}
-    dweight = torch.empty(shares, x.shape[2], past + 1, **real)
-    dbias = None if bias is None else torch.empty(shares, x.shape[2], **real)
-    g = torch.empty(x.shape, **real) if silu else grad_y
+
+    def real(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    dweight = real(shares, x.shape[2], past + 1)
+    dbias = None if bias is None else real(shares, x.shape[2])
+    g = real(*x.shape) if silu else grad_y
     options = {"PAST": past, "BD": _CHANNELS, "PACKED": cu is not None}
     with _triton.on_device_of(x):
         run.conv_gradient[grid](

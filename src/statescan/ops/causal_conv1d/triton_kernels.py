@@ -1,3 +1,4 @@
+# type: ignore  (what Triton compiles looks like Python, but has types of its own)
 """The causal convolution's Triton kernels: tiles of BT positions and BD channels, channels side by side.
 
 `owners` is the sequence of every position where several are packed in one row (PACKED). PAST is the filter's width less
@@ -113,7 +114,7 @@ def conv_backward(
     g_b, g_t, g_c, w_c, w_k, length, features, times, blocks,
     PAST: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dx[t] = sum_k weight[k] g[t + PAST - k], as far as t's sequence goes, and what the final state's gradient adds."""
+    """dx[t] = sum_k weight[k] g[t + PAST - k], as far as t's sequence goes, plus the final state's gradient."""
     pid = tl.program_id(0)
     c = (pid % blocks) * BD + tl.arange(0, BD)
     t = (pid // blocks % times) * BT + tl.arange(0, BT)
@@ -209,7 +210,7 @@ def conv_step(
     x, state, weight, bias, y, new_state, x_b, x_c, s_b, s_t, s_c, n_b, n_t, n_c, w_c, w_k, features, blocks,
     PAST: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
-    """One position from a state; new_state may be state itself: a thread reads a channel's inputs before it moves them."""
+    """One position from a state; new_state may be state itself: a thread reads an input before it writes over it."""
     pid = tl.program_id(0)
     c = (pid % blocks) * BD + tl.arange(0, BD)
     live = c < features

@@ -1,12 +1,13 @@
+# type: ignore  (what Triton compiles looks like Python, but has types of its own)
 """The scan's Triton kernels.
 
 A program is one warp with BD channels of one sequence, or of one segment of it where time is cut (SPLIT), and walks time
-in order with its states in registers. The NP states of a channel are G pieces of W neighbours, each a tensor (BD, W): up
-to 16 states a channel every thread has a channel of its own with all its states, in pieces of four numbers that are
-loaded at once; sums over states then need no other thread, and nothing of a channel's work is done twice.
+in order with its states in registers. A channel's states are G pieces of W neighbours, each a tensor (BD, W): up
+to 16 states a channel every thread has a channel of its own with all its states, in pieces of four numbers that are loaded at once; so
+sums over states need no other thread, and nothing of a channel's work is done twice.
 
-Nothing is summed over programs: what programs share they write apart, and the host adds. Names ending in _b, _t, _g, _c, _n
-are strides of the batch, of time, of groups, of channels and of states. `a` is A log2(e).
+Nothing is summed over programs: what programs share they write apart, and the host adds. Names that end in _b, _t, _g, _c
+or _n are strides of the batch, of time, of groups, of channels and of states. `a` is A log2(e).
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ def scan_forward(
         if not ENDS and z is not None:
             zs = next_z
             next_z = _rows(z, t + RUN, end, z_t, live, RUN)
-        if checkpoints is not None:
+        if checkpoints is not None:  # noqa: SIM102  (one is known to the compiler, the other is not)
             if (t - origin) % EVERY == 0:
                 _keep(checkpoints + (slot + (t - origin) // EVERY) * size, h, c, live, N, W, G)
         for s in tl.static_range(RUN):
@@ -262,7 +263,7 @@ def scan_combine(
     else:
         h = tl.full((BS,), 0.0, tl.float32)
     # an empty sequence has a segment, too, whose program hands the state on
-    for j in range(0, tl.maximum((stop - origin + segment - 1) // segment, 1)):
+    for j in range(tl.maximum((stop - origin + segment - 1) // segment, 1)):
         i = (first + j).to(tl.int64)
         own = tl.load(states + i * size + at, live, other=0.0)
         steps = tl.load(sums + i * (size // N) + at // N, live, other=0.0)
@@ -308,7 +309,7 @@ def scan_adjoint(
     total = tl.full((BD,), 0.0, tl.float32)
     adjoint = _pieces(None, c, live, N, W, G)
     runs = (end - begin + RUN - 1) // RUN
-    for i in range(0, runs):
+    for i in range(runs):
         t = begin + (runs - 1 - i) * RUN
         dts = _rows(dt, t, end, dt_t, live, RUN)
         dys = _rows(dy, t, end, dy_t, live, RUN)
@@ -355,7 +356,7 @@ def scan_combine_adjoint(
     else:
         adjoint = tl.full((BS,), 0.0, tl.float32)
     count = tl.maximum((stop - origin + segment - 1) // segment, 1)
-    for j in range(0, count):
+    for j in range(count):
         i = (first + count - 1 - j).to(tl.int64)
         own = tl.load(adjoints + i * size + at, live, other=0.0)
         steps = tl.load(sums + i * (size // N) + at // N, live, other=0.0)
@@ -486,14 +487,14 @@ def scan_backward(
     lost_bias = tl.full((BD,), 0.0, tl.float32)
 
     spans = (end - begin + EVERY - 1) // EVERY
-    for i in range(0, spans):
+    for i in range(spans):
         t0 = begin + (spans - 1 - i) * EVERY
         kept = checkpoints + (slot + (t0 - origin) // EVERY) * size
         count = (tl.minimum(end - t0, EVERY) + RUN - 1) // RUN
         if RUNS > 1:
             tl.debug_barrier()  # the last span's states have been read
             h = _pieces(kept, c, live, N, W, G)
-            for r in range(0, count - 1):
+            for r in range(count - 1):
                 us = _rows(u, t0 + r * RUN, end, u_t, live, RUN)
                 dts = _rows(dt, t0 + r * RUN, end, dt_t, live, RUN)
                 _keep(scratch + r * (BD * G * W), h, own, own >= 0, G * W, W, G)
@@ -504,7 +505,7 @@ def scan_backward(
                     h = _forth(h, a, d, d * us[s].to(tl.float32), b, G, GPU)
             _keep(scratch + (count - 1) * (BD * G * W), h, own, own >= 0, G * W, W, G)
             tl.debug_barrier()
-        for q in range(0, count):
+        for q in range(count):
             r = count - 1 - q
             t = t0 + r * RUN
             us = _rows(u, t, end, u_t, live, RUN)

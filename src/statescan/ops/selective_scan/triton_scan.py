@@ -1,8 +1,8 @@
 """The scan in Triton: portable to the GPUs that Triton knows, and run on the CPU by its interpreter for tests.
 
-A program walks one sequence for a block of channels. Where sequences x channels are too few programs for the chip, time is
-cut into segments: end states of every segment, a small scan over segments, then the segments again from the right state.
-States are kept at checkpoints alone and made again in the backward. No atomics: two runs give the same bits.
+A program walks one sequence for a block of channels. Where sequences x channels are too few programs for the chip, time
+is cut into segments: end states of every segment, a small scan over segments, then the segments again from the right
+state. States are kept at checkpoints alone and made again in the backward. No atomics: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -342,17 +342,20 @@ def _backward_fake(
     with_initial: bool,
 ) -> _Gradients:
     rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    real = {"dtype": torch.float32}
+
+    def real(shape: tuple[int, ...]) -> Tensor:
+        return A.new_empty(shape, dtype=torch.float32)
+
     return (
         u.new_empty(u.shape),
         u.new_empty(u.shape),
-        A.new_empty(A.shape, **real),
+        real(A.shape),
         B.new_empty(B.shape),
         C.new_empty(C.shape),
-        A.new_empty((0,) if D is None else D.shape, **real),
+        real((0,) if D is None else D.shape),
         u.new_empty((0,) if z is None else u.shape),
-        A.new_empty((0,) if dt_bias is None else dt_bias.shape, **real),
-        A.new_empty((rows, u.shape[2], A.shape[1]) if with_initial else (0,), **real),
+        real((0,) if dt_bias is None else dt_bias.shape),
+        real((rows, u.shape[2], A.shape[1]) if with_initial else (0,)),
     )
 
 

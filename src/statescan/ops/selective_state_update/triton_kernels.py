@@ -1,3 +1,4 @@
+# type: ignore  (what Triton compiles looks like Python, but has types of its own)
 """One step of the selective scan in Triton: a program has BD channels of one row with all their states."""
 
 from __future__ import annotations

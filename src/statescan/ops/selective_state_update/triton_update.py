@@ -44,9 +44,9 @@ def _run(
     fixed_B, fixed_C = B.dim() == 2, C.dim() == 2
     groups_B, groups_C = (1 if fixed else x.shape[1] for x, fixed in ((B, fixed_B), (C, fixed_C)))
     groups = math.lcm(groups_B, groups_C)
-    A, D, dt_bias = (None if x is None else x.float().contiguous() for x in (A, D, dt_bias))
+    A = A.float().contiguous()
+    D, dt_bias = (None if x is None else x.float().contiguous() for x in (D, dt_bias))
     B, C = (x.float().contiguous() if fixed else x for x, fixed in ((B, fixed_B), (C, fixed_C)))
-    assert A is not None
     states, per_group = _triton.power_of_2(A.shape[1]), d_inner // groups
     channels = min(_NUMBERS // states, _triton.power_of_2(per_group))
     each = -(-per_group // channels)
