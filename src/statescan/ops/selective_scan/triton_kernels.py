@@ -1,13 +1,13 @@
 # type: ignore  (what Triton compiles looks like Python, but has types of its own)
 """The scan's Triton kernels.
 
-A program is one warp with BD channels of one sequence, or of one segment of it where time is cut (SPLIT), and walks time
-in order with its states in registers. A channel's states are G pieces of W neighbours, each a tensor (BD, W): up
-to 16 states a channel every thread has a channel of its own with all its states, in pieces of four numbers that are loaded at once; so
-sums over states need no other thread, and nothing of a channel's work is done twice.
+A program is one warp with BD channels of one sequence, or of one segment of it where time is cut (SPLIT), and walks
+time in order with its states in registers. A channel's states are G pieces of W neighbours, each a tensor (BD, W): up
+to 16 states a channel every thread has a channel of its own with all its states, in pieces of four numbers that are
+loaded at once; so sums over states need no other thread, and nothing of a channel's work is done twice.
 
-Nothing is summed over programs: what programs share they write apart, and the host adds. Names that end in _b, _t, _g, _c
-or _n are strides of the batch, of time, of groups, of channels and of states. `a` is A log2(e).
+Nothing is summed over programs: what programs share they write apart, and the host adds. Names that end in _b, _t, _g,
+_c or _n are strides of the batch, of time, of groups, of channels and of states. `a` is A log2(e).
 """
 
 from __future__ import annotations
