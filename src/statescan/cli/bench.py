@@ -90,10 +90,12 @@ def _table(report: dict[str, Any]) -> Any:
         if row["failure"]:
             table.add_row(*cells, "", "", "", "", "", "", row["failure"])
             continue
+        # On a CPU every measurement has its process's peak; of an op's it says nothing.
+        hidden = {"peak_memory_bytes"} if row["bench"] in ("scan", "conv", "norm") else set()
         table.add_row(
             *cells,
             *(
-                "" if row.get(key) is None else form(row[key])
+                "" if row.get(key) is None or key in hidden else form(row[key])
                 for key, form in (
                     ("milliseconds", _milliseconds),
                     ("spread", _milliseconds),
