@@ -3,7 +3,8 @@
 Three layouts are known, each a config.json beside weights:
 
 - ``statescan``: this package's, fields as `statescan.models.MambaConfig` names them.
-- ``state-spaces``: of the paper's authors (`MambaLMHeadModel`); a tied head is repeated, a layer's fields lie in ssm_cfg.
+- ``state-spaces``: of the paper's authors (`MambaLMHeadModel`); a tied head is repeated, a layer has its fields in
+  ssm_cfg.
 - ``transformers``: `MambaForCausalLM` and `FalconMambaForCausalLM`.
 
 A field is honoured, or it is one that no number of the model depends on (listed below), or it is refused by name.
@@ -97,7 +98,9 @@ _WITHOUT_EFFECT = frozenset(
         "is_encoder_decoder",
     )
 )
+# Ours beside transformers' fields: what those have no place for, or a place that does harm.
 _EXTRA = "statescan"
+_EXTRA_FIELDS = ("vocab_size", "pad_vocab_size_multiple", "dt_rank", "rescale_prenorm_residual", "recompute")
 
 
 def detect_layout(config: Mapping[str, Any], path: Path) -> str:
@@ -212,7 +215,7 @@ def _from_transformers(fields: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _own_extra(extra: Any, ours: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What this package adds to transformers' fields: how many of the vocabulary's rows are in use."""
-    if not isinstance(extra, dict) or set(extra) - {"vocab_size", "pad_vocab_size_multiple", "dt_rank", "recompute"}:
+    if not isinstance(extra, dict) or set(extra) - set(_EXTRA_FIELDS):
         raise ConfigError(
             f"{path}: the field {_EXTRA} must hold what `statescan convert` wrote, got {extra!r}; remove it"
         )
@@ -315,8 +318,9 @@ def _to_transformers(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         theirs["time_step_rank"] = math.ceil(fields["d_model"] / 16)
     if kind == "falcon_mamba":
         theirs["mixer_rms_eps"] = fields["mixer_rms_eps"]
-    names = ("vocab_size", "pad_vocab_size_multiple", "dt_rank", "recompute")
-    theirs[_EXTRA] = {name: fields[name] for name in names}
+    # It concerns initial values alone, but where it is true transformers 5 scales out_proj once more on loading.
+    theirs["rescale_prenorm_residual"] = False
+    theirs[_EXTRA] = {name: fields[name] for name in _EXTRA_FIELDS}
     return theirs
 
 
