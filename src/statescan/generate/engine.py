@@ -316,6 +316,8 @@ class Engine:
 
     def _prefill(self, tokens: list[int], state: Any) -> Tensor:
         """Reads tokens into a state of one row; returns the logits after the last one, (1, vocab)."""
+        if self._slots is not None:
+            return self._slots.prefill([tokens], state, self.prefill_chunk).reshape(1, -1)
         logits = None
         for start in range(0, len(tokens), self.prefill_chunk):
             ids = torch.tensor([tokens[start : start + self.prefill_chunk]], device=self.device)
