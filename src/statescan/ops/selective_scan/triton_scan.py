@@ -57,7 +57,6 @@ class Plan:
 
 _EVERY = 16  # positions between checkpoints: four bytes a position and channel at 16 states
 _RUN = 4
-_WIDEN = True  # B and C go in as float32, once made so: every channel's thread would do it again
 _PROGRAMS = 6  # a multiprocessor; where sequences and channels make less than half of it, time is cut
 
 
@@ -115,7 +114,7 @@ class _Call:
 
         self.u, self.dt, self.z, self.cu = u, dt, z, None if cu_seqlens is None else cu_seqlens.contiguous()
         self.A, self.D, self.bias, self.initial = of(A), maybe(D), maybe(dt_bias), maybe(initial_state)
-        self.B, self.C = (of(x) if x.dim() == 2 or _WIDEN else x for x in (B, C))
+        self.B, self.C = (of(x) if x.dim() == 2 else x for x in (B, C))
         self.softplus = dt_softplus
         self.batch, self.length, self.d_inner = u.shape
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
