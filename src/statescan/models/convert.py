@@ -6,8 +6,10 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from statescan import checkpoint as files
 from statescan.errors import CheckpointError
@@ -54,15 +56,32 @@ def convert(
     tied = config.tie_embeddings
     tensors = opened.tensors(CausalLM(config, device="meta").saved_shapes(), tied)
     fields = files.fields_to(layout, config.to_dict(), str(tensors.dtype).removeprefix("torch."))
-    stored = {files.their_name(layout, name): tensors[name] for name in tensors}
+    names = {files.their_name(layout, name): name for name in tensors}
     if tied and files.head_is_written(layout, tied):
-        stored["lm_head.weight"] = tensors["backbone.embedding.weight"]
+        names["lm_head.weight"] = "backbone.embedding.weight"
+    stored = _Renamed(tensors, names)
     with _new_folder(destination) as folder:
         files.save_folder(folder, fields, stored, binary=layout == "state-spaces", shard_bytes=shard_bytes)
         for name in files.TOKENIZER_FILES:
             if (opened.folder / name).is_file():
                 shutil.copyfile(opened.folder / name, folder / name)
     return destination
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Tensors under a layout's names, each opened when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: dict[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @contextlib.contextmanager
