@@ -1,10 +1,10 @@
-// Causal depthwise convolution over time, y[t] = act(bias + sum_k w[k] x[t - (TAPS-1) + k]), its gradients and its single step.
-// A thread holds CH neighbouring channels and walks RUN positions with the last TAPS - 1 inputs in registers; the backward keeps the
-// TAPS outputs that are still open beside them. Sums over time of the weights' gradients leave a block as one row of partial
-// sums and are added by a second kernel, always in one order.
-// PART chooses what is compiled: 1 forward, 2 backward, 3 the plain kernels, 4 sums and states, 5 the single step.
-// Macros: TAPS taps (0: any number, the plain kernels below), CH channels a thread, RUN positions a thread, AHEAD of them fetched at
-// once (EARLY: while the ones before are worked on), NX x NY threads along channels and time, SILU, VARLEN, HASI (initial state), HASF (gradient of the final state),
+// Causal depthwise convolution over time, y[t] = act(bias + sum_k w[k] x[t - (TAPS-1) + k]), its gradients and its single
+// step. A thread holds CH neighbouring channels and walks RUN positions with the last TAPS - 1 inputs in registers; the
+// backward keeps the TAPS input gradients that are still open beside them. Sums over time of the weights' gradients leave a
+// block as one row of partial sums and are added by a second kernel, always in one order.
+// PART chooses what is compiled: 1 forward, 2 backward, 3 plain kernels for any number of taps, 4 sums and states, 5 the step.
+// Macros: TAPS; CH; RUN; AHEAD positions fetched at once (EARLY: while the ones before are worked on); NX x NY threads along
+// channels and time; MINB blocks a multiprocessor; SILU; VARLEN; HASI (initial state); HASF (gradient of the final state);
 // WT and BT (types of weight and bias as IN; BT -1: none).
 #ifndef PART
 #define PART 1
@@ -26,9 +26,6 @@
 #endif
 #ifndef NY
 #define NY 4
-#endif
-#ifndef STREAM
-#define STREAM 0
 #endif
 #ifndef EARLY
 #define EARLY 1
@@ -81,20 +78,7 @@ DEV Row pack(const real* v) {
   return r;
 }
 #endif
-DEV Row fetch(const act* p) {
-  Row r;
-#if STREAM
-  if constexpr (sizeof(Row) == 16) {
-    u32* w = reinterpret_cast<u32*>(&r);
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
-  } else if constexpr (sizeof(Row) == 8) {
-    u32* w = reinterpret_cast<u32*>(&r);
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
-  } else
-#endif
-    r = *reinterpret_cast<const Row*>(p);
-  return r;
-}
+DEV Row fetch(const act* p) { return *reinterpret_cast<const Row*>(p); }
 DEV void put(act* p, const Row& r) { *reinterpret_cast<Row*>(p) = r; }
 // `step`: bytes from one position to the next, below 2^31 so that an address takes one instruction.
 DEV const act* at_position(const act* p, int t, int step) { return reinterpret_cast<const act*>(reinterpret_cast<const char*>(p) + i64(t) * step); }

@@ -33,8 +33,8 @@ _LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
 # Measured on an H100 (docs/performance.md): bytes of channels a thread, positions a thread walks, positions fetched at
 # once, whether while the ones before are worked on, blocks a multiprocessor; runs are cut shorter until there are so
 # many blocks for each multiprocessor.
-_FORWARD = (8, 16, 8, 0, 6, 4)
-_BACKWARD = (8, 128, 4, 1, 4, 3)
+_FORWARD = (8, 16, 8, 0, 6, 2)
+_BACKWARD = (8, 128, 4, 1, 4, 2)
 _ALL = ("SILU", "VARLEN", "HASI", "HASF", "WT", "BT")
 _PLAIN_RUN = 64  # positions of one partial sum where there are more taps than registers
 

@@ -18,9 +18,6 @@ __all__ = ["launch", "refuses", "selective_state_update"]
 _SOURCE = Path(__file__).with_name("update.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _THREADS = 128
-# Rows of a large batch that a thread takes, so that many loads are under way and A is read once: as many as leave this
-# many blocks a multiprocessor.
-_MOST_ROWS, _BLOCKS_A_PROCESSOR = 4, 16
 
 
 def refuses(facts: Facts) -> str | None:
@@ -90,14 +87,8 @@ def launch(
     fixed_B, fixed_C = (m.contiguous() if m.dim() == 2 else None for m in (B, C))
     D, dt_bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
     lanes = max(1, min(32, 1 << math.ceil(math.log2(math.ceil(d_state / 4)))))
-    across = math.ceil(d_inner / (_THREADS // lanes))
-    processors = torch.cuda.get_device_properties(u.device).multi_processor_count
-    rows = 1
-    while rows < _MOST_ROWS and batch * across >= 2 * rows * _BLOCKS_A_PROCESSOR * processors:
-        rows *= 2
     macros = {
         "IN": _TYPES[u.dtype],
-        "ROWS": rows,
         "NST": d_state,
         "LANES": lanes,
         "VECS": int(_in_fours(state, new_state, A, B, C)),
@@ -107,7 +98,7 @@ def launch(
         "SOFTPLUS": int(dt_softplus),
     }
 
-    def strided(matrix: Tensor, fixed: Tensor | None) -> tuple[Any, ...]:
+    def rows(matrix: Tensor, fixed: Tensor | None) -> tuple[Any, ...]:
         return (None, 0, 0) if fixed is not None else (matrix, matrix.stride(0), matrix.stride(1))
 
     def shared(matrix: Tensor) -> Any:
@@ -116,11 +107,11 @@ def launch(
     with torch.cuda.device(u.device):
         run = _cuda.kernel(_SOURCE, "state_update", macros, _THREADS, u.device.index or 0)
         run(
-            (math.ceil(batch / rows) * across, 1, 1),
+            (batch * math.ceil(d_inner / (_THREADS // lanes)), 1, 1),
             *(state, state.stride(0), state.stride(1), new_state, new_state.stride(0), new_state.stride(1)),
             *(u, u.stride(0), dt, dt.stride(0), z, 0 if z is None else z.stride(0)),
-            *(*strided(B, fixed_B), *strided(C, fixed_C), A, A.stride(0), fixed_B, fixed_C, D, dt_bias),
-            *(y, y.stride(0), i32(batch), i32(d_inner), shared(B), shared(C)),
+            *(*rows(B, fixed_B), *rows(C, fixed_C), A, A.stride(0), fixed_B, fixed_C, D, dt_bias),
+            *(y, y.stride(0), i32(d_inner), shared(B), shared(C)),
         )
     return y
 

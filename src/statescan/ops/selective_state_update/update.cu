@@ -1,12 +1,9 @@
 // One position of the selective scan: h' = exp(dt A) h + dt B u, y = (C . h' + D u) silu(z).
 // LANES threads share a channel, four states each at a time; a state is read and written once, `next` may be `state`.
 // Macros: NST states, LANES (a power of two, <= 32), VECS (16-byte accesses to states, A, B and C), FIXB, FIXC (the same for
-// every row), HASZ, SOFTPLUS, ROWS of the batch a thread takes one after the other.
+// every row), HASZ, SOFTPLUS.
 #ifndef NST
 #define NST 16
-#endif
-#ifndef ROWS
-#define ROWS 1
 #endif
 #ifndef LANES
 #define LANES 4
@@ -55,67 +52,45 @@ DEV Four four_acts(const act* p, int n) {
 extern "C" __global__ void __launch_bounds__(128)
 state_update(const real* state, i64 sb, i64 sd, real* next, i64 nb, i64 nd, const act* u, i64 ub, const act* dt, i64 tb,
              const act* z, i64 zb, const act* B, i64 bb, i64 bg, const act* C, i64 cb, i64 cg, const real* A, i64 ad, const real* fixedB,
-             const real* fixedC, const real* D, const real* bias, act* y, i64 yb, int batch, int d_inner, int per_B, int per_C) {
+             const real* fixedC, const real* D, const real* bias, act* y, i64 yb, int d_inner, int per_B, int per_C) {
   const int across = (d_inner + 128 / LANES - 1) / (128 / LANES);
   const int lane = threadIdx.x % LANES, d = int(blockIdx.x % across) * (128 / LANES) + threadIdx.x / LANES;
-  const int first = int(blockIdx.x / across) * ROWS;
+  const i64 b = blockIdx.x / across;
   if (d >= d_inner) return;  // the lanes of a channel go together
-  const u32 mates = LANES == 32 ? ~0u : ((1u << (LANES % 32)) - 1) << (threadIdx.x % 32 / LANES * LANES);
-  // everything of all rows is asked for before anything is written: `next` may be `state`
-  real step[ROWS], x[ROWS], gate[ROWS], sum[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    const i64 b = min(first + r, batch - 1);
-    step[r] = to_real(dt[b * tb + d]);
-    x[r] = to_real(u[b * ub + d]);
-    gate[r] = HASZ ? to_real(z[b * zb + d]) : real(0);
-    sum[r] = 0;
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    if (bias) step[r] += bias[d];
-    if (SOFTPLUS) step[r] = softplus(step[r]);
-  }
+  real step = to_real(dt[b * tb + d]);
+  const real x = to_real(u[b * ub + d]);
+  if (bias) step += bias[d];
+  if (SOFTPLUS) step = softplus(step);
+  const real drive = step * x;
+  real sum = 0;
 #pragma unroll
   for (int n = lane * 4; n < NST; n += LANES * 4) {
     const int count = NST - n;
-    const Four a = four(A + d * ad + n, count);
-    Four h[ROWS], p[ROWS], q[ROWS];
+    const Four h = four(state + b * sb + d * sd + n, count), a = four(A + d * ad + n, count);
+    const Four p = FIXB ? four(fixedB + i64(d) * NST + n, count) : four_acts(B + b * bb + (d / per_B) * bg + n, count);
+    const Four q = FIXC ? four(fixedC + i64(d) * NST + n, count) : four_acts(C + b * cb + (d / per_C) * cg + n, count);
+    Four out;
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      const i64 b = min(first + r, batch - 1);
-      h[r] = four(state + b * sb + d * sd + n, count);
-      p[r] = FIXB ? four(fixedB + i64(d) * NST + n, count) : four_acts(B + b * bb + (d / per_B) * bg + n, count);
-      q[r] = FIXC ? four(fixedC + i64(d) * NST + n, count) : four_acts(C + b * cb + (d / per_C) * cg + n, count);
+    for (int i = 0; i < 4; i++) {
+      out.v[i] = fma_(decay(step, a.v[i] * LOG2E), h.v[i], drive * p.v[i]);
+      if (i < count) sum = fma_(out.v[i], q.v[i], sum);
     }
+    real* to = next + b * nb + d * nd + n;
+    if (VECS) {
+      *reinterpret_cast<Four*>(to) = out;
+    } else {
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      const real drive = step[r] * x[r];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        h[r].v[i] = fma_(decay(step[r], a.v[i] * LOG2E), h[r].v[i], drive * p[r].v[i]);
-        if (i < count) sum[r] = fma_(h[r].v[i], q[r].v[i], sum[r]);
-      }
-      if (first + r < batch) {
-        real* to = next + i64(first + r) * nb + d * nd + n;
-        if (VECS) {
-          *reinterpret_cast<Four*>(to) = h[r];
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            if (i < count) to[i] = h[r].v[i];
-        }
-      }
+      for (int i = 0; i < 4; i++)
+        if (i < count) to[i] = out.v[i];
     }
   }
+  const u32 mates = LANES == 32 ? ~0u : ((1u << (LANES % 32)) - 1) << (threadIdx.x % 32 / LANES * LANES);
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-    for (int o = LANES / 2; o; o /= 2) sum[r] += __shfl_xor_sync(mates, sum[r], o);
-    if (lane == 0 && first + r < batch) {
-      if (D) sum[r] = fma_(D[d], x[r], sum[r]);
-      if (HASZ) sum[r] *= silu(gate[r]);
-      y[i64(first + r) * yb + d] = to_act(sum[r]);
-    }
-  }
+  for (int o = LANES / 2; o; o /= 2) sum += __shfl_xor_sync(mates, sum, o);
+  if (lane) return;
+  if (D) sum = fma_(D[d], x, sum);
+#if HASZ
+  sum *= silu(to_real(z[b * zb + d]));
+#endif
+  y[b * yb + d] = to_act(sum);
 }
