@@ -147,7 +147,7 @@ def test_what_is_kept_is_what_the_policies_say() -> None:
     d_inner, rank, state, item, checkpoints = 8, 2, 3, 4, 3 * 4
     tokens = 2 * 13
     narrow = rank + 2 * state
-    assert sizes["none"] == tokens * item * (2 * d_inner + d_inner + narrow + d_inner) + checkpoints
+    assert sizes["none"] == tokens * item * (2 * d_inner + d_inner + narrow) + checkpoints
     assert sizes["cheap"] == tokens * item * (2 * d_inner + narrow) + checkpoints
     assert sizes["block"] == 0
     assert Kept._fields == POLICIES["none"]

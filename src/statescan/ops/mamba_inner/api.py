@@ -86,8 +86,9 @@ def mamba_inner(
         x: (batch, length, d_model); under autocast any float dtype.
         weights: the layer's, in any float dtype.
         cu_seqlens: (sequences + 1,) int32, where packed sequences start; batch is 1. Default: none.
-        recompute: ``"none"`` keeps what the backward pass needs; ``"cheap"`` in_proj's and x_proj's outputs and the
-            scan's checkpoints; ``"block"`` nothing. What isn't kept is made again, with the same gradients to the bit.
+        recompute: ``"none"`` keeps what the backward pass needs but for dt_proj's output; ``"cheap"`` in_proj's and
+            x_proj's outputs and the scan's checkpoints; ``"block"`` nothing. What isn't kept is made again, with the
+            same gradients to the bit.
         normed: what x is made again from, where it isn't kept (with "cheap" and "block"). Default: x is kept.
 
     Returns:

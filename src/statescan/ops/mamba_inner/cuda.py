@@ -65,11 +65,11 @@ _WEIGHTS = (
 _LIBRARY = torch.library.Library("statescan", "FRAGMENT")
 _LIBRARY.define(
     f"mamba_inner_cuda(Tensor x, {_WEIGHTS}, Tensor? cu_seqlens, int policy) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     f"mamba_inner_cuda_backward(Tensor dout, Tensor? x, Tensor? stream, Tensor? norm, float eps, {_WEIGHTS}, "
-    "Tensor? cu_seqlens, Tensor xz, Tensor u, Tensor x_dbl, Tensor dt, Tensor checkpoints, int policy, bool[] wanted) "
+    "Tensor? cu_seqlens, Tensor xz, Tensor u, Tensor x_dbl, Tensor checkpoints, int policy, bool[] wanted) "
     f"-> ({', '.join(['Tensor'] * len(LayerGradients._fields))})"
 )
 
@@ -111,7 +111,6 @@ def _(x, *rest):  # type: ignore[no-untyped-def]
         "xz": (batch, length, 2 * inner),
         "u": (batch, length, inner),
         "x_dbl": (batch, length, w.x_proj.shape[0]),
-        "dt": (batch, length, inner),
     }
     keep = POLICIES[_POLICIES[policy]]
     kept = [x.new_empty(shapes[name] if name in keep else 0) for name in Kept._fields[:-1]]

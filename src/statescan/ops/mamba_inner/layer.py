@@ -13,9 +13,10 @@ from torch import Tensor
 
 __all__ = ["POLICIES", "Kept", "Kernels", "LayerGradients", "LayerWeights", "Normed", "backward", "forward"]
 
-# What a policy keeps of a layer between the passes, beside the layer's input or what that is made again from.
+# What a policy keeps of a layer between the passes, beside the layer's input or what that is made again from. dt_proj's
+# output is as large as the convolution's, and one product over a few dozen columns makes it: nobody keeps it.
 POLICIES: dict[str, tuple[str, ...]] = {
-    "none": ("xz", "u", "x_dbl", "dt", "checkpoints"),
+    "none": ("xz", "u", "x_dbl", "checkpoints"),
     "cheap": ("xz", "x_dbl", "checkpoints"),
     "block": (),
 }
@@ -53,7 +54,6 @@ class Kept(NamedTuple):
     xz: Tensor | None = None  # in_proj's output (batch, length, 2 d_inner)
     u: Tensor | None = None  # the convolution's
     x_dbl: Tensor | None = None  # x_proj's: dt_rank numbers for the step, B, C
-    dt: Tensor | None = None  # dt_proj's
     checkpoints: Tensor | None = None  # the scan's
 
 
@@ -161,7 +161,7 @@ def _inside(k: Kernels, x: Tensor | None, w: LayerWeights, cu_seqlens: Tensor | 
     if u is None:
         u = k.conv_forward(xz[..., : w.A.shape[0]], w.conv, w.conv_bias, cu_seqlens)
     x_dbl = _linear(u, w.x_proj) if kept.x_dbl is None else kept.x_dbl
-    dt = _linear(x_dbl[..., : w.dt_proj.shape[1]], w.dt_proj) if kept.dt is None else kept.dt
+    dt = _linear(x_dbl[..., : w.dt_proj.shape[1]], w.dt_proj)
     return _Inside(xz, u, x_dbl, dt)
 
 
