@@ -213,3 +213,24 @@ def test_errors() -> None:
             call()
         assert "\n" not in str(caught.value)
     assert not state.ssm.any()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_norms_on_dt_b_and_c(rows: int) -> None:
+    """FalconMamba's variant: short and long prompts and steps are the float64 model's, and no row depends on company."""
+    config = model().config.replace(mixer_rms_eps=1e-6)
+    plain = CausalLM(config)
+    plain.load_state_dict(model().state_dict())
+    exact = CausalLM(config, dtype=torch.float64)
+    exact.load_state_dict(model().state_dict())
+    packed, tokens = PackedModel(plain), ids(rows, 40)
+    state = packed.init_state(rows)
+    got = torch.cat([packed.prefill(tokens[:, :30], state, "all"), packed.prefill(tokens[:, 30:35], state, "all")], 1)
+    got = torch.cat([got, steps(packed, tokens[:, 35:], state)], 1)
+    with torch.no_grad():
+        assert_within_budget(got, exact(tokens).logits, plain(tokens).logits)
+        assert not torch.allclose(got, model()(tokens).logits, atol=1e-2)
+    alone = packed.init_state(1)
+    packed.prefill(tokens[:1, :30], alone)
+    packed.prefill(tokens[:1, 30:35], alone)
+    assert torch.equal(steps(packed, tokens[:1, 35:], alone)[0], got[0, 35:])

@@ -48,6 +48,8 @@ def refuses(packed: PackedModel) -> str | None:
         return f"it runs on CUDA devices, the weights are on '{packed.device.type}'"
     if packed.dtype == "int8":
         return "int8 weights run on the CPU; on a GPU use dtype='bfloat16'"
+    if packed.config.mixer_rms_eps is not None:
+        return "its kernels leave dt, B and C as they are, mixer_rms_eps is set"
     if packed.blocks[0].d_state > 256:
         return f"its kernels hold up to 256 states a channel, d_state is {packed.blocks[0].d_state}"
     return _cuda.unavailable_reason()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.models import CausalLM
-from statescan.nn import StepProjection
+from statescan.nn import StepProjection, over_its_rms
 from statescan.ops import (
     PackedWeight,
     add_rms_norm,
@@ -216,7 +216,7 @@ class PackedModel:
 
     def _native_stack(self) -> Any:
         """All blocks and the head as one call of the C++ library, None where that can't run."""
-        if explain("mamba_step", device=self.device.type).backend != "cpu":
+        if explain("mamba_step", device=self.device.type).backend != "cpu" or self.config.mixer_rms_eps is not None:
             return None
         from statescan.ops.mamba_step.cpu import Stack
 
@@ -286,6 +286,9 @@ class PackedModel:
         x = self.embedding.unpack(input_ids.long())
         if self._stack is not None:
             return self._stack.step(x, state.conv, state.ssm)
+        if self.config.mixer_rms_eps is not None:
+            # No kernel of a whole block knows these norms: op by op, as a prompt of one token.
+            return self._head(self._run(input_ids[:, None], state.conv, state.ssm, False, "last"), "last")
         residual = None
         for i, block in enumerate(self.blocks):
             x, residual = mamba_step(x, residual, state.conv[i], state.ssm[i], block)
@@ -369,6 +372,8 @@ class PackedModel:
             conv[i] = after
             sizes = [block.dt_rank, block.d_state, block.d_state]
             dt, B, C = product["x"](u).split(sizes, dim=-1)
+            if self.config.mixer_rms_eps is not None:
+                dt, B, C = (over_its_rms(part, self.config.mixer_rms_eps) for part in (dt, B, C))
             y, state = selective_scan(
                 u,
                 product["dt"](dt),

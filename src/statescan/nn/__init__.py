@@ -2,7 +2,7 @@
 
 from statescan.nn.attention import CausalSelfAttention
 from statescan.nn.dilated_conv import DilatedConv
-from statescan.nn.mamba import CausalConv1d, LayerOutput, Mamba, MambaState, StepProjection
+from statescan.nn.mamba import CausalConv1d, LayerOutput, Mamba, MambaState, StepProjection, over_its_rms
 from statescan.nn.mlp import MLP, GatedMLP
 from statescan.nn.norm import RMSNorm
 from statescan.nn.packing import Packing, pack
@@ -26,5 +26,6 @@ __all__ = [
     "Packing",
     "RMSNorm",
     "StepProjection",
+    "over_its_rms",
     "pack",
 ]

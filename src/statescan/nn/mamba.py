@@ -22,7 +22,7 @@ from statescan.ops import (
 )
 from statescan.ops.mamba_inner import LayerWeights, Normed, mamba_inner, mamba_inner_or_none, unavailable_reason
 
-__all__ = ["CausalConv1d", "LayerOutput", "Mamba", "MambaState", "StepProjection", "is_plain"]
+__all__ = ["CausalConv1d", "LayerOutput", "Mamba", "MambaState", "StepProjection", "is_plain", "over_its_rms"]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,7 +121,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _over_its_rms(x: Tensor, eps: float) -> Tensor:
+def over_its_rms(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, in float32 (float64 for float64) inside."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -468,7 +468,7 @@ class Mamba(nn.Module):
         """Step sizes before their bias, and B and C, as functions of the input: what makes the layer selective."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.mixer_rms_eps is not None:
-            dt, B, C = (_over_its_rms(part, self.mixer_rms_eps) for part in (dt, B, C))
+            dt, B, C = (over_its_rms(part, self.mixer_rms_eps) for part in (dt, B, C))
         return self.dt_proj(dt), B, C
 
     def _A(self) -> Tensor:
