@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from statescan.errors import ShapeError
 from statescan.models import CausalLM, MambaConfig
 from statescan.nn import Mamba
 from statescan.ops import _cuda, mamba_inner
@@ -162,6 +163,12 @@ def test_whatever_stands_between_a_weight_and_its_use_is_called() -> None:
     assert not layer.runs_as_one(x.bfloat16())  # its own op names the mismatch
     with torch.no_grad():
         assert not layer.runs_as_one(x)
+
+
+def test_wrong_offsets_are_named() -> None:
+    layer, x, _ = layer_and_input(0)
+    with pytest.raises(ShapeError, match="must end at the length 150, got 149"):
+        layer(x[:1], cu_seqlens=torch.tensor([0, 40, 149], device="cuda"))
 
 
 def test_frozen_weights_get_no_gradient() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from statescan.errors import BackendUnavailableError
+from statescan.ops._checks import check_cu_seqlens
 from statescan.ops._dispatch import choose
 from statescan.ops.mamba_inner.layer import POLICIES, Kept, LayerGradients, LayerWeights, Normed
 
@@ -39,6 +41,22 @@ def unavailable_reason(device: str, dtype: torch.dtype, d_state: int, d_conv: in
 
 
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_dispatch.choose`
+
+
+# The offsets that were read last, their version and the length: all layers of a model are handed the same ones, and
+# reading them makes the host wait for the device.
+_read: tuple[weakref.ref[Tensor], int, int] | None = None
+
+
+def _check_offsets(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    global _read
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference():  # without values, or without a version
+        check_cu_seqlens("Mamba.forward", cu_seqlens, batch, length)
+        return
+    if _read is not None and _read[0]() is cu_seqlens and _read[1:] == (cu_seqlens._version, length) and batch == 1:
+        return
+    check_cu_seqlens("Mamba.forward", cu_seqlens, batch, length)
+    _read = (weakref.ref(cu_seqlens), cu_seqlens._version, length)
 
 
 class _Inner(torch.autograd.Function):
@@ -94,11 +112,16 @@ def mamba_inner(
     Returns:
         (batch, length, d_model) in autocast's dtype, else x's.
 
+    Raises:
+        ShapeError: cu_seqlens do not go from 0 to the length without falling.
+
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), algorithm 2, figure 3
     and section 3.3.2 (recomputation).
     """
     import statescan.ops.mamba_inner.cuda  # noqa: F401  # registers the two ops
 
+    if cu_seqlens is not None:
+        _check_offsets(cu_seqlens, x.shape[0], x.shape[1])
     device = x.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     source = (None, None, 0.0) if normed is None else (normed.stream.detach(), normed.weight.detach(), normed.eps)
