@@ -117,6 +117,8 @@ def _op(
             for mode in modes:
                 options = {"shape": shape, "mode": mode, "d_state": 16}
                 names: list[tuple[str, str | None]] = [(name, None) for name in _backends(op, device)] + peers
+                if bench == "scan" and mode != "inference":
+                    names.append((f"statescan {device}, batch invariant", None))
                 for name, needs in names:
                     heavy = bench == "scan" and name in ("statescan torch", "PyTorch loop")
                     # The plain forms are there once, for the scale: the loop's backward keeps every step's state.

@@ -242,6 +242,9 @@ def _engine_verdicts(model: CausalLM, engine: Any, job: Mapping[str, Any]) -> di
     return {"log-probabilities": Verdict(error, limit + unit)}
 
 
+_TOGETHER = 32768
+
+
 def _engine(model: CausalLM, job: Mapping[str, Any]) -> Any:
     from statescan.generate import Engine
 
@@ -270,7 +273,7 @@ def generate(job: Mapping[str, Any]) -> Measured:
     held = list(prompts.cpu().numpy())
     _reset_peak(device)
     samples, prefills = [], []
-    for _ in range(job.get("repeats", 2)):
+    for _ in range(job.get("repeats", 5 if batch <= 16 else 2)):
         _synchronize(device)
         start = time.perf_counter()
         first: dict[int, float] = {}
@@ -360,7 +363,7 @@ def _generate_mamba_ssm(model: CausalLM, prompts: Tensor, job: Mapping[str, Any]
 
 
 def prefill(job: Mapping[str, Any]) -> Measured:
-    """`PackedModel.prefill` of a whole batch of prompts: logits of every row's last position."""
+    """`PackedModel.prefill` of a whole batch of prompts, as `Engine` reads it: logits of every row's last position."""
     device, batch, length, name = job["device"], job["batch"], job["length"], job["implementation"]
     model = _random_model(job["preset"], device, job["dtype"])
     ids = _ids(model.config.vocab_size, batch, length, device)
@@ -369,6 +372,8 @@ def prefill(job: Mapping[str, Any]) -> Measured:
     engine = _engine(model, job)
     verdicts = _engine_verdicts(model, engine, {**job, "batch": 1})
     decoder = engine.decoder
+    # A GPU is filled by several prompts at once, whole.
+    chunk = max(engine.prefill_chunk, min(_TOGETHER, ids.numel())) if device == "cuda" else None
     del model
     _reset_peak(device)
     samples = []
@@ -376,7 +381,7 @@ def prefill(job: Mapping[str, Any]) -> Measured:
         state = decoder.init_state(batch)
         _synchronize(device)
         start = time.perf_counter()
-        decoder.prefill(ids, state)
+        decoder.prefill(ids, state, together=device == "cuda", chunk=chunk)
         _synchronize(device)
         if turn:
             samples.append(time.perf_counter() - start)

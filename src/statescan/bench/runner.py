@@ -257,9 +257,10 @@ def _measure(job: _Job, options: dict[str, Any], threads: int) -> dict[str, Any]
     return {"failure": reason[:300]}
 
 
-def _seconds_for(job: DeviceJob) -> float:
+def _seconds_for(job: DeviceJob, device: str) -> float:
     """After which a job is given up: it hangs, or its peer takes longer than anybody waits for."""
-    return 300.0 if job.kind in ("train", "generate", "prefill", "read_long") else 120.0
+    whole = job.kind in ("train", "generate", "prefill", "read_long")
+    return (90.0 if whole else 40.0) if device == "cuda" else (600.0 if whole else 120.0)
 
 
 def _ask(jobs: list[dict[str, Any]], device: str, threads: int, seconds: list[float]) -> Iterator[dict[str, Any]]:
@@ -378,7 +379,7 @@ def _device_rows(
         {**shared, "kind": job.kind, "implementation": job.implementation, "dtype": job.dtype, **job.options}
         for job, _ in waiting
     ]
-    seconds = [_seconds_for(job) for job, _ in waiting]
+    seconds = [_seconds_for(job, device) for job, _ in waiting]
     gpu = device == "cuda"
     answers = _ask(
         [{"kind": "machine"}, *asked] if gpu else asked, device, threads, [120.0, *seconds] if gpu else seconds

@@ -143,7 +143,11 @@ _PER_POSITION = ("u", "dt", "B", "C", "z")
 
 
 def scan(job: Mapping[str, Any]) -> Subject:
-    """``statescan BACKEND``, ``PyTorch loop`` or ``mamba_ssm``; shape (batch, length, d_inner), d_state, gated."""
+    """``statescan BACKEND``, also ``..., batch invariant``, ``PyTorch loop`` or ``mamba_ssm``.
+
+    Args:
+        job: shape (batch, length, d_inner), d_state, gated.
+    """
     from statescan.ops import selective_scan
 
     batch, length, d_inner = job["shape"]
@@ -168,8 +172,10 @@ def scan(job: Mapping[str, Any]) -> Subject:
     cotangent = normal(batch, length, d_inner)
     loose = slack(name)
 
-    def ours(q: Mapping[str, Tensor], backend: str) -> Tensor:
-        extra = {k: q.get(k) for k in ("D", "z", "dt_bias")}
+    def ours(q: Mapping[str, Tensor], backend: str, invariant: bool = False) -> Tensor:
+        extra: dict[str, Any] = {k: q.get(k) for k in ("D", "z", "dt_bias")}
+        if invariant:
+            extra["batch_invariant"] = True
         return selective_scan(q["u"], q["dt"], q["A"], q["B"], q["C"], **extra, dt_softplus=True, backend=backend).y  # pyright: ignore[reportArgumentType]
 
     theirs = name == "mamba_ssm"
@@ -186,7 +192,8 @@ def scan(job: Mapping[str, Any]) -> Subject:
         graph, cotangents = True, (cotangent.transpose(1, 2).contiguous(),)
     else:
         backend = "reference" if name == "PyTorch loop" else name.split()[1].rstrip(",")
-        run, graph, cotangents = (lambda: (ours(leaves, backend),)), backend != "reference", (cotangent,)
+        invariant = name.endswith("batch invariant")
+        run, graph, cotangents = (lambda: (ours(leaves, backend, invariant),)), backend != "reference", (cotangent,)
 
     def check(outputs: tuple[Tensor, ...], gradients: Mapping[str, Tensor] | None) -> dict[str, Verdict]:
         channels = torch.arange(min(d_inner, _CHANNELS_CHECKED), device=device)
@@ -319,7 +326,7 @@ def conv(job: Mapping[str, Any]) -> Subject:
             return (causal_conv1d_fn(leaves["x"].transpose(1, 2), weight, bias, activation="silu").transpose(1, 2),)
     else:
         run = lambda: ours(leaves, name.split()[1])
-    check = _whole_check(lambda q: ours(q, "reference"), lambda q: ours(q, "torch"), p, (cotangent,), slack(name))
+    check = _whole_check(lambda q: ours(q, "torch"), lambda q: ours(q, "torch"), p, (cotangent,), slack(name))
     return Subject(run, leaves, (cotangent,), check)
 
 
@@ -358,7 +365,7 @@ def norm(job: Mapping[str, Any]) -> Subject:
         run = lambda: call(leaves["x"], leaves["residual"], leaves["weight"])
     else:
         run = lambda: ours(leaves, name.split()[1])
-    check = _whole_check(lambda q: ours(q, "reference"), lambda q: ours(q, "torch"), p, cotangents, slack(name))
+    check = _whole_check(lambda q: ours(q, "torch"), lambda q: ours(q, "torch"), p, cotangents, slack(name))
     return Subject(run, leaves, cotangents, check)
 
 
