@@ -176,6 +176,40 @@ def test_runs_are_bit_equal(name: str, dtype: torch.dtype) -> None:
             assert torch.equal(value, again[key]), key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize(("length", "d_inner"), [(70, 64), (1500, 72), (2048, 64)])
+def test_batch_invariant(length: int, d_inner: int, dtype: torch.dtype) -> None:
+    """A row's own results have the same bits alone and among others."""
+    own = ("u", "dt", "B", "C", "z", "initial_state")
+    problem = scan_problem(ScanCase(batch=5, length=length, d_inner=d_inner, d_state=16, **EVERY), dtype)
+    cotangent = torch.randn(problem["u"].shape, device="cuda").to(dtype)
+
+    def results(first: int, last: int) -> list[Tensor]:
+        leaves = {k: problem[k][first:last].detach().clone().requires_grad_() for k in own}
+        y, state = running()(**{**problem, **leaves}, batch_invariant=True)
+        assert state is not None
+        loss = (y * cotangent[first:last]).float().sum() + state.sum()
+        return [y.detach(), state.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+
+    together = results(0, 5)
+    for first, last in ((0, 1), (3, 4), (1, 5)):
+        for a, b in zip(together, results(first, last), strict=True):
+            assert torch.equal(a[first:last], b)
+
+
+def test_batch_invariant_where_the_plan_would_differ() -> None:
+    """Among 400 rows the plan takes two lanes a channel and one pass, for a row alone chunks: but not when asked."""
+    wide = (16, 1, 132, False, False)
+    assert backend.plan(1, 2048, 64, *wide) != backend.plan(400, 2048, 64, *wide)
+    assert backend.plan(1, 2048, 64, *wide, True) == backend.plan(400, 2048, 64, *wide, True)
+    problem = scan_problem(ScanCase(batch=400, length=1100, d_inner=64, d_state=16, dt_softplus=True), torch.bfloat16)
+    alone = {k: v[7:8].contiguous() if k in ("u", "dt", "B", "C") else v for k, v in problem.items()}
+    with torch.no_grad():
+        assert torch.equal(
+            running()(**problem, batch_invariant=True)[0][7:8], running()(**alone, batch_invariant=True)[0]
+        )
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30], ids=str)
 def test_packed_never_leaks(poison: float) -> None:
     """Whatever stands in a neighbour of the row, across tiles and chunks, a sequence's results keep their bits."""

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.errors import ShapeError
+from statescan.errors import ConfigError, ShapeError
 from statescan.ops import _cuda
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 
-__all__ = ["Plan", "launch_backward", "launch_forward", "plan", "refuses", "selective_scan"]
+__all__ = ["Plan", "describe", "launch_backward", "launch_forward", "plan", "refuses", "selective_scan"]
 
 _FORWARD = Path(__file__).with_name("scan_forward.cu")
 _BACKWARD = Path(__file__).with_name("scan_backward.cu")
 _IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _SHARED_BYTES = 48 * 1024  # what a block has without asking
 _SHARED_LIMIT = 99 * 1024  # what it can ask for on every architecture from 8.0 on
+_SHARED_HALF = 113 * 1024  # what each of two blocks can have on a multiprocessor of an H100
 
 
 def refuses(facts: Facts) -> str | None:
@@ -42,14 +43,25 @@ def refuses(facts: Facts) -> str | None:
         return (
             f"in float64 its kernels take up to 128 states a channel, d_state is {facts.d_state}; use backend='torch'"
         )
-    if facts.batch_invariant:
-        return "batch_invariant is not there yet"
     return _cuda.unavailable_reason()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call is cut: threads, lanes a channel, tile, and chunks of time (1: one pass)."""
+    """How one call is cut.
+
+    Args:
+        lanes, states: lanes a channel, states a lane.
+        threads_forward, threads_backward: threads a block.
+        lanes_forward, states_forward: as lanes and states where the forward differs.
+        channels_forward, channels_backward: channels a block.
+        tile: steps whose inputs are in shared memory at once; a checkpoint of the state is kept at every tile's start.
+        history: steps whose states the backward holds in registers.
+        parts: runs of `history` steps whose partial dB and dC have room at once.
+        shared: bytes of shared memory of a block of the backward.
+        chunks_forward, chunks_backward: pieces of time that run side by side (1: one pass).
+        chunk_len_forward, chunk_len_backward: steps of each.
+    """
 
     lanes: int
     states: int
@@ -69,7 +81,7 @@ class Plan:
     chunk_len_backward: int
 
 
-_NT_FORWARD, _NT_BACKWARD = 256, 256  # threads a block
+_NT_FORWARD, _NT_BACKWARD, _NT_SUMS = 256, 256, 256  # threads a block
 _RESIDENT_FORWARD, _RESIDENT_BACKWARD = 2, 2  # blocks that a multiprocessor holds at once
 # Two lanes a channel take fewer instructions a state than four, but give half the warps: worth it where there are this
 # many blocks of 64 channels a multiprocessor, or where time is long enough to be cut into as many chunks as it takes.
@@ -77,24 +89,45 @@ _BLOCKS_FOR_TWO_LANES, _LENGTH_FOR_TWO_LANES = 3, 16384
 _HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the most that fit
 
 
-def _chunks(blocks: int, wanted: int, length: int, tile: int) -> tuple[int, int]:
-    """(chunks, their length): one where the grid already fills the chip, else as many as fill it, of whole tiles."""
-    if blocks >= wanted * 3 // 8 or length < 8 * tile:
+# Steps a chunk where the partition may depend on the length alone, and the most chunks.
+_INVARIANT_LENGTH, _INVARIANT_CHUNKS = 512, 16
+
+
+def _chunks(blocks: int | None, wanted: int, length: int, tile: int) -> tuple[int, int]:
+    """(chunks, their length): one where the grid already fills the chip, else as many as fill it, of whole tiles.
+    `blocks` None: by the length alone."""
+    if blocks is None:
+        count = max(1, min(length // _INVARIANT_LENGTH, _INVARIANT_CHUNKS))
+    elif blocks >= wanted * 3 // 8 or length < 8 * tile:
+        count = 1
+    else:
+        count = max(1, min(wanted // blocks, length // (4 * tile), 128))
+    if count == 1:
         return 1, max(length, 1)
-    count = max(1, min(wanted // blocks, length // (4 * tile), 128))
     each = math.ceil(math.ceil(length / count) / tile) * tile
     return math.ceil(length / each), each
 
 
 def plan(
-    batch: int, length: int, d_inner: int, d_state: int, groups: int, multiprocessors: int, wide: bool, packed: bool
+    batch: int,
+    length: int,
+    d_inner: int,
+    d_state: int,
+    groups: int,
+    multiprocessors: int,
+    wide: bool,
+    packed: bool,
+    batch_invariant: bool = False,
+    shared_limit: int = _SHARED_LIMIT,
 ) -> Plan:
     """Cuts a call of this shape for a chip with this many multiprocessors; `wide`: float64 arithmetic;
-    `packed`: with cu_seqlens."""
+    `packed`: with cu_seqlens; `batch_invariant`: without a look at the batch; `shared_limit`: bytes of shared memory
+    that a block of the backward may have."""
     lanes = max(4, min(32, 1 << math.ceil(math.log2(max(1, math.ceil(d_state / 4))))))
     states = 4 if d_state <= 128 else 8
     group_channels = d_inner // groups
-    two = batch * groups * math.ceil(group_channels / 64) >= _BLOCKS_FOR_TWO_LANES * multiprocessors
+    filled = batch * groups * math.ceil(group_channels / 64) >= _BLOCKS_FOR_TWO_LANES * multiprocessors
+    two = filled and not batch_invariant
     two = (two or length >= _LENGTH_FOR_TWO_LANES) and d_state <= 16 and not wide
     threads_forward, lanes_forward = (128, 2) if two else (_NT_FORWARD, lanes)
     states_forward = 8 if two and d_state > 8 else states
@@ -109,20 +142,21 @@ def plan(
         kept = tile // history * states * threads
         sums = 2 * parts * threads // 32 * history * padded + 2 * states * threads
         shares = 16 * min(threads, tile * channels // 8) + 128 * history
-        return size * (staged + kept + sums + shares) + 8 * tile * packed
+        return size * (staged + kept + sums + shares) + 8 * tile * packed + 16
 
+    # The tile decides where checkpoints are, so it may depend on nothing but d_state and the arithmetic.
     options = [
-        (threads, tile, history, parts)
-        for parts in (2, 1)
+        (threads, tile, history)
         for threads in (_NT_BACKWARD, 128)
         for tile in (32, 16, 8, 4)
         for history in _HISTORY
         if history <= tile and history * states <= 32 and threads // lanes >= 8
     ]
-    threads, tile, history, parts = next(o for o in options if shared(*o) <= _SHARED_LIMIT)
+    threads, tile, history = next(o for o in options if shared(*o, 1) <= _SHARED_LIMIT)
+    parts = next(q for q in (tile // history, 2, 1) if q == 1 or shared(threads, tile, history, q) <= shared_limit)
     channels_backward = threads // lanes
-    forward_blocks = batch * groups * math.ceil(group_channels / channels_forward)
-    backward_blocks = batch * groups * math.ceil(group_channels / channels_backward)
+    forward_blocks = None if batch_invariant else batch * groups * math.ceil(group_channels / channels_forward)
+    backward_blocks = None if batch_invariant else batch * groups * math.ceil(group_channels / channels_backward)
     forward = _chunks(forward_blocks, resident_forward * multiprocessors, length, max(tile, 32))
     backward = _chunks(backward_blocks, _RESIDENT_BACKWARD * multiprocessors, length, tile)
     return Plan(
@@ -143,6 +177,71 @@ def plan(
         forward[1],
         backward[1],
     )
+
+
+def describe(
+    facts: Facts,
+    batch: int,
+    length: int,
+    d_inner: int,
+    groups: int = 1,
+    packed: bool = False,
+    multiprocessors: int | None = None,
+) -> str:
+    """The plan of a call of these sizes in words, and why it is so; `multiprocessors`: those of this machine's GPU, if
+    not given.
+
+    Raises:
+        ConfigError: a size is wrong, or there is no GPU to ask.
+    """
+    sizes = {"batch": batch, "length": length, "d_inner": d_inner, "groups": groups, "d_state": facts.d_state}
+    if multiprocessors is not None:
+        sizes["multiprocessors"] = multiprocessors
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"explain: {name} must be at least 1, got {size}; give the sizes of the call")
+    if d_inner % groups:
+        raise ConfigError(f"explain: groups must divide d_inner = {d_inner}, got {groups}; give the sizes of the call")
+    room = _SHARED_HALF
+    if multiprocessors is None:
+        if not torch.cuda.is_available():
+            raise ConfigError("explain: torch sees no CUDA device to ask; give multiprocessors, e.g. 132 for an H100")
+        chip = torch.cuda.get_device_properties(torch.cuda.current_device())
+        multiprocessors, room = chip.multi_processor_count, _room(chip)
+    wide = facts.dtype == torch.float64
+    p = plan(batch, length, d_inner, facts.d_state, groups, multiprocessors, wide, packed, facts.batch_invariant, room)
+    lines = []
+    for name, lanes, states, threads, channels, chunks, steps in (
+        ("forward", p.lanes_forward, p.states_forward, p.threads_forward, p.channels_forward,
+         p.chunks_forward, p.chunk_len_forward),
+        ("backward", p.lanes, p.states, p.threads_backward, p.channels_backward,
+         p.chunks_backward, p.chunk_len_backward),
+    ):  # fmt: skip
+        blocks = batch * groups * math.ceil(d_inner // groups / channels)
+        if chunks == 1:
+            cut = "one pass over time"
+        else:
+            cut = f"time in {chunks} chunks of {steps} steps"
+        if facts.batch_invariant:
+            why = "by the length alone, as batch_invariant asks"
+        elif chunks > 1:
+            why = f"{blocks} blocks do not fill {multiprocessors} multiprocessors"
+        elif length < 8 * max(p.tile, 32):
+            why = "too few steps to share out"
+        else:
+            why = f"{blocks} blocks keep {multiprocessors} multiprocessors busy"
+        lines.append(
+            f"{name}: {blocks} blocks of {channels} channels, {threads} threads ({lanes} lanes a channel, {states} "
+            f"states a lane); {cut}: {why}"
+        )
+    lines.append(f"checkpoints every {p.tile} steps; backward: {p.shared} bytes of shared memory a block")
+    return "; ".join(lines)
+
+
+def _room(chip: Any) -> int:
+    """Shared memory that a block of the backward may have so that two of them fit a multiprocessor, where that is more
+    than every chip gives; a block takes 1 KiB for itself."""
+    return max(_SHARED_LIMIT, chip.shared_memory_per_multiprocessor // 2 - 1024)
 
 
 def _rows(x: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -273,6 +372,7 @@ def _prepare(
     softplus: bool,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
+    batch_invariant: bool,
 ) -> _Call:
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     batch, length, d_inner = u.shape
@@ -289,10 +389,10 @@ def _prepare(
         ends = torch.zeros(length + 1, dtype=torch.int32, device=u.device)
         starts[torch.where(filled, begin, length)] = number
         ends[torch.where(filled, end - 1, length)] = number
-    multiprocessors = torch.cuda.get_device_properties(u.device).multi_processor_count
-    cut = plan(
-        batch, length, d_inner, A.shape[1], groups, multiprocessors, real == torch.float64, cu_seqlens is not None
-    )
+    chip = torch.cuda.get_device_properties(u.device)
+    wide, packed = real == torch.float64, cu_seqlens is not None
+    count = chip.multi_processor_count
+    cut = plan(batch, length, d_inner, A.shape[1], groups, count, wide, packed, batch_invariant, _room(chip))
 
     def of(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(real).contiguous()
@@ -383,15 +483,44 @@ def _forward(
     return y, final, checkpoints
 
 
+def _backward_options(c: _Call, part: int, *beside: Tensor | None, again: bool = False) -> dict[str, int]:
+    p = c.plan
+    resident = 1 if c.real == torch.float64 else _RESIDENT_BACKWARD  # a double takes two registers
+    sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
+    return c.options(PASS=part, HASY=int(again), **sizes, **c.wide_access(p.channels_backward, *beside))
+
+
+def _backward_kernel(c: _Call, part: int, *beside: Tensor | None, again: bool = False) -> _cuda.Kernel:
+    options, p = _backward_options(c, part, *beside, again=again), c.plan
+    return _cuda.kernel(_BACKWARD, "scan_backward", options, p.threads_backward, c.u.device.index or 0, p.shared)
+
+
+_ready: set[tuple[Any, ...]] = set()
+
+
+def _make_ready(c: _Call) -> None:
+    """Compiles the backward of such a call beforehand, once: where that fails another backend can still take the call,
+    which it no longer could in the middle of a backward pass."""
+    kind = (c.u.dtype, c.A.shape[1], c.varlen, c.fixed_B, c.fixed_C, c.z is None, c.softplus, c.u.device.index)
+    for part in (0, 1) if c.plan.chunks_backward > 1 else (0,):
+        if (kind, part) not in _ready:
+            _backward_kernel(c, part)
+            _ready.add((kind, part))
+
+
 def _backward(
     c: _Call,
     cu_seqlens: Tensor | None,
     dy: Tensor,
     dfinal: Tensor | None,
     checkpoints: Tensor,
+    B: Tensor,
+    C: Tensor,
     du: Tensor | None = None,
     ddt: Tensor | None = None,
     dz: Tensor | None = None,
+    dB: Tensor | None = None,
+    dC: Tensor | None = None,
     y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; an empty tensor for an input that isn't there."""
@@ -423,15 +552,10 @@ def _backward(
     if chunks > 1:
         states, sums = _states(c, chunks)
 
-    def backward_options(**more: int) -> dict[str, int]:
-        access = c.wide_access(p.channels_backward, dy, gu, gdt, gz if c.z is not None else None, y)
-        resident = 1 if c.real == torch.float64 else _RESIDENT_BACKWARD  # a double takes two registers
-        sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
-        return c.options(HASY=int(y is not None), **sizes, **access, **more)
+    beside = (dy, gu, gdt, gz if c.z is not None else None, y)
 
     def launch(part: int) -> None:
-        options = backward_options(PASS=part)
-        run = _cuda.kernel(_BACKWARD, "scan_backward", options, p.threads_backward, device.index or 0, p.shared)
+        run = _backward_kernel(c, part, *beside, again=y is not None)
         run(
             grid,
             *c.inputs(),
@@ -456,35 +580,47 @@ def _backward(
 
     if states is not None and sums is not None:
         launch(1)
-        options = backward_options(PASS=1)
+        options = _backward_options(c, 1, *beside, again=y is not None)
         combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", options, 128, device.index or 0)
         last = None if c.varlen else dfinal
         sizes = (i32(d_inner), i32(chunks))
         combine((math.ceil(d_inner * n / 128), batch, 1), states, sums, c.A, last, *sizes)
     launch(0)
 
-    def shared(partial: Tensor, like: Tensor, fixed: bool) -> Tensor:
-        if fixed:
-            return partial.sum((0, 1))
-        total = partial.view(c.groups, per_group, batch, length, n).sum(1).permute(1, 2, 0, 3)
-        return total if like.dim() == 4 else total.sum(2)
-
-    return (
-        gu,
-        gdt,
-        gA.sum((0, 1)),
-        shared(gB, c.B, c.fixed_B),
-        shared(gC, c.C, c.fixed_C),
-        gD.sum((0, 1)) if c.D is not None else real(0),
-        gz,
-        gbias.sum((0, 1)) if c.bias is not None else real(0),
-        ginit,
+    # One launch adds up everything that blocks and chunks left apart.
+    dA, dD, dbias = real(d_inner, n), real(d_inner if c.D is not None else 0), real(0 if c.bias is None else d_inner)
+    outs: list[Tensor] = []
+    places: list[Any] = []
+    ends: list[int] = []
+    for partial, like, fixed, given, name in ((gB, B, c.fixed_B, dB, "dB"), (gC, C, c.fixed_C, dC, "dC")):
+        out = real(d_inner, n) if fixed else _place(given, like, name)
+        outs.append(out)
+        places += [None if fixed else partial, *_grouped(out, fixed), i32(out.shape[2] if out.dim() == 4 else 1)]
+        ends.append(0 if fixed else math.ceil(out.numel() / (_NT_SUMS * (4 if n % 4 == 0 else 1))))
+    ends.append(math.ceil(d_inner * n / (_NT_SUMS * (4 if n % 4 == 0 else 1))))
+    ends += [math.ceil(d_inner / _NT_SUMS)] * 2
+    options = _backward_options(c, 0, *beside, again=y is not None)
+    add = _cuda.kernel(_BACKWARD, "scan_sums", options, _NT_SUMS, device.index or 0)
+    add(
+        (sum(ends), 1, 1),
+        *places,
+        *((gB, outs[0]) if c.fixed_B else (None, None)),
+        *((gC, outs[1]) if c.fixed_C else (None, None)),
+        gA,
+        dA,
+        gD,
+        dD if c.D is not None else None,
+        gbias,
+        dbias if c.bias is not None else None,
+        *(i32(v) for v in (batch, length, d_inner, grid[0], batch * chunks)),
+        *(i32(sum(ends[: k + 1])) for k in range(4)),
     )
+    return gu, gdt, dA, *outs, dD, gz, dbias, ginit
 
 
 _SCHEMA = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
-    "Tensor? initial_state, Tensor? cu_seqlens"
+    "Tensor? initial_state, Tensor? cu_seqlens, bool batch_invariant"
 )
 _LIBRARY = torch.library.Library("statescan", "FRAGMENT")
 _LIBRARY.define(f"selective_scan_cuda({_SCHEMA}, bool want_final, bool want_checkpoints) -> (Tensor, Tensor, Tensor)")
@@ -506,6 +642,7 @@ def launch_forward(
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    batch_invariant: bool = False,
     *,
     want_final: bool = False,
     want_checkpoints: bool = True,
@@ -522,7 +659,7 @@ def launch_forward(
         BackendUnavailableError: a kernel does not compile here.
     """
     with torch.cuda.device(u.device):
-        c = _prepare(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+        c = _prepare(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, batch_invariant)
         return _forward(c, cu_seqlens, want_final, want_checkpoints, y)
 
 
@@ -538,6 +675,7 @@ def launch_backward(
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    batch_invariant: bool = False,
     *,
     dy: Tensor,
     checkpoints: Tensor,
@@ -545,43 +683,42 @@ def launch_backward(
     du: Tensor | None = None,
     ddt: Tensor | None = None,
     dz: Tensor | None = None,
+    dB: Tensor | None = None,
+    dC: Tensor | None = None,
     y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The backward of `launch_forward`: gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order, an
-    empty tensor for an input that isn't there. Those of u, dt, B, C, z come in these tensors' dtypes, the others in the
-    state's.
+    empty tensor for an input that isn't there. Those of u, dt, z and of B, C by position come in these tensors' dtypes,
+    the others in the state's.
 
-    du, ddt, dz: where to write these, slices of wider tensors with neighbouring channels side by side (so that d_xz
-    needs no copy). dy may be such a slice. y: where to write the forward's output again, with z alone: the backward has
-    it at hand, so that a caller need not keep it. It is rounded as the forward's is, but summed in another order.
+    du, ddt, dz, dB, dC: where to write these, slices of wider tensors with neighbouring channels side by side (so that
+    d_xz needs no copy). dy may be such a slice. y: where to write the forward's output again, with z alone: the
+    backward has it at hand, so that a caller need not keep it. It is rounded as the forward's is, but summed in another
+    order.
 
     Raises:
         ShapeError: one of them does not fit.
         BackendUnavailableError: a kernel does not compile here.
     """
     with torch.cuda.device(u.device):
-        c = _prepare(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+        c = _prepare(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, batch_invariant)
         assert y is None or z is not None
         y = None if y is None else _place(y, u, "y")
-        g = _backward(c, cu_seqlens, dy, dfinal, checkpoints, du, ddt, dz, y)
-    return (*g[:3], _ungroup(g[3], B), _ungroup(g[4], C), *g[5:])
+        return _backward(c, cu_seqlens, dy, dfinal, checkpoints, B, C, du, ddt, dz, dB, dC, y)
 
 
 def _forward_op(*a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(*a[:11], want_final=a[11], want_checkpoints=a[12])
+    with torch.cuda.device(a[0].device):
+        c = _prepare(*a[:12])
+        results = _forward(c, a[10], a[12], a[13])
+        if a[13]:
+            _make_ready(c)
+        return results
 
 
 def _backward_op(*a: Any) -> tuple[Tensor, ...]:
-    return launch_backward(*a[:11], dy=a[11], dfinal=a[12], checkpoints=a[13])
-
-
-def _ungroup(gradient: Tensor, like: Tensor) -> Tensor:
-    """The gradient of an operand that was the same for several groups is the sum over them."""
-    if like.dim() == 3 and gradient.dim() == 4:
-        gradient = gradient.sum(2)
-    elif like.dim() == 4 and gradient.shape[2] != like.shape[2]:
-        gradient = gradient.unflatten(2, (like.shape[2], -1)).sum(3)
-    return gradient.to(like.dtype).contiguous()
+    g = launch_backward(*a[:12], dy=a[12], dfinal=a[13], checkpoints=a[14])
+    return (*g[:3], g[3].to(a[3].dtype), g[4].to(a[4].dtype), *g[5:])  # a fixed B or C has any dtype
 
 
 _LIBRARY.impl("selective_scan_cuda", _forward_op, "CUDA")
@@ -589,7 +726,9 @@ _LIBRARY.impl("selective_scan_cuda_backward", _backward_op, "CUDA")
 
 
 @torch.library.register_fake("statescan::selective_scan_cuda", lib=_LIBRARY)
-def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, want_final, want_checkpoints):  # type: ignore[no-untyped-def]
+def _(
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, batch_invariant, want_final, want_checkpoints
+):  # type: ignore[no-untyped-def]
     batch, length, d_inner = u.shape
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -602,7 +741,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, wan
 
 
 @torch.library.register_fake("statescan::selective_scan_cuda_backward", lib=_LIBRARY)
-def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, dy, dfinal, checkpoints):  # type: ignore[no-untyped-def]
+def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, batch_invariant, dy, dfinal, checkpoints):  # type: ignore[no-untyped-def]
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
 
     def like(x, dtype=None):  # type: ignore[no-untyped-def]
@@ -624,25 +763,25 @@ def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, dy,
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, want_final):  # type: ignore[no-untyped-def, override]
-        inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+    def forward(ctx: Any, u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, invariant, want_final):  # type: ignore[no-untyped-def, override]
+        inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, invariant)
         y, final, checkpoints = torch.ops.statescan.selective_scan_cuda(*inputs, want_final, True)
         ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints)
-        ctx.softplus, ctx.want_final = dt_softplus, want_final
+        ctx.softplus, ctx.want_final, ctx.invariant = dt_softplus, want_final, invariant
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
-        inputs = (u, dt, A, B, C, D, z, dt_bias, ctx.softplus, initial_state, cu_seqlens)
+        inputs = (u, dt, A, B, C, D, z, dt_bias, ctx.softplus, initial_state, cu_seqlens, ctx.invariant)
         dy = torch.zeros_like(u) if dy is None else dy
         g = torch.ops.statescan.selective_scan_cuda_backward(
             *inputs, dy, dfinal if ctx.want_final else None, checkpoints
         )
         given = (u, dt, A, B, C, D, z, dt_bias, initial_state)
         gradients = [None if x is None else v.to(x.dtype) for x, v in zip(given, g, strict=True)]
-        return (*gradients[:8], None, gradients[8], None, None)
+        return (*gradients[:8], None, gradients[8], None, None, None)
 
 
 def selective_scan(
@@ -663,9 +802,9 @@ def selective_scan(
     """The scan as described in api.py; its gradients are exact and once differentiable."""
     inputs = (u, dt, A, B, C, D, z, dt_bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state)):
-        y, final = _Scan.apply(*inputs, dt_softplus, initial_state, cu_seqlens, return_final_state)  # type: ignore[misc]
+        y, final = _Scan.apply(*inputs, dt_softplus, initial_state, cu_seqlens, batch_invariant, return_final_state)  # type: ignore[misc]
     else:
         y, final, _ = torch.ops.statescan.selective_scan_cuda(
-            *inputs, dt_softplus, initial_state, cu_seqlens, return_final_state, False
+            *inputs, dt_softplus, initial_state, cu_seqlens, batch_invariant, return_final_state, False
         )
     return y, final if return_final_state else None

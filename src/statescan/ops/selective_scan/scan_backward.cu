@@ -4,7 +4,8 @@
 // - sums over states (for du, d dt and the output before the gate) are butterflies over lane bits above, four steps at once,
 // - sums over channels (for dB and dC) are a product with a 0/1 matrix on the tensor cores where the result is rounded to
 //   bfloat16 anyway, and butterflies over the lane bits below elsewhere; then over warps through shared memory, once a
-//   sub-chunk. One partial of dB and dC a block goes to memory. No atomics: the same bits in every run.
+//   tile where that has room for all its sub-chunks, else once a sub-chunk. One partial of dB and dC a block goes to memory.
+// `scan_sums` adds up what blocks and chunks left apart. No atomics: the same bits in every run.
 //
 // PASS 1 (only where time is cut into chunks) makes the adjoint that leaves a chunk at its start, from zero at its end.
 #ifndef G
@@ -56,7 +57,12 @@
 #define VECB 0  // B and C are
 #endif
 #ifndef PARTS
-#define PARTS 2  // sub-chunks whose partial dB and dC have room at once
+#define PARTS 2  // sub-chunks whose partial dB and dC have room at once: all of a tile, two, or one
+#endif
+#if VEC
+typedef int offset;  // from a tile's first row to any other: the host sees to it that it fits
+#else
+typedef i64 offset;
 #endif
 #define CPW (32 / G)  // channels of a warp
 #define CB (NT / G)
@@ -77,10 +83,19 @@
 
 // A channel at a step. dv: dt; du: dt*u, afterwards the sum over states of adjoint * B; dy: gradient before the gate,
 // afterwards the sum of adjoint * decay * h * A; y: the output before D and the gate.
-struct alignas(16) Slot { real du, dy, y, dv; };
+struct alignas(16) Slot { real dv, du, dy, y; };
+// `x`, made anew where it stands: the compiler would keep what follows from it over a whole tile, in memory.
+DEV int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// Where a channel's bias and D are: the first halves of all pieces of eight, then the second ones, so that threads which read
+// half a piece each meet no bank twice.
+DEV int apart(int ch) { return (ch & 4 ? CB / 2 : 0) + (ch >> 3) * 4 + (ch & 3); }
 // Neighbouring pieces of eight channels permute their slots differently, so that threads writing them meet no bank twice.
 DEV int place(int ch) { return (ch & ~7) | ((ch ^ (ch >> 3)) & 7); }
 
+struct alignas(2 * sizeof(real)) Two { real a, b; };
 // One block's shared memory; the host computes its size (plan in cuda.py).
 struct Shared {
   Slot slots[TILE][CB];
@@ -101,12 +116,19 @@ struct Shared {
 };
 
 #if TENSOR
-// d += rows * v, rows 16 x 8 with a row of ones for the steps' sums: row r adds v0 over four lanes, row r + 8 adds v1.
-DEV void row_sums(float (&d)[4], const Four& one, float v0, float v1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(__float_as_uint(one.v[0])), "r"(__float_as_uint(one.v[1])), "r"(__float_as_uint(one.v[2])),
-        "r"(__float_as_uint(one.v[3])), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)));
+// d += rows * v (or d = rows * v), rows 16 x 8 with a row of ones for the steps' sums: row r adds v0 over four lanes, row
+// r + 8 adds v1.
+DEV void row_sums(float (&d)[4], const Four& one, float v0, float v1, bool first) {
+  if (first)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(one.v[0])), "r"(__float_as_uint(one.v[1])), "r"(__float_as_uint(one.v[2])),
+          "r"(__float_as_uint(one.v[3])), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)), "f"(0.f));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(one.v[0])), "r"(__float_as_uint(one.v[1])), "r"(__float_as_uint(one.v[2])),
+          "r"(__float_as_uint(one.v[3])), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)));
 }
 #endif
 struct Raw { Pack8 u, dt, dout, z; };
@@ -132,8 +154,8 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   const i64 b = blockIdx.y;
   const int k0 = blockIdx.z, t_begin = k0 * chunk_len, t_end = min(L, t_begin + chunk_len);
   FOR_EACH(q, CB) {
-    S.sbias[q] = bias && q < width ? bias[c0 + q] : real(0);
-    S.sD[q] = D && q < width ? D[c0 + q] : real(0);
+    S.sbias[apart(q)] = bias && q < width ? bias[c0 + q] : real(0);
+    S.sD[apart(q)] = D && q < width ? D[c0 + q] : real(0);
   }
 #if N < NP
   FOR_EACH(q, TILE * (NP - N)) {
@@ -192,32 +214,31 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   }
 #endif
   // The elementwise role: this thread has row `row` of a tile, channels seg..seg+7 of the block.
-  const int row = tid / PER, seg = (tid % PER) * 8, swap = (tid % PER) & 7;
+  const int row = tid / PER, seg = (tid % PER) * 8;
   const int count = VEC && SEGS == NT ? 8 : tid < SEGS ? max(0, min(8, width - seg)) : 0;
-  const act *pu = u + b * u_b + row * u_l + c0 + seg, *pd = dt + b * dt_b + row * dt_l + c0 + seg;
-  const act* pz = HASZ ? z + b * z_b + row * z_l + c0 + seg : nullptr;
-  const act* po = dout + b * o_b + row * o_l + c0 + seg;
   // Rows past the end read the last one instead, so that every call writes all of `r`: what it held need not be kept.
   auto fetch = [&](int t0) {
     Raw r{};
-    const i64 t = min(t0, t_end - 1 - row);
-    if (count > 0 && t_begin + row < t_end) {
-      r.u = load8(pu + t * u_l, VEC ? 8 : count, VEC);
-      r.dt = load8(pd + t * dt_l, VEC ? 8 : count, VEC);
-      r.dout = load8(po + t * o_l, VEC ? 8 : count, VEC);
-      if (HASZ) r.z = load8(pz + t * z_l, VEC ? 8 : count, VEC);
+    const int r0 = opaque(row), s0 = opaque(seg);
+    const offset t = min(r0, t_end - 1 - t0);
+    const int n = VEC ? 8 : count;
+    if (count > 0) {
+      if (PASS == 0) r.u = load8(u + b * u_b + t0 * u_l + c0 + (t * offset(u_l) + s0), n, VEC);
+      r.dt = load8(dt + b * dt_b + t0 * dt_l + c0 + (t * offset(dt_l) + s0), n, VEC);
+      r.dout = load8(dout + b * o_b + t0 * o_l + c0 + (t * offset(o_l) + s0), n, VEC);
+      if (HASZ) r.z = load8(z + b * z_b + t0 * z_l + c0 + (t * offset(z_l) + s0), n, VEC);
     }
     return r;
   };
 #if AHEAD
   const bool is_c = tid >= PIECES;
   const int brow = (is_c ? tid - PIECES : tid) / (N / 8), bn = (is_c ? tid - PIECES : tid) % (N / 8) * 8;
-  const bool brings = is_c ? (!FIXC && tid < 2 * PIECES) : !FIXB;
-  const i64 pb_l = is_c ? C_l : B_l;
-  const act* pb = brings ? (is_c ? Cm + b * C_b + grp * C_g : Bm + b * B_b + grp * B_g) + brow * pb_l + bn : nullptr;
+  const bool brings = is_c ? (!FIXC && tid < 2 * PIECES) : !FIXB && PASS == 0;
   auto fetch_bc = [&](int t0) {
     Pack8 r{};
-    if (brings && t0 + brow < t_end) r = load8(pb + t0 * pb_l, 8, true);
+    const int row_ = opaque(brow), n_ = opaque(bn);
+    if (brings && t0 + row_ < t_end)
+      r = load8((is_c ? Cm + b * C_b + grp * C_g : Bm + b * B_b + grp * B_g) + (t0 + row_) * (is_c ? C_l : B_l) + n_, 8, true);
     return r;
   };
 #endif
@@ -268,11 +289,12 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   for (int t0 = t_last; t0 >= t_begin; t0 -= TILE) {
     const int steps = min(TILE, t_end - t0);
     if (tid < SEGS) {
+      const int row = opaque(tid) / PER, seg = opaque(tid) % PER * 8, swap = opaque(tid) % PER & 7;
       const int n = row < steps ? count : 0;
       if (n > 0) {
 #pragma unroll
         for (int quad = 0; quad < 8; quad += 4) {  // four at a time, so that their chains of instructions interleave
-          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[seg + quad]);
+          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[apart(seg + quad)]);
           Slot f[4];
 #pragma unroll
           for (int m = 0; m < 4; m++) {
@@ -280,9 +302,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             f[m].dv = part(next.dt, j) + shift.v[m];
             if (SOFTPLUS) f[m].dv = softplus(f[m].dv);
             if (!VEC && j >= n) f[m].dv = real(0);
-            f[m].du = f[m].dv * part(next.u, j);
             f[m].dy = part(next.dout, j);
             if (HASZ) f[m].dy *= silu(part(next.z, j));
+            f[m].du = PASS == 0 ? f[m].dv * part(next.u, j) : f[m].dy;  // the chunk's end asks for no du
             f[m].y = real(0);
           }
 #pragma unroll
@@ -309,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     FOR_EACH(q, TILE * N) {
       const int r = q / N, n = q % N;
       const bool here = r < steps;
-      if (!FIXB) S.sb[r][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + r) * B_l + grp * B_g + n]) : real(0);
+      if (!FIXB && PASS == 0) S.sb[r][n] = here ? to_real(Bm[b * B_b + (i64)(t0 + r) * B_l + grp * B_g + n]) : real(0);
       if (!FIXC) S.sc[r][n] = here ? to_real(Cm[b * C_b + (i64)(t0 + r) * C_l + grp * C_g + n]) : real(0);
     }
 #endif
@@ -334,13 +356,13 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         for (int n = 0; n < NS; n++)
           if (live && g * NS + n < N) carry[n] += dfinal[((i64)(S.end[s] - 1) * d_inner + c) * N + g * NS + n];
 #endif
-      const Slot f = S.slots[s][at];
+      const Two f = *reinterpret_cast<const Two*>(&S.slots[s][at]);  // dt and the gradient before the gate
 #if !FIXC
       const Row fc = states_of(S.sc[s]);
 #endif
-      dt_sum += f.dv;
+      dt_sum += f.a;
 #pragma unroll
-      for (int n = 0; n < NS; n++) carry[n] = decay(f.dv, a[n]) * fma_(f.dy, CVAL(n), carry[n]);
+      for (int n = 0; n < NS; n++) carry[n] = decay(f.a, a[n]) * fma_(f.b, CVAL(n), carry[n]);
 #if VARLEN
       if (S.start[s]) {
         was_reset = true;
@@ -361,14 +383,14 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         for (int n = 0; n < NS; n++)
           h[n] = (init && live && g * NS + n < N) ? init[((i64)(S.start[s] - 1) * d_inner + c) * N + g * NS + n] : real(0);
 #endif
-      const Slot f = S.slots[s][at];
+      const Two f = *reinterpret_cast<const Two*>(&S.slots[s][at]);  // dt and dt*u
 #if !FIXB
       const Row fb = states_of(S.sb[s]);
 #endif
 #pragma unroll
       for (int n = 0; n < NS; n++) {
-        e[n] = decay(f.dv, a[n]);
-        h[n] = fma_(e[n], h[n], f.du * BVAL(n));
+        e[n] = decay(f.a, a[n]);
+        h[n] = fma_(e[n], h[n], f.b * BVAL(n));
       }
     };
     const int subs = (steps + HT - 1) / HT;
@@ -379,33 +401,40 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
         for (int s = 0; s < HT; s++) step(j * HT + s);
     }
-    // A sub-chunk's dB and dC: the warps' sums, in order.
-    auto reduce = [&](int j) {
+    // A sub-chunk's dB and dC: the warps' sums, in order. `every`: those of all sub-chunks at once.
+    auto reduce = [&](int j, bool every) {
       if (FIXB && FIXC) return;
-#if N == NP
-      FOR_EACH(q, HT * 2 * NP / 4) {
-        const int r = q / (NP / 2), which = q / (NP / 4) & 1, n = q % (NP / 4) * 4, t = t0 + j * HT + r;
-        Four total{};
+      constexpr int wide = N == NP ? 4 : 1, pieces = HT * 2 * NP / wide;
+      const int first = opaque(tid);
+      // One sub-chunk is less than a piece for every thread: another part of the block does it every time.
+      const int turn = !every && pieces < NT ? (first + NT - j * pieces % NT) % NT : first;
+      const int count = every ? NSUB * pieces : pieces;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-          const Four f = *reinterpret_cast<const Four*>(&S.part[j % PARTS][w][r][which][n]);
+      for (int q_ = 0; q_ < (count + NT - 1) / NT; q_++) {
+        const int q = turn + q_ * NT;
+        if (count % NT && q >= count) break;
+        const int k = every ? q / pieces : j, r = q % pieces / (2 * NP / wide), which = q / (NP / wide) & 1, n = q % (NP / wide) * wide;
+        const int t = t0 + k * HT + r;
+        if ((which ? FIXB : FIXC) || t >= t_end || n >= N) continue;
+        real* out = (which ? gB : gC) + (((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n;
+        auto part_of = [&](int w) { return &S.part[k % PARTS][w][r][which][n]; };
+        constexpr int summands = WARPS;
+        if (wide == 4) {
+          Four total{};
 #pragma unroll
-          for (int m = 0; m < 4; m++) total.v[m] += f.v[m];
+          for (int w = 0; w < summands; w++) {
+            const Four f = *reinterpret_cast<const Four*>(part_of(w));
+#pragma unroll
+            for (int m = 0; m < 4; m++) total.v[m] += f.v[m];
+          }
+          *reinterpret_cast<Four*>(out) = total;
+        } else {
+          real total = real(0);
+#pragma unroll
+          for (int w = 0; w < summands; w++) total += *part_of(w);
+          *out = total;
         }
-        real* out = which ? gB : gC;
-        if (!(which ? FIXB : FIXC) && t < t_end)
-          *reinterpret_cast<Four*>(out + (((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n) = total;
       }
-#else
-      FOR_EACH(q, HT * 2 * NP) {
-        const int r = q / (2 * NP), which = q / NP & 1, n = q % NP, t = t0 + j * HT + r;
-        real total = real(0);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) total += S.part[j % PARTS][w][r][which][n];
-        real* out = which ? gB : gC;
-        if (!(which ? FIXB : FIXC) && n < N && t < t_end) out[(((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n] = total;
-      }
-#endif
     };
     real gA_[NS];  // of this tile
 #pragma unroll
@@ -414,9 +443,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll 1
     for (int j = subs - 1; j >= 0; j--) {
       asm volatile("" : "+r"(waiting));  // or the first sub-chunk becomes a second copy of this loop
-      if (waiting) {
+      if (waiting && PARTS < NSUB) {
         __syncthreads();
-        reduce(j + 1);
+        reduce(j + 1, false);
         if (PARTS == 1) __syncthreads();
       }
       real hist[HT + 1][NS];  // the state before step r
@@ -439,10 +468,6 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       real(*part)[2][NP] = S.part[j % PARTS][warp];
 #if TENSOR
       float rows[NS][4];
-#pragma unroll
-      for (int n = 0; n < NS; n++)
-#pragma unroll
-        for (int q = 0; q < 4; q++) rows[n][q] = 0.f;
 #endif
       real sum[3][R];
 #pragma unroll
@@ -499,7 +524,10 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #if TENSOR
         const Four one = S.ones[r][lane];
 #pragma unroll
-        for (int n = 0; n < NS; n++) row_sums(rows[n], one, v[n], v[NS + n]);
+        for (int n = 0; n < NS; n++) row_sums(rows[n], one, v[n], v[NS + n], r == HT - 1);
+#elif TENSOR
+        column_sums(columns[r / 2], v, S.ones[r % 2 * 2][lane >> 2], r % 2);
+        column_sums(columns[r / 2], v + NS, S.ones[r % 2 * 2 + 1][lane >> 2], false);
 #else
         if (!FIXB || !FIXC) {
           constexpr int left = 2 * NS / CPW;  // values that a lane ends with
@@ -563,7 +591,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     next_bc = fetch_bc(max(t0 - TILE, t_begin));
 #endif
     __syncthreads();
-    reduce(0);
+    reduce(0, PARTS >= NSUB);
     // dA: sums of tiles, added with what earlier additions lost.
 #pragma unroll
     for (int m = 0; m < NQ; m++) {
@@ -578,6 +606,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       S.sumA[1][m][tid] = lost;
     }
     {
+      const int row = opaque(tid) / PER, seg = opaque(tid) % PER * 8, swap = opaque(tid) % PER & 7;
       const int n = row < steps ? count : 0;
       if (n > 0) {
         Pack8 ou, od, oz, oy;
@@ -586,7 +615,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         for (int j = 0; j < 4; j++) *reinterpret_cast<Four*>(share + 4 * j) = S.sums[j][tid];
 #pragma unroll
         for (int quad = 0; quad < 8; quad += 4) {
-          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[seg + quad]), skip = *reinterpret_cast<const Four*>(&S.sD[seg + quad]);
+          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[apart(seg + quad)]), skip = *reinterpret_cast<const Four*>(&S.sD[apart(seg + quad)]);
           real to_u[4], to_dt[4], to_z[4], to_y[4];
           Slot f[4];
 #pragma unroll
@@ -603,7 +632,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
               if (HASY) to_y[m] = before * (zv * sig);
             }
             real ddt = fma_(uv, f[m].du, f[m].dy * LN2);
-            if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= sigmoid(raw);
+            if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= quick_sigmoid(raw);
             if (VEC || j < n) {
               share[j] = fma_(dyv, uv, share[j]);
               share[8 + j] += ddt;
@@ -621,12 +650,11 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) S.sums[j][tid] = *reinterpret_cast<Four*>(share + 4 * j);
-        const i64 t = t0 + row;
-        const int to = c0 + seg;
-        store8(gu + b * gu_b + t * gu_l + to, ou, VEC ? 8 : n, VEC);
-        store8(gdt + b * gdt_b + t * gdt_l + to, od, VEC ? 8 : n, VEC);
-        if (HASZ) store8(gz + b * gz_b + t * gz_l + to, oz, VEC ? 8 : n, VEC);
-        if (HASY) store8(y + b * y_b + t * y_l + to, oy, VEC ? 8 : n, VEC);
+        const int r0 = row, s0 = seg;
+        store8(gu + b * gu_b + t0 * gu_l + c0 + (r0 * offset(gu_l) + s0), ou, VEC ? 8 : n, VEC);
+        store8(gdt + b * gdt_b + t0 * gdt_l + c0 + (r0 * offset(gdt_l) + s0), od, VEC ? 8 : n, VEC);
+        if (HASZ) store8(gz + b * gz_b + t0 * gz_l + c0 + (r0 * offset(gz_l) + s0), oz, VEC ? 8 : n, VEC);
+        if (HASY) store8(y + b * y_b + t0 * y_l + c0 + (r0 * offset(y_l) + s0), oy, VEC ? 8 : n, VEC);
       }
     }
 #endif
@@ -668,6 +696,73 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #endif
 }
 
+#if PASS == 0
+// All sums over partial results in one launch: blocks up to end0 for dB, then dC, dA (and fixed B, C), dD, d dt_bias. A thread adds up
+// `rows` (or, for dB and dC, `blocks`) summands of four neighbouring results, or of one, always in the same order.
+#define SUM_NT 256
+#define WIDE_N (N % 4 == 0 ? 4 : 1)
+template <int W> DEV void add_rows(real (&total)[W], const real* p, i64 apart, int count) {
+#pragma unroll
+  for (int m = 0; m < W; m++) total[m] = real(0);
+#pragma unroll 8
+  for (int i = 0; i < count; i++, p += apart) {
+    if (W == 4) {
+      const Four f = *reinterpret_cast<const Four*>(p);
+#pragma unroll
+      for (int m = 0; m < W; m++) total[m] += f.v[m];
+    } else {
+      total[0] += *p;
+    }
+  }
+}
+extern "C" __global__ void __launch_bounds__(SUM_NT) scan_sums(
+    const real* __restrict__ pB, act* __restrict__ dB, i64 dB_b, i64 dB_l, i64 dB_g, int B_groups,
+    const real* __restrict__ pC, act* __restrict__ dC, i64 dC_b, i64 dC_l, i64 dC_g, int C_groups,
+    const real* __restrict__ pBfix, real* __restrict__ dBfix, const real* __restrict__ pCfix, real* __restrict__ dCfix,
+    const real* __restrict__ pA, real* __restrict__ dA, const real* __restrict__ pD, real* __restrict__ dD,
+    const real* __restrict__ pbias, real* __restrict__ dbias, int batch, int L, int d_inner, int blocks, int rows,
+    int end0, int end1, int end2, int end3) {
+  const int x = blockIdx.x;
+  if (x < end1) {
+    const bool is_c = x >= end0;
+    const i64 i = (i64)(x - (is_c ? end0 : 0)) * SUM_NT + threadIdx.x;
+    const int groups = is_c ? C_groups : B_groups, summands = blocks / groups;
+    const i64 size = (i64)batch * L * N, quad = i * WIDE_N, group = quad / size, at = quad % size;
+    if (group >= groups) return;
+    const int n = at % N;
+    const i64 t = at / N % L, b = at / N / L;
+    real total[WIDE_N];
+    add_rows(total, (is_c ? pC : pB) + group * summands * size + at, size, summands);
+    act* to = is_c ? dC + b * dC_b + t * dC_l + group * dC_g + n : dB + b * dB_b + t * dB_l + group * dB_g + n;
+#pragma unroll
+    for (int m = 0; m < WIDE_N; m++) to[m] = to_act(total[m]);
+    return;
+  }
+  if (x < end2) {
+    const i64 size = (i64)d_inner * N, i = ((i64)(x - end1) * SUM_NT + threadIdx.x) * WIDE_N;
+    if (i >= size) return;
+    const real* from[3] = {pA, pBfix, pCfix};
+    real* into[3] = {dA, dBfix, dCfix};
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+      if ((k == 1 && !FIXB) || (k == 2 && !FIXC)) continue;
+      real total[WIDE_N];
+      add_rows(total, from[k] + i, size, rows);
+#pragma unroll
+      for (int m = 0; m < WIDE_N; m++) into[k][i + m] = total[m];
+    }
+    return;
+  }
+  const bool is_bias = x >= end3;
+  const int c = (x - (is_bias ? end3 : end2)) * SUM_NT + threadIdx.x;
+  real* into = is_bias ? dbias : dD;
+  if (c >= d_inner || !into) return;
+  real total[1];
+  add_rows(total, (is_bias ? pbias : pD) + c, d_inner, rows);
+  into[c] = total[0];
+}
+#endif
+
 #if PASS == 1
 // The adjoint that enters every chunk at its end, in place of the one that left it at its start; last chunk first.
 extern "C" __global__ void __launch_bounds__(128) scan_combine_backward(
@@ -678,11 +773,19 @@ extern "C" __global__ void __launch_bounds__(128) scan_combine_backward(
   const i64 c = i / N;
   const real a = A[i] * LOG2E;
   real carry = dfinal ? dfinal[b * size + i] : real(0);
-  for (int k = chunks - 1; k >= 0; k--) {
-    real* p = chunk_state + (b * chunks + k) * size + i;
-    const real out = *p, s = chunk_dt[(b * chunks + k) * d_inner + c];
-    *p = carry;
-    carry = s < real(0) ? out : fma_(decay(s, a), carry, out);
+  constexpr int AT_ONCE = 8;  // loads in flight
+  for (int k0 = chunks - 1; k0 >= 0; k0 -= AT_ONCE) {
+    real out[AT_ONCE], s[AT_ONCE];
+#pragma unroll
+    for (int m = 0; m < AT_ONCE; m++) {
+      out[m] = k0 >= m ? chunk_state[(b * chunks + k0 - m) * size + i] : real(0);
+      s[m] = k0 >= m ? chunk_dt[(b * chunks + k0 - m) * d_inner + c] : real(0);
+    }
+#pragma unroll
+    for (int m = 0; m < AT_ONCE; m++) {
+      if (k0 >= m) chunk_state[(b * chunks + k0 - m) * size + i] = carry;
+      carry = s[m] < real(0) ? out[m] : fma_(decay(s[m], a), carry, out[m]);
+    }
   }
 }
 #endif

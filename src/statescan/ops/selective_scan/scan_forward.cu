@@ -51,6 +51,11 @@
 #ifndef VECB
 #define VECB 0  // the same of B and C
 #endif
+#ifndef SIDE
+#define SIDE (G > 2)  // measured: no gain with two lanes
+#endif
+#define CPW (32 / G)       // channels of a warp
+#define APART (SIDE ? CPW : 1)  // between the lanes of a channel
 #define CB (NT / G)        // channels of a block
 #define NP (G * NS)        // states, padded
 #define PER (CB / 8)       // eight-channel pieces of a row
@@ -86,7 +91,12 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
 #if VARLEN
   __shared__ int sstart[2][TILE], send[2][TILE];
 #endif
+  #if SIDE
+  // A warp's lanes with the same states are neighbours: reads of B and C, 16 bytes a lane, then take two wavefronts, not four.
+  const int tid = threadIdx.x, lane = tid & 31, g = lane / CPW, ch = tid / 32 * CPW + lane % CPW, at = place(ch);
+#else
   const int tid = threadIdx.x, ch = tid / G, g = tid % G, at = place(ch);
+#endif
   const int grp = blockIdx.x / blocks_per_group, first = (blockIdx.x % blocks_per_group) * CB;
   const int c0 = grp * group_channels + first, width = VEC ? CB : min(CB, group_channels - first);
   const int c = c0 + ch;
@@ -339,17 +349,17 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
       // when every lane of the channel has read the slot it now writes.
       const bool b0 = g & 1;
       real k0_ = b0 ? acc[1] : acc[0], k1_ = b0 ? acc[3] : acc[2];
-      k0_ += __shfl_xor_sync(~0u, b0 ? acc[0] : acc[1], 1);
-      k1_ += __shfl_xor_sync(~0u, b0 ? acc[2] : acc[3], 1);
+      k0_ += __shfl_xor_sync(~0u, b0 ? acc[0] : acc[1], APART);
+      k1_ += __shfl_xor_sync(~0u, b0 ? acc[2] : acc[3], APART);
 #if G == 2
       __syncwarp();
       slots[w][s0 + g][at].dv = k0_;
       slots[w][s0 + 2 + g][at].dv = k1_;
 #else
       const bool b1 = g & 2;
-      real keep = (b1 ? k1_ : k0_) + __shfl_xor_sync(~0u, b1 ? k0_ : k1_, 2);
+      real keep = (b1 ? k1_ : k0_) + __shfl_xor_sync(~0u, b1 ? k0_ : k1_, 2 * APART);
 #pragma unroll
-      for (int m = 4; m < G; m <<= 1) keep += __shfl_xor_sync(~0u, keep, m);
+      for (int m = 4; m < G; m <<= 1) keep += __shfl_xor_sync(~0u, keep, m * APART);
       __syncwarp();
       if (G == 4 || g < 4) slots[w][s0 + g % 4][at].dv = keep;
 #endif
@@ -396,10 +406,19 @@ extern "C" __global__ void __launch_bounds__(128) scan_combine(
   const i64 c = i / N;
   const real a = A[i] * LOG2E;
   real h = init ? init[b * size + i] : real(0);
-  for (int k = 0; k < chunks; k++) {
-    real* p = chunk_state + (b * chunks + k) * size + i;
-    const real end = k + 1 < chunks ? *p : real(0), s = k + 1 < chunks ? chunk_dt[(b * chunks + k) * d_inner + c] : real(0);
-    *p = h;
-    h = s < real(0) ? end : fma_(decay(s, a), h, end);
+  constexpr int AT_ONCE = 8;  // loads in flight
+  for (int k0 = 0; k0 < chunks; k0 += AT_ONCE) {
+    real end[AT_ONCE], s[AT_ONCE];
+#pragma unroll
+    for (int m = 0; m < AT_ONCE; m++) {
+      const bool there = k0 + m + 1 < chunks;
+      end[m] = there ? chunk_state[(b * chunks + k0 + m) * size + i] : real(0);
+      s[m] = there ? chunk_dt[(b * chunks + k0 + m) * d_inner + c] : real(0);
+    }
+#pragma unroll
+    for (int m = 0; m < AT_ONCE; m++) {
+      if (k0 + m < chunks) chunk_state[(b * chunks + k0 + m) * size + i] = h;
+      h = s[m] < real(0) ? end[m] : fma_(decay(s[m], a), h, end[m]);
+    }
   }
 }
