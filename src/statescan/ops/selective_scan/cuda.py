@@ -207,7 +207,7 @@ def describe(
         if not torch.cuda.is_available():
             raise ConfigError("explain: torch sees no CUDA device to ask; give multiprocessors, e.g. 132 for an H100")
         chip = torch.cuda.get_device_properties(torch.cuda.current_device())
-        multiprocessors, room = chip.multi_processor_count, _room(chip)
+        multiprocessors, room = int(chip.multi_processor_count), _room(chip)
     wide = facts.dtype == torch.float64
     p = plan(batch, length, d_inner, facts.d_state, groups, multiprocessors, wide, packed, facts.batch_invariant, room)
     lines = []
