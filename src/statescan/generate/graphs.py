@@ -104,8 +104,6 @@ class GraphDecoder:
         self._ring_words = self._ring.numpy()
         self._ring_values = self._ring_logprob.numpy()
         self._counts = np.zeros(capacity, dtype=np.int64)  # draws started in each slot, as the device counts them
-        self._side = torch.cuda.Stream(device)
-        self._variant: dict[str, Any] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._biases = [
@@ -251,51 +249,22 @@ class GraphDecoder:
         first = packed.blocks[0]
         d_inner, d_state, rank = first.d_inner, first.d_state, first.dt_rank
         act, pieces, device = self._act, self._pieces, self.device
-        pieces.early = self._variant.get("early", False)
         x = F.embedding(self.tokens[:rows], cast(Tensor, packed.embedding.data))
         stream = torch.empty(rows, first.d_model, device=device)
         normed = torch.empty(rows, first.d_model, dtype=act, device=device)
-        before_conv, z, u, y = (torch.empty(rows, d_inner, dtype=act, device=device) for _ in range(4))
-        main, side = torch.cuda.current_stream(device), self._side
+        u, y = (torch.empty(rows, d_inner, dtype=act, device=device) for _ in range(2))
         before = None
         for i, block in enumerate(packed.blocks):
             in_bias, x_bias, out_bias = self._biases[i]
-            u_bias, z_bias = (None, None) if in_bias is None else in_bias.split(d_inner)
-            u_weight, z_weight = block.in_proj.data.split(d_inner)
             pieces.add_norm(x, before, stream, block.norm, block.epsilon, normed)
             before = stream
-            _product(normed, u_weight, u_bias, before_conv)
-            # The gate's half of in_proj fills the memory while conv and x_proj, which are short, wait for themselves.
-            fork = self._variant.get("fork", True)
-            if fork:
-                side.wait_stream(main)
-                with torch.cuda.stream(side):
-                    _product(normed, z_weight, z_bias, z)
-                    if self._variant.get("warm", 0):
-                        pieces.warm(block.out_proj.data, self._variant["warm"])
-            else:
-                _product(normed, z_weight, z_bias, z)
-            pieces.conv_step(before_conv, state.conv[i], block.conv_weight, block.conv_bias, u)
+            uz = F.linear(normed, block.in_proj.data, in_bias)
+            pieces.conv_step(uz[:, :d_inner], state.conv[i], block.conv_weight, block.conv_bias, u)
             selected = F.linear(u, block.x_proj.data, x_bias)
             low, B, C = selected.split([rank, d_state, d_state], dim=1)
-            dt: Any = (block.dt_proj.data, low)
-            if self._variant.get("dt", True):
-                dt = F.linear(low, block.dt_proj.data)
-            if fork:
-                main.wait_stream(side)
-            pieces.state_step(
-                state.ssm[i],
-                u,
-                z,
-                dt,
-                block.A,
-                B,
-                C,
-                block.D,
-                block.dt_bias,
-                y,
-                rows_each=self._variant.get("each", 1),
-            )
+            dt = F.linear(low, block.dt_proj.data)
+            z = uz[:, d_inner:]
+            pieces.state_step(state.ssm[i], u, z, dt, block.A, B, C, block.D, block.dt_bias, y)
             x = F.linear(y, block.out_proj.data, out_bias)
         pieces.add_norm(x, before, stream, packed.norm_f, packed.epsilon, normed)
         logits = self.logits[:rows]
@@ -305,10 +274,3 @@ class GraphDecoder:
             logits.copy_(torch.mm(normed, packed.head.data.t(), out_dtype=torch.float32))
         if packed.head_bias is not None:
             logits += packed.head_bias
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)

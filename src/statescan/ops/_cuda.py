@@ -152,14 +152,11 @@ class Kernel:
         shared: int,
         cooperative: bool = False,
         cluster: int = 1,
-        dependent: bool = False,
     ) -> None:
         self._function = function
         self._threads = threads
         self._shared = shared
         self._more: dict[str, Any] = {"is_cooperative": True} if cooperative else {}
-        if dependent:
-            self._more["programmatic_stream_serialization"] = True
         if cluster > 1:
             self._more["cluster"] = (cluster, 1, 1)
         self._core = _core()
@@ -197,9 +194,8 @@ def _function(
     shared: int,
     cooperative: bool,
     cluster: int,
-    dependent: bool,
 ) -> Kernel:
-    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster, dependent)
+    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster)
 
 
 def kernel(
@@ -211,15 +207,13 @@ def kernel(
     shared: int = 0,
     cooperative: bool = False,
     cluster: int = 1,
-    dependent: bool = False,
 ) -> Kernel:
     """The function `name` of `file`, compiled with the macros `options` for this device; made once a process.
     `shared`: bytes of dynamic shared memory a block. `cooperative`: all blocks of a launch run at once, or it fails.
-    `cluster`: blocks of a cluster; the grid then counts clusters. `dependent`: it may be launched before the kernel
-    ahead of it in the stream has ended, and waits for that itself (griddepcontrol.wait).
+    `cluster`: blocks of a cluster; the grid then counts clusters.
 
     Raises:
         BackendUnavailableError: the compiler refuses it.
     """
     settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
-    return _function(str(file), name, settings, threads, device, shared, cooperative, cluster, dependent)
+    return _function(str(file), name, settings, threads, device, shared, cooperative, cluster)

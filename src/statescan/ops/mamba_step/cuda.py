@@ -56,13 +56,10 @@ class Pieces:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._options = {"IN": _TYPES[dtype]}
-        self.early = False
         self._device = device.index if device.index is not None else torch.cuda.current_device()
 
-    def _kernel(self, name: str, dependent: bool = False, /, **options: int) -> _cuda.Kernel:
-        if dependent:
-            options["PDL"] = 1
-        return _cuda.kernel(_SOURCE, name, {**self._options, **options}, _THREADS, self._device, dependent=dependent)
+    def _kernel(self, name: str, **options: int) -> _cuda.Kernel:
+        return _cuda.kernel(_SOURCE, name, {**self._options, **options}, _THREADS, self._device)
 
     def add_norm(
         self, x: Tensor, before: Tensor | None, stream: Tensor, weight: Tensor, epsilon: float, normed: Tensor
@@ -72,7 +69,7 @@ class Pieces:
         chunks = math.ceil(d_model / (8 * _THREADS)) if d_model % 8 == 0 else 0
         tensors = [t for t in (x, before, stream, weight, normed) if t is not None]
         whole = 0 < chunks <= 2 and all(t.data_ptr() % 16 == 0 for t in tensors)
-        run = self._kernel("add_norm", self.early, CHUNKS=chunks if whole else 0)
+        run = self._kernel("add_norm", CHUNKS=chunks if whole else 0)
         run((rows, 1, 1), x, before, stream, weight, normed, i32(d_model), ctypes.c_double(epsilon))
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -86,14 +83,10 @@ class Pieces:
         run(grid, x, x.stride(0), packed.data, scale, bias, y, *sizes)
         return y
 
-    def warm(self, weight: Tensor, blocks: int) -> None:
-        """Reads a contiguous tensor into the L2 cache, for a product that comes later."""
-        self._kernel("warm")((blocks, 1, 1), weight, weight.nbytes)
-
     def conv_step(self, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """y = silu(conv(x)), the state (rows, width - 1, d_inner) moved on; x (rows, d_inner) may be a part of rows."""
         rows, d_inner = x.shape
-        run = self._kernel("conv_step", self.early, W=weight.shape[1])
+        run = self._kernel("conv_step", W=weight.shape[1])
         run((math.ceil(d_inner / _THREADS), rows, 1), x, x.stride(0), state, weight, bias, y, i32(d_inner))
 
     def state_step(
@@ -101,35 +94,21 @@ class Pieces:
         state: Tensor,
         u: Tensor,
         z: Tensor,
-        dt: Tensor | tuple[Tensor, Tensor],
+        dt: Tensor,
         A: Tensor,
         B: Tensor,
         C: Tensor,
         D: Tensor | None,
         bias: Tensor | None,
         y: Tensor,
-        rows_each: int = 1,
     ) -> None:
-        """y = (C . h + D u) silu(z) for h, (rows, d_inner, d_state), moved on in place.
-
-        Args:
-            dt: (rows, d_inner) before bias and softplus; or (weight (d_inner, rank), low (rows, rank)): the projection
-                is then made here.
-            rows_each: rows that a thread takes, reading A and dt_proj's weight once for all.
-        """
+        """y = (C . h + D u) silu(z) for h, (rows, d_inner, d_state), moved on in place; dt before bias and softplus."""
         rows, d_inner = u.shape
         lanes, states = _lanes(A.shape[1])
-        options = {"N": A.shape[1], "G": lanes, "NS": states, "RPT": rows_each}
-        parts = [B, C] if isinstance(dt, Tensor) else [B, C, dt[1]]
-        options["VBC"] = int(all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in parts))
-        whole, weight, low = dt if isinstance(dt, Tensor) else None, None, None
-        if not isinstance(dt, Tensor):
-            weight, low = dt
-            options |= {"R": weight.shape[1], "WT": _TYPES[weight.dtype]}
-        run = self._kernel("state_step", **options)
-        grid = (math.ceil(d_inner / (_THREADS // lanes)), math.ceil(rows / rows_each), 1)
-        step = (whole, weight, low, 0 if low is None else low.stride(0))
-        run(grid, state, u, z, z.stride(0), *step, B, C, B.stride(0), A, D, bias, y, i32(rows), i32(d_inner))
+        marks = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (state, A, B, C))
+        run = self._kernel("state_step", N=A.shape[1], G=lanes, NS=states, VBC=int(marks))
+        grid = (math.ceil(d_inner / (_THREADS // lanes)), rows, 1)
+        run(grid, state, u, z, z.stride(0), dt, B, C, B.stride(0), A, D, bias, y, i32(d_inner))
 
 
 def _forward(

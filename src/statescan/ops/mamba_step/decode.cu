@@ -16,7 +16,8 @@
 //
 // All blocks must be resident at once: launch cooperatively. Every sum has a fixed order: results are equal bit for bit.
 // Macros: D d_model, E d_inner, N d_state (16), R dt_rank, W width, V rows of the head, NB blocks, WT weights (0 float32,
-// 1 bfloat16, 2 float16), SLOTS ring slots.
+// 1 bfloat16, 2 float16), SLOTS ring slots, a multiple of four: then the tile that was in a slot before belonged to the same
+// warps, or to a phase that is over, and none can take one round of its barrier for another.
 #define NT 512          // threads that compute
 #define THREADS (NT + 64)  // one warp more streams, one adds x_proj's parts
 #define KS 4            // warps that share a row
@@ -28,9 +29,6 @@
 #define HE ((V + NB - 1) / NB)     // and of the head
 #define UP4(x) (((x) + 3) / 4 * 4)
 #define OWN ((X + NB - 1) / NB)    // outputs of x_proj that a block adds up, at most
-#ifndef COPIES
-#define COPIES 8        // of x_proj's sums, so that not all blocks ask for the same few lines of the cache
-#endif
 #ifndef POLL
 #define POLL 0          // ns between two looks at a word
 #endif
@@ -38,6 +36,11 @@
 #define MARK(k) if (tid == 0) { u64 now_; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now_)); p_words[(i64)X * NB + (l * 10 + k) * NB + block] = PROFILE == 1 ? clock64() : now_; }
 #else
 #define MARK(k)
+#endif
+// Tiles a block has asked for and not got: enough to keep the memory busy, no more. Whatever is asked for after them, the
+// words among it, waits behind them; with all the ring asked for at once that was up to 8 us.
+#ifndef FLIGHT
+#define FLIGHT MAX2(3, 24 * 1024 / SLOT)
 #endif
 #ifndef CACHE_HINT
 #define CACHE_HINT 1    // weights leave the cache first: the states stay
@@ -54,21 +57,7 @@ typedef u16 wt;
 #define TILE_C (RC * E * WB)
 #define TILE_X (CE * X * WB)
 #define MAX2(a, b) ((a) > (b) ? (a) : (b))
-// Vectors and states of the block's channels come the same way, in two tiles a layer: a plain load that misses the cache
-// would queue behind all that the rings have asked for. A copy begins at a multiple of 16 bytes, hence the room.
-#define ROOM(bytes) (((bytes) + 15) / 16 * 16 + 16)
-#define AT_TAPS ROOM(D * 4)  // the norm's weight stands first
-#define AT_PAST (AT_TAPS + ROOM(CE * W * 4))
-#define AT_CONV_BIAS (AT_PAST + (W - 1) * ROOM(CE * 4))
-#define AT_U_BIAS (AT_CONV_BIAS + ROOM(CE * 4))
-#define TILE_P (AT_U_BIAS + ROOM(CE * 4))
-#define AT_H ROOM(CE * N * 4)  // A stands first
-#define AT_DT (AT_H + ROOM(CE * N * 4))
-#define AT_SKIP (AT_DT + ROOM(CE * R * WB))
-#define AT_DT_BIAS (AT_SKIP + ROOM(CE * 4))
-#define AT_Z_BIAS (AT_DT_BIAS + ROOM(CE * 4))
-#define TILE_Q (AT_Z_BIAS + ROOM(CE * 4))
-#define SLOT ((MAX2(MAX2(MAX2(TILE_A, TILE_C), TILE_X), MAX2(TILE_P, TILE_Q)) + 127) / 128 * 128)
+#define SLOT ((MAX2(MAX2(TILE_A, TILE_C), TILE_X) + 127) / 128 * 128)
 #define KA (D / KS)     // columns of a warp
 #define KC (E / KS)
 #define CHUNKS_A ((KA / 8 + 31) / 32)
@@ -103,11 +92,6 @@ DEV void bar_wait(u64* b, u32 parity) {
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                  : "=r"(done) : "r"(address(b)), "r"(parity) : "memory");
   } while (!done);
-}
-DEV void bulk_keep(void* to, const void* from, u32 bytes, u64* b) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)) : "memory");
 }
 DEV void bulk(void* to, const void* from, u32 bytes, u64* b, u64 policy) {
 #if CACHE_HINT
@@ -155,8 +139,23 @@ template <int LINES> DEV void collect(const u64* w, int tid, int count, u32 tag,
   } while (!ready);
 }
 
-// A vector that a piece of a tile was copied from begins at this place of the tile.
-DEV const float* copied(const char* tile, int at, const float* from) { return reinterpret_cast<const float*>(tile + at + ((i64)from & 15)); }
+// Reads that must leave now, ahead of a wait, whatever the compiler thinks.
+DEV float early(const float* p) { float v; asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p)); return v; }
+DEV float2 early2(const float* p) { float2 v; asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p)); return v; }
+DEV u32 early_bits(const u16* p) { u16 v; asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
+DEV uint4 early4(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+#ifndef PREFETCH
+#define PREFETCH 1
+#endif
+DEV void prefetch(const void* p, i64 bytes, int lane) {
+  if (!p || !PREFETCH) return;
+  for (i64 at = (i64)p / 128 * 128 + lane * 128; at < (i64)p + bytes; at += 32 * 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
 
 DEV float low_half(u32 w) {
 #if WT == 2
@@ -265,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
   const int o0 = share(D, block), no = share(D, block + 1) - o0;
   const int v0 = share(V, block), nv = share(V, block + 1) - v0;
   const int tiles_u = (nc + RA - 1) / RA, tiles_o = (no + RC - 1) / RC, tiles_h = (nv + RA - 1) / RA;
-  u64 *x_words = words, *y_words = x_words + D, *s_words = y_words + E, *p_words = s_words + COPIES * X;
+  u64 *x_words = words, *y_words = x_words + D, *s_words = y_words + E, *p_words = s_words + X;
   const Layer* layers = sh.layers;  // a pointer read from memory would cost each phase as much as an exchange
   for (int i = tid; i < count * (int)(sizeof(Layer) / 8); i += THREADS)
     reinterpret_cast<u64*>(sh.layers)[i] = reinterpret_cast<const u64*>(table)[i];
@@ -287,46 +286,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     u32 t = 0;
     auto tile = [&](const wt* from, int numbers) {
       const u32 slot = t % SLOTS, round = t / SLOTS;
+      if (t >= FLIGHT) bar_wait(&sh.full[(t - FLIGHT) % SLOTS], (t - FLIGHT) / SLOTS & 1);
       if (round) bar_wait(&sh.empty[slot], (round - 1) & 1);
       bar_expect(&sh.full[slot], numbers * WB);
       bulk(memory + slot * SLOT, from, numbers * WB, &sh.full[slot], policy);
       t++;
     };
-    auto piece = [&](int at, const void* from, int bytes) {  // of a tile of vectors; a null pointer is none
-      const i64 a = (i64)from;
-      const u32 slot = t % SLOTS;
-      if (a) bulk_keep(memory + slot * SLOT + at, (const void*)(a & ~15ll), ((a & 15) + bytes + 15) / 16 * 16, &sh.full[slot]);
-    };
-    auto begin = [&]() { if (t / SLOTS) bar_wait(&sh.empty[t % SLOTS], (t / SLOTS - 1) & 1); };
-    auto end = [&]() { bar_arrive(&sh.full[t++ % SLOTS]); };
-    auto own = [&](const float* vector, int from) { return vector ? vector + from : nullptr; };
-    if (lane) return;
     for (int l = 0; l < count; l++) {
       const Layer& w = layers[l];
-      begin();
-      piece(0, w.norm, D * 4);
-      piece(AT_TAPS, w.conv + c0 * W, nc * W * 4);
-      for (int k = 0; k < W - 1; k++) piece(AT_PAST + k * ROOM(CE * 4), conv_state + l * conv_layer + (i64)k * E + c0, nc * 4);
-      piece(AT_CONV_BIAS, own(w.conv_bias, c0), nc * 4);
-      piece(AT_U_BIAS, own(w.in_bias, c0), nc * 4);
-      end();
-      for (int i = 0; i < tiles_u; i++) tile(w.in + (i64)(c0 + i * RA) * D, min(RA, nc - i * RA) * D);
-      tile(w.xt + (i64)c0 * X, nc * X);
-      for (int i = 0; i < tiles_u; i++) tile(w.in + (i64)(E + c0 + i * RA) * D, min(RA, nc - i * RA) * D);
-      begin();
-      piece(0, w.A + (i64)c0 * N, nc * N * 4);
-      piece(AT_H, ssm_state + l * ssm_layer + (i64)c0 * N, nc * N * 4);
-      piece(AT_DT, w.dt + (i64)c0 * R, nc * R * WB);
-      piece(AT_SKIP, own(w.skip, c0), nc * 4);
-      piece(AT_DT_BIAS, own(w.dt_bias, c0), nc * 4);
-      piece(AT_Z_BIAS, own(w.in_bias, E + c0), nc * 4);
-      end();
-      for (int i = 0; i < tiles_o; i++) tile(w.out + (i64)(o0 + i * RC) * E, min(RC, no - i * RC) * E);
+      prefetch(ssm_state + l * ssm_layer + (i64)c0 * N, nc * N * 4, lane);
+      prefetch(w.A + (i64)c0 * N, nc * N * 4, lane);
+      prefetch(w.dt + (i64)c0 * R, (i64)nc * R * WB, lane);
+      prefetch(w.conv + c0 * W, nc * W * 4, lane);
+      for (int k = 0; k < W - 1; k++) prefetch(conv_state + l * conv_layer + (i64)k * E + c0, nc * 4, lane);
+      if (lane == 0) {
+        prefetch(w.conv_bias ? w.conv_bias + c0 : nullptr, 4, 0);
+        prefetch(w.skip ? w.skip + c0 : nullptr, 4, 0);
+        prefetch(w.dt_bias ? w.dt_bias + c0 : nullptr, 4, 0);
+      }
+      if (block % 8 == 0) prefetch(w.norm, D * 4, lane);
+      if (lane == 0) {
+        for (int i = 0; i < tiles_u; i++) tile(w.in + (i64)(c0 + i * RA) * D, min(RA, nc - i * RA) * D);
+        tile(w.xt + (i64)c0 * X, nc * X);
+        for (int i = 0; i < tiles_u; i++) tile(w.in + (i64)(E + c0 + i * RA) * D, min(RA, nc - i * RA) * D);
+        for (int i = 0; i < tiles_o; i++) tile(w.out + (i64)(o0 + i * RC) * E, min(RC, no - i * RC) * E);
+      }
+      __syncwarp();
     }
-    begin();
-    piece(0, norm_f, D * 4);
-    end();
-    for (int i = 0; i < tiles_h; i++) tile(head + (i64)(v0 + i * RA) * D, min(RA, nv - i * RA) * D);
+    if (lane == 0)
+      for (int i = 0; i < tiles_h; i++) tile(head + (i64)(v0 + i * RA) * D, min(RA, nv - i * RA) * D);
     return;
   }
 
@@ -345,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
 #pragma unroll
           for (int i = 0; i < LOADS; i++) {
             const int o = block + q * NB, from = lane + 32 * i;
-            if (o < X && from < NB) a[q][i] = get(p_words + (i64)from * X + o);
+            if (o < X && from < NB) a[q][i] = get(p_words + (i64)o * NB + from);
           }
 #pragma unroll
         for (int q = 0; q < OWN; q++)
@@ -369,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
         for (int i = 1; i < LOADS; i++) s += v[q][i];
 #pragma unroll
         for (int m = 16; m; m >>= 1) s += __shfl_xor_sync(~0u, s, m);
-        if (lane < COPIES && o < X) put(s_words + lane * X + o, layers[l].x_bias ? s + layers[l].x_bias[o] : s, tag);
+        if (lane == 0 && o < X) put(s_words + o, layers[l].x_bias ? s + layers[l].x_bias[o] : s, tag);
       }
     }
     return;
@@ -402,26 +390,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     const bool last = l == count;
     const Layer& w = layers[last ? 0 : l];
     const u32 tag = base + l;
-    // What this layer needs of its own has been copied into a tile.
-    const u32 slot_p = t % SLOTS;
-    bar_wait(&sh.full[slot_p], (t / SLOTS) & 1);
-    t++;
-    const char* vectors = memory + slot_p * SLOT;
+    // What this layer needs of its own is asked for before the wait.
     float2 scale[XL];
 #pragma unroll
     for (int i = 0; i < XL; i++) {
       const int k = 2 * (tid + i * NT);
-      if (k < D) scale[i] = *reinterpret_cast<const float2*>(vectors + k * 4);
+      if (k < D) scale[i] = early2((last ? norm_f : w.norm) + k);
     }
     float taps[W], past[W], conv_bias = 0.f, u_bias = 0.f;
     float* own_conv = conv_state + l * conv_layer + c0 + tid;
-    if (!last && tid < nc) {
+    if (!last) {
+      if (tid < nc) {
 #pragma unroll
-      for (int k = 0; k < W; k++) taps[k] = copied(vectors, AT_TAPS, w.conv + c0 * W)[tid * W + k];
+        for (int k = 0; k < W; k++) taps[k] = early(w.conv + (c0 + tid) * W + k);
 #pragma unroll
-      for (int k = 0; k + 1 < W; k++) past[k] = copied(vectors, AT_PAST + k * ROOM(CE * 4), own_conv - tid + (i64)k * E)[tid];
-      if (w.conv_bias) conv_bias = copied(vectors, AT_CONV_BIAS, w.conv_bias + c0)[tid];
-      if (w.in_bias) u_bias = copied(vectors, AT_U_BIAS, w.in_bias + c0)[tid];
+        for (int k = 0; k + 1 < W; k++) past[k] = early(own_conv + (i64)k * E);
+        if (w.conv_bias) conv_bias = early(w.conv_bias + c0 + tid);
+        if (w.in_bias) u_bias = early(w.in_bias + c0 + tid);
+      }
     }
     MARK(0);
     // The stream and its norm: the factor 1 / rms is applied to the sums, so nothing waits for it.
@@ -446,7 +432,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     for (int m = 16; m; m >>= 1) square += __shfl_xor_sync(~0u, square, m);
     if (lane == 0) sh.squares[warp] = square;
     sync();
-    if (warp < KS && lane == 0) bar_arrive(&sh.empty[slot_p]);
     float mean = 0.f;
 #pragma unroll
     for (int i = 0; i < NT / 32; i++) mean += sh.squares[i];
@@ -508,7 +493,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
         float s = sh.xp[o];
 #pragma unroll
         for (int k = 1; k < PARTS; k++) s += sh.xp[k * X + o];
-        put(p_words + (i64)block * X + o, s, tag);
+        put(p_words + (i64)o * NB + block, s, tag);
       }
     }
 
@@ -516,10 +501,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     // z, while x_proj's sums are made
     MINE(tiles_u, (rows_of_tile<RA, CHUNKS_A, KA, D>(tile, part, lane, xr, &sh.pz[part][i * RA])))
     MARK(4);
-    const u32 slot_q = t % SLOTS;
-    bar_wait(&sh.full[slot_q], (t / SLOTS) & 1);
-    t++;
-    vectors = memory + slot_q * SLOT;
+    // What the state's phase needs of its own leaves before the wait.
     float h[ITEMS], A[ITEMS], skip[ITEMS], dt_bias[ITEMS], z_bias[ITEMS];
 #if DT_VEC
     uint4 dtw[ITEMS][RPL * WB / 16];
@@ -531,30 +513,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
       const int c = tid / 16 + i * (NT / 16), n = tid % 16;
       skip[i] = dt_bias[i] = z_bias[i] = h[i] = A[i] = 0.f;
       if (c < nc) {
-        A[i] = reinterpret_cast<const float*>(vectors)[c * N + n];
-        h[i] = reinterpret_cast<const float*>(vectors + AT_H)[c * N + n];
-        const wt* from = reinterpret_cast<const wt*>(vectors + AT_DT) + c * R + n * RPL;
+        h[i] = early(ssm_state + l * ssm_layer + (i64)(c0 + c) * N + n);
+        A[i] = early(w.A + (i64)(c0 + c) * N + n);
+        const wt* from = w.dt + (i64)(c0 + c) * R + n * RPL;
 #if DT_VEC
 #pragma unroll
-        for (int k = 0; k < RPL * WB / 16; k++) dtw[i][k] = reinterpret_cast<const uint4*>(from)[k];
+        for (int k = 0; k < RPL * WB / 16; k++) dtw[i][k] = early4(from + k * (16 / WB));
 #else
 #pragma unroll
-        for (int k = 0; k < RPL; k++) dtw[i][k] = n * RPL + k < R ? widen(from[k]) : 0.f;
+        for (int k = 0; k < RPL; k++) {
+#if WT == 0
+          dtw[i][k] = n * RPL + k < R ? early(from + k) : 0.f;
+#else
+          dtw[i][k] = n * RPL + k < R ? low_half(early_bits(from + k)) : 0.f;
 #endif
-        if (w.skip) skip[i] = copied(vectors, AT_SKIP, w.skip + c0)[c];
-        if (w.dt_bias) dt_bias[i] = copied(vectors, AT_DT_BIAS, w.dt_bias + c0)[c];
-        if (w.in_bias) z_bias[i] = copied(vectors, AT_Z_BIAS, w.in_bias + E + c0)[c];
+        }
+#endif
+        if (w.skip) skip[i] = early(w.skip + c0 + c);
+        if (w.dt_bias) dt_bias[i] = early(w.dt_bias + c0 + c);
+        if (w.in_bias) z_bias[i] = early(w.in_bias + E + c0 + c);
       }
     }
     for (int o = tid; o < X; o += NT) {
-      const u64* from = s_words + block % COPIES * X + o;
-      u64 a = get(from);
-      while (!RIGHT(a, tag)) { pause(); a = get(from); }
+      u64 a = get(s_words + o);
+      while (!RIGHT(a, tag)) { pause(); a = get(s_words + o); }
       sh.sums[o] = __uint_as_float((u32)a);
     }
     sync();
 
-    if (warp < KS && lane == 0) bar_arrive(&sh.empty[slot_q]);
     MARK(5);
     // the state: sixteen threads a channel
 #pragma unroll

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from statescan.errors import ShapeError
 from statescan.ops import _cuda
 from statescan.ops._cuda import i32
 from statescan.ops.mamba_step.validation import BlockWeights
@@ -20,7 +19,6 @@ __all__ = ["Stack", "refuses_stack"]
 
 _SOURCE = Path(__file__).with_name("decode.cu")
 _THREADS = 512 + 64
-_COPIES = 8  # of x_proj's sums, as in decode.cu
 _FIELDS = 13  # pointers of `struct Layer`
 _SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block can have on compute capability 9.0
 _WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -30,18 +28,13 @@ def _up(value: int, unit: int) -> int:
     return math.ceil(value / unit) * unit
 
 
-def _layout(first: BlockWeights, layers: int, vocabulary: int, blocks: int, size: int) -> tuple[int, int]:
+def _layout(
+    d_model: int, d_inner: int, rank: int, d_state: int, vocabulary: int, layers: int, blocks: int, size: int
+) -> tuple[int, int]:
     """(bytes of a slot of the ring, bytes of `struct Shared` without its barriers), as decode.cu has them."""
-    d_model, d_inner, d_state, rank, width = first.d_model, first.d_inner, first.d_state, first.dt_rank, first.width
     outputs = rank + 2 * d_state
     channels, rows, words = (math.ceil(total / blocks) for total in (d_inner, d_model, vocabulary))
-
-    def room(numbers: int, each: int = 4) -> int:
-        return _up(numbers * each, 16) + 16
-
-    vectors = room(d_model) + room(channels * width) + (width + 1) * room(channels)
-    states = 2 * room(channels * d_state) + room(channels * rank, size) + 3 * room(channels)
-    slot = _up(max(4 * d_model * size, 2 * d_inner * size, channels * outputs * size, vectors, states), 128)
+    slot = _up(max(4 * d_model, 2 * d_inner, channels * outputs) * size, 128)
     parts = 4 * (2 * _up(channels, 4) + _up(rows, 4) + _up(words, 4))
     return slot, 8 * _FIELDS * layers + 4 * (d_inner + parts + _up(channels, 4) + outputs + 1024 + 16) + 64
 
@@ -65,15 +58,15 @@ def refuses_stack(blocks: Sequence[BlockWeights], head: PackedWeight, device: to
             "d_model and d_inner must be multiples of 32 and dt_rank one of 8 up to 480, they are "
             f"{first.d_model}, {first.d_inner}, {first.dt_rank}"
         )
-    if any(tensor.data_ptr() % 16 for tensor in _tensors(blocks, first.norm, head)):
+    if any(tensor.data_ptr() % 16 for tensor in _tensors(blocks, head)):
         return "its copies begin at multiples of 16 bytes, and one of the weights does not; pass clones of them"
-    if _slots(first, len(blocks), head, device) < 2:
+    if _slots(first, len(blocks), head, device) < 4:
         return "a few rows of its weights don't fit a block's shared memory"
     return None
 
 
-def _tensors(blocks: Sequence[BlockWeights], norm: Tensor, head: PackedWeight) -> list[Tensor]:
-    values = [value for block in blocks for value in vars(block).values()] + [norm, head]
+def _tensors(blocks: Sequence[BlockWeights], head: PackedWeight) -> list[Tensor]:
+    values = [value for block in blocks for value in vars(block).values()] + [head]
     return [x.data if isinstance(x, PackedWeight) else x for x in values if isinstance(x, (Tensor, PackedWeight))]
 
 
@@ -86,8 +79,17 @@ def _blocks(first: BlockWeights, device: torch.device) -> int:
 
 
 def _slots(first: BlockWeights, layers: int, head: PackedWeight, device: torch.device) -> int:
-    slot, rest = _layout(first, layers, head.rows, _blocks(first, device), head.data.element_size())
-    return min((_SHARED_LIMIT - rest) // (slot + 16), 64)
+    slot, rest = _layout(
+        first.d_model,
+        first.d_inner,
+        first.dt_rank,
+        first.d_state,
+        head.rows,
+        layers,
+        _blocks(first, device),
+        head.data.element_size(),
+    )
+    return min((_SHARED_LIMIT - rest) // (slot + 16), 64) // 4 * 4
 
 
 class Stack:
@@ -113,11 +115,6 @@ class Stack:
         **options: int,
     ) -> None:
         first, device = blocks[0], norm.device
-        if any(tensor.data_ptr() % 16 for tensor in _tensors(blocks, norm, head)):
-            raise ShapeError(
-                "decode.Stack: weights must begin at addresses that are multiples of 16, got one that does not; "
-                "pass clones of them"
-            )
         transposed = [w.x_proj.data.t().contiguous() for w in blocks]
         self._keep = (list(blocks), transposed, embedding, norm, head, head_bias)
         self._layers = torch.tensor(
@@ -147,7 +144,16 @@ class Stack:
         self.nbytes = sum(x.nbytes for x in transposed)  # of weights that nobody else holds
         self._grid = (_blocks(first, device), 1, 1)
         size = head.data.element_size()
-        slot, rest = _layout(first, len(blocks), head.rows, self._grid[0], size)
+        slot, rest = _layout(
+            first.d_model,
+            first.d_inner,
+            first.dt_rank,
+            first.d_state,
+            head.rows,
+            len(blocks),
+            self._grid[0],
+            size,
+        )
         slots = options.pop("SLOTS", 0) or _slots(first, len(blocks), head, device)
         macros = {
             "IN": 0,
@@ -168,7 +174,7 @@ class Stack:
             _SOURCE, "decode_step", macros, _THREADS, device.index or 0, shared=shared, cooperative=True
         )
         outputs = first.dt_rank + 2 * first.d_state
-        words = first.d_model + first.d_inner + outputs * (_COPIES + self._grid[0])
+        words = first.d_model + first.d_inner + outputs * (1 + self._grid[0])
         words += 10 * len(blocks) * self._grid[0] * ("PROFILE" in options)
         self._words = torch.zeros(words, dtype=torch.int64, device=device)
         self._epoch = torch.zeros(1, dtype=torch.int32, device=device)

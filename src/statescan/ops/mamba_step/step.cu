@@ -1,7 +1,7 @@
 // A decoding step of a Mamba block for several rows, in pieces around the matrix products. Activations are of type IN, sums
 // and states float32 (float64 for float64). Every sum has an order fixed by the shape, so a row doesn't depend on its company.
 #ifndef WT
-#define WT IN  // weights of `linear` and of dt_proj: 0 float32, 1 bfloat16, 2 float16, 3 float64, 4 int8 with a scale a row
+#define WT IN  // weights of `linear`: 0 float32, 1 bfloat16, 2 float16, 3 float64, 4 int8 with a scale a row
 #endif
 #if WT == 4
 typedef signed char wt;
@@ -19,15 +19,6 @@ DEV real widen(wt w) {
   float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(w)); return y;
 #else
   return real(w);
-#endif
-}
-// A kernel launched while the one before it still runs waits here for what that writes.
-#ifndef PDL
-#define PDL 0
-#endif
-DEV void await() {
-#if PDL
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 DEV real warp_sum(real s) {
@@ -59,7 +50,6 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(
     int d_model, double epsilon) {
   __shared__ real parts[8];
   const i64 row = (i64)blockIdx.x * d_model;
-  await();
   real square = real(0);
 #if CHUNKS > 0
   real v[CHUNKS][8], w[CHUNKS][8];
@@ -141,7 +131,6 @@ extern "C" __global__ void __launch_bounds__(256) conv_step(
   if (c >= d_inner) return;
   real* past = state + row * (W - 1) * d_inner + c;
   real v[W];
-  await();
 #pragma unroll
   for (int k = 0; k < W - 1; k++) v[k] = past[(i64)k * d_inner];
   v[W - 1] = to_real(x[row * x_row + c]);
@@ -154,22 +143,6 @@ extern "C" __global__ void __launch_bounds__(256) conv_step(
   y[row * d_inner + c] = to_act(s * sigmoid(s));
 }
 
-// Reads memory into the cache, to be there for a product that comes later.
-extern "C" __global__ void __launch_bounds__(256) warm(const char* __restrict__ data, i64 bytes) {
-  for (i64 at = ((i64)blockIdx.x * 256 + threadIdx.x) * 128; at < bytes; at += (i64)gridDim.x * 256 * 128)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(data + at));
-}
-
-// States pass by once a step and leave the cache first: weights that were read ahead stay.
-DEV float4 streamed(const float4* p) {
-  float4 v;
-  asm("ld.global.cs.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
-  return v;
-}
-DEV void stream_out(float4* p, float4 v) {
-  asm volatile("st.global.cs.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-
 #ifndef N
 #define N 16
 #endif
@@ -179,117 +152,70 @@ DEV void stream_out(float4* p, float4 v) {
 #ifndef NS
 #define NS N  // states of a thread
 #endif
-#ifndef R
-#define R 0   // dt_proj's columns; 0: dt is given
-#endif
-#ifndef RPT
-#define RPT 1 // rows of a thread
-#endif
 #ifndef VBC
-#define VBC 0 // B, C and dt's low part lie on 16-byte marks, row by row
+#define VBC 0 // state, A, B and C lie on 16-byte marks, row by row
 #endif
+#define WIDE (VBC && G * NS == N && NS == 4 && IN != 3)
 #define CB (256 / G)
-#define RPL ((R + G - 1) / G)
-// h = exp(dt A) h + dt B u; y = (C . h + D u) silu(z), dt = softplus(. + bias). Grid (channels / CB, rows / RPT).
+// h = exp(dt A) h + dt B u; y = (C . h + D u) silu(z), dt = softplus(. + bias). Grid (channels / CB, rows).
 extern "C" __global__ void __launch_bounds__(256) state_step(
     real* __restrict__ state, const act* __restrict__ u, const act* __restrict__ z, i64 z_row, const act* __restrict__ dt,
-    const wt* __restrict__ dt_weight, const act* __restrict__ low, i64 low_row, const act* __restrict__ B,
-    const act* __restrict__ C, i64 BC_row, const real* __restrict__ A, const real* __restrict__ D,
-    const real* __restrict__ bias, act* __restrict__ y, int rows, int d_inner) {
-  const int c = blockIdx.x * CB + threadIdx.x / G, g = threadIdx.x % G, r0 = blockIdx.y * RPT;
+    const act* __restrict__ B, const act* __restrict__ C, i64 BC_row, const real* __restrict__ A,
+    const real* __restrict__ D, const real* __restrict__ bias, act* __restrict__ y, int d_inner) {
+  const int c = blockIdx.x * CB + threadIdx.x / G, g = threadIdx.x % G;
+  const i64 row = blockIdx.y;
   const bool live = c < d_inner;
   const int cc = live ? c : d_inner - 1;
-  real h[RPT][NS];
+  real h[NS];
+  const real* from = state + (row * d_inner + cc) * N + g * NS;
+#if WIDE
 #pragma unroll
-  for (int r = 0; r < RPT; r++) {
-    if (r0 + r >= rows) continue;
-    const real* from = state + ((i64)(r0 + r) * d_inner + cc) * N + g * NS;
-#if G * NS == N && NS % 4 == 0 && IN != 3
-#pragma unroll
-    for (int m = 0; m < NS; m += 4) {
-      const float4 v = streamed(reinterpret_cast<const float4*>(from + m));
-      h[r][m] = v.x; h[r][m + 1] = v.y; h[r][m + 2] = v.z; h[r][m + 3] = v.w;
-    }
+  for (int m = 0; m < NS; m += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(from + m);
+    h[m] = v.x; h[m + 1] = v.y; h[m + 2] = v.z; h[m + 3] = v.w;
+  }
 #else
 #pragma unroll
-    for (int n = 0; n < NS; n++) h[r][n] = g * NS + n < N ? from[n] : real(0);
+  for (int n = 0; n < NS; n++) h[n] = g * NS + n < N ? from[n] : real(0);
 #endif
-  }
-  real a[NS];
+  real a[NS], b[NS], c4[NS];
+#if WIDE
+  const float4 a4 = *reinterpret_cast<const float4*>(A + (i64)cc * N + g * 4);
+  a[0] = a4.x * LOG2E; a[1] = a4.y * LOG2E; a[2] = a4.z * LOG2E; a[3] = a4.w * LOG2E;
+#else
 #pragma unroll
   for (int n = 0; n < NS; n++) a[n] = g * NS + n < N ? A[(i64)cc * N + g * NS + n] * LOG2E : real(0);
+#endif
+#if WIDE && (IN == 1 || IN == 2)
+  const uint2 bw = *reinterpret_cast<const uint2*>(B + row * BC_row + g * 4), cw = *reinterpret_cast<const uint2*>(C + row * BC_row + g * 4);
+  b[0] = to_real(act(bw.x)); b[1] = to_real(act(bw.x >> 16)); b[2] = to_real(act(bw.y)); b[3] = to_real(act(bw.y >> 16));
+  c4[0] = to_real(act(cw.x)); c4[1] = to_real(act(cw.x >> 16)); c4[2] = to_real(act(cw.y)); c4[3] = to_real(act(cw.y >> 16));
+#else
+#pragma unroll
+  for (int n = 0; n < NS; n++) {
+    const bool in = G * NS == N || g * NS + n < N;
+    b[n] = in ? to_real(B[row * BC_row + g * NS + n]) : real(0);
+    c4[n] = in ? to_real(C[row * BC_row + g * NS + n]) : real(0);
+  }
+#endif
   const real skip = D ? D[cc] : real(0), shift = bias ? bias[cc] : real(0);
-  real step[RPT];
-#if R > 0
+  const real dv = softplus(to_real(dt[row * d_inner + cc]) + shift), uv = to_real(u[row * d_inner + cc]), du = dv * uv;
+  real sum = real(0);
 #pragma unroll
-  for (int r = 0; r < RPT; r++) step[r] = real(0);
-#if R % (8 * G) == 0 && (WT == 1 || WT == 2) && IN == WT && VBC
-#pragma unroll
-  for (int k = 0; k < R; k += 8 * G) {
-    const Pack8 w8 = load8(dt_weight + (i64)cc * R + k + g * 8, 8, true);
-#pragma unroll
-    for (int r = 0; r < RPT; r++) {
-      if (r0 + r >= rows) continue;
-      const Pack8 x8 = load8(low + (i64)(r0 + r) * low_row + k + g * 8, 8, true);
-#pragma unroll
-      for (int j = 0; j < 8; j++) step[r] = fma_(part(w8, j), part(x8, j), step[r]);
-    }
+  for (int n = 0; n < NS; n++) {
+    h[n] = fma_(decay(dv, a[n]), h[n], du * b[n]);
+    sum = fma_(h[n], c4[n], sum);
   }
-#else
-  for (int k = 0; k < RPL; k++) {
-    const int at = g * RPL + k;
-    const real w1 = at < R ? widen(dt_weight[(i64)cc * R + at]) : real(0);
 #pragma unroll
-    for (int r = 0; r < RPT; r++)
-      if (r0 + r < rows && at < R) step[r] = fma_(w1, to_real(low[(i64)(r0 + r) * low_row + at]), step[r]);
-  }
-#endif
+  for (int m = 1; m < G; m <<= 1) sum += __shfl_xor_sync(~0u, sum, m);
+  if (!live) return;
+  real* to = state + (row * d_inner + c) * N + g * NS;
+#if WIDE
 #pragma unroll
-  for (int r = 0; r < RPT; r++)
-#pragma unroll
-    for (int m = 1; m < G; m <<= 1) step[r] += __shfl_xor_sync(~0u, step[r], m);
+  for (int m = 0; m < NS; m += 4) *reinterpret_cast<float4*>(to + m) = make_float4(h[m], h[m + 1], h[m + 2], h[m + 3]);
 #else
 #pragma unroll
-  for (int r = 0; r < RPT; r++) step[r] = r0 + r < rows ? to_real(dt[(i64)(r0 + r) * d_inner + cc]) : real(0);
+  for (int n = 0; n < NS; n++) if (g * NS + n < N) to[n] = h[n];
 #endif
-#pragma unroll
-  for (int r = 0; r < RPT; r++) {
-    if (r0 + r >= rows) continue;
-    const i64 row = r0 + r;
-    const real dv = softplus(step[r] + shift), uv = to_real(u[row * d_inner + cc]), du = dv * uv;
-    real sum = real(0), b[NS], c4[NS];
-#if VBC && NS == 4 && G * NS == N && (IN == 1 || IN == 2)
-    const uint2 bw = *reinterpret_cast<const uint2*>(B + row * BC_row + g * 4), cw = *reinterpret_cast<const uint2*>(C + row * BC_row + g * 4);
-    b[0] = to_real(act(bw.x)); b[1] = to_real(act(bw.x >> 16)); b[2] = to_real(act(bw.y)); b[3] = to_real(act(bw.y >> 16));
-    c4[0] = to_real(act(cw.x)); c4[1] = to_real(act(cw.x >> 16)); c4[2] = to_real(act(cw.y)); c4[3] = to_real(act(cw.y >> 16));
-#else
-#pragma unroll
-    for (int n = 0; n < NS; n++) {
-      const bool in = G * NS == N || g * NS + n < N;
-      b[n] = in ? to_real(B[row * BC_row + g * NS + n]) : real(0);
-      c4[n] = in ? to_real(C[row * BC_row + g * NS + n]) : real(0);
-    }
-#endif
-#pragma unroll
-    for (int n = 0; n < NS; n++) {
-      h[r][n] = fma_(decay(dv, a[n]), h[r][n], du * b[n]);
-      sum = fma_(h[r][n], c4[n], sum);
-    }
-#pragma unroll
-    for (int m = 1; m < G; m <<= 1) sum += __shfl_xor_sync(~0u, sum, m);
-    if (live) {
-      real* to = state + (row * d_inner + c) * N + g * NS;
-#if G * NS == N && NS % 4 == 0 && IN != 3
-#pragma unroll
-      for (int m = 0; m < NS; m += 4) stream_out(reinterpret_cast<float4*>(to + m), make_float4(h[r][m], h[r][m + 1], h[r][m + 2], h[r][m + 3]));
-#else
-#pragma unroll
-      for (int n = 0; n < NS; n++) if (g * NS + n < N) to[n] = h[r][n];
-#endif
-      if (g == 0) {
-        const real gate = to_real(z[row * z_row + c]);
-        y[row * d_inner + c] = to_act(fma_(skip, uv, sum) * silu(gate));
-      }
-    }
-  }
+  if (g == 0) y[row * d_inner + c] = to_act(fma_(skip, uv, sum) * silu(to_real(z[row * z_row + c])));
 }
