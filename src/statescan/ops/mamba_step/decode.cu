@@ -38,7 +38,7 @@
 #define MARK(k)
 #endif
 // Tiles a block has asked for and not got: enough to keep the memory busy, no more. Whatever is asked for after them, the
-// words among it, waits behind them; with all the ring asked for at once that was up to 8 us.
+// words among it, waits behind them; with all the ring asked for at once that was up to 8 us. At most SLOTS.
 #ifndef FLIGHT
 #define FLIGHT MAX2(3, 24 * 1024 / SLOT)
 #endif
