@@ -107,6 +107,10 @@ def _compile(source: str, options: tuple[str, ...], arch: str) -> bytes:
     return bytes(code)
 
 
+# Folders of which it was said that they can't be written.
+_not_kept: set[Path] = set()
+
+
 def _cached(source: str, options: tuple[str, ...], arch: str) -> bytes:
     core = _core()
     facts = "\0".join(
@@ -124,11 +128,13 @@ def _cached(source: str, options: tuple[str, ...], arch: str) -> bytes:
             part.write(code)
         os.replace(part.name, file)
     except OSError as problem:
-        warnings.warn(
-            f"compiled CUDA kernels can't be kept in {file.parent} ({problem}); every process compiles them anew: "
-            "set STATESCAN_CACHE to a folder that can be written",
-            stacklevel=2,
-        )
+        if file.parent not in _not_kept:
+            _not_kept.add(file.parent)
+            warnings.warn(
+                f"compiled CUDA kernels can't be kept in {file.parent} ({problem}); every process compiles them anew: "
+                "set STATESCAN_CACHE to a folder that can be written",
+                stacklevel=2,
+            )
     return code
 
 
