@@ -136,7 +136,7 @@ def test_the_plan_cuts_time_where_the_chip_is_not_filled() -> None:
     ],
 )
 def test_bad_sizes(given: dict[str, int], message: str) -> None:
-    sizes = {"batch": 1, "length": 8, "d_inner": 64, "multiprocessors": 132, **given}
+    sizes: dict[str, Any] = {"batch": 1, "length": 8, "d_inner": 64, "multiprocessors": 132, **given}
     with pytest.raises(ConfigError, match=message):
         explain("selective_scan", device="cuda", **sizes)
 

@@ -144,7 +144,7 @@ MESSAGES: dict[str, tuple[dict[str, Any], type[StatescanError], str]] = {
     "unknown backend": (
         {"backend": "gpu"},
         ConfigError,
-        "backend must be one of ['auto', 'cpu', 'cuda', 'torch', 'reference'], got 'gpu'",
+        "backend must be one of ['auto', 'cpu', 'cuda', 'triton', 'torch', 'reference'], got 'gpu'",
     ),
 }
 
