@@ -15,7 +15,7 @@ from statescan.data import ByteTokenizer
 from statescan.models import CausalLM, MambaConfig, parameter_count, preset
 
 TEXT = "The whale swam. The men rowed after it, and the sea was cold and wide. " * 60
-COMMANDS = ("doctor", "train", "generate", "evaluate", "inspect", "bench", "info", "demo")
+COMMANDS = ("doctor", "train", "generate", "evaluate", "inspect", "bench", "info", "convert", "demo")
 
 
 class Ran(NamedTuple):

@@ -217,7 +217,7 @@ def test_errors() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_norms_on_dt_b_and_c(rows: int) -> None:
-    """FalconMamba's variant: short and long prompts and steps are the float64 model's, and no row depends on company."""
+    """FalconMamba's variant: short and long prompts and steps are the float64 model's, no row depends on company."""
     config = model().config.replace(mixer_rms_eps=1e-6)
     plain = CausalLM(config)
     plain.load_state_dict(model().state_dict())

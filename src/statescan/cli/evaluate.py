@@ -14,7 +14,9 @@ __all__ = ["evaluate", "position_table"]
 
 @command
 def evaluate(
-    model: Annotated[Path, typer.Option("--model", help="Folder of a model, or of a training run.")],
+    model: Annotated[
+        Path, typer.Option("--model", help="Folder of a model or of a training run, or owner/name on the hub.")
+    ],
     data: Annotated[
         list[str], typer.Option("--data", help="File, folder, glob or packaged:NAME; may be given several times.")
     ],
@@ -36,7 +38,7 @@ def evaluate(
 ) -> None:
     """Judges a model on a text: bits per byte and perplexity, and how they fall with the context."""
     from statescan.cli.models import open_model
-    from statescan.data import build_token_file, load_tokenizer
+    from statescan.data import build_token_file
     from statescan.errors import ConfigError
     from statescan.evaluate import evaluate_tokens
     from statescan.files import want_folder
@@ -45,8 +47,7 @@ def evaluate(
         raise ConfigError(f"evaluate: --last must be a share of the text above 0 and at most 1, got {last}; e.g. 0.05")
     if png is not None:
         want_folder(png)
-    language_model, own_tokenizer = open_model(model, device=device)
-    text_to_ids = load_tokenizer(tokenizer) if tokenizer else own_tokenizer
+    language_model, text_to_ids = open_model(model, device=device, tokenizer=tokenizer)
     every = build_token_file(data, text_to_ids).tokens
     tokens = every[len(every) - round(len(every) * last) :]
     if last < 1 and len(tokens) < 2:

@@ -33,7 +33,9 @@ class Weights(enum.StrEnum):
 
 @command
 def generate(
-    model: Annotated[Path, typer.Option("--model", help="Folder of a model, or of a training run.")],
+    model: Annotated[
+        Path, typer.Option("--model", help="Folder of a model or of a training run, or owner/name on the hub.")
+    ],
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="Text to write on from; may be given several times; '-' reads stdin.")
     ],
@@ -58,7 +60,6 @@ def generate(
 ) -> None:
     """Writes on from a prompt; the text streams to standard output as it comes."""
     from statescan.cli.models import open_model
-    from statescan.data import load_tokenizer
     from statescan.generate import Engine, SamplingParams
 
     params = SamplingParams(
@@ -72,8 +73,8 @@ def generate(
         stop=tuple(stop or ()),
     )
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
-    language_model, own_tokenizer = open_model(model, device=device)
-    engine = Engine(language_model, load_tokenizer(tokenizer) if tokenizer else own_tokenizer, dtype=dtype.value)
+    language_model, text_to_ids = open_model(model, device=device, tokenizer=tokenizer)
+    engine = Engine(language_model, text_to_ids, dtype=dtype.value)
 
     start = time.perf_counter()
     pieces = engine.stream(prompts, params)

@@ -21,7 +21,10 @@ def inspect(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page, one HTML file.")] = Path("report.html"),
     png: Annotated[bool, typer.Option("--png", help="Also draw a PNG beside the page.")] = False,
     model: Annotated[
-        Path | None, typer.Option("--model", show_default=str(_DEMO), help="Folder of a model, or of a training run.")
+        Path | None,
+        typer.Option(
+            "--model", show_default=str(_DEMO), help="Folder of a model or of a training run, or owner/name on the hub."
+        ),
     ] = None,
     layer: Annotated[
         int | None,

@@ -1,4 +1,4 @@
-"""Finds and opens the model that a command was given: a model's folder, or a training run's, which is one."""
+"""Finds and opens the model that a command was given: a folder (a training run's is one), or owner/name on the hub."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ __all__ = ["model_folder", "open_model", "read_config"]
 
 
 def model_folder(path: Path) -> Path:
-    """`path`, which holds config.json.
+    """`path`, which holds config.json, or the hub's cache of what `path` names there.
 
     Raises:
-        CheckpointError: it holds none.
+        CheckpointError: it holds none, or the hub has no such thing.
     """
+    from statescan.checkpoint import is_hub_id, locate
+
+    if is_hub_id(path.as_posix()):
+        path = locate(path.as_posix())
     if (path / "config.json").is_file():
         return path
     if not path.exists():
@@ -34,19 +38,17 @@ def model_folder(path: Path) -> Path:
 
 
 def read_config(folder: Path) -> MambaConfig:
-    """The configuration in a model's folder."""
-    from statescan.checkpoint import load_config
-    from statescan.models import MambaConfig
+    """The configuration in a model's folder, of any layout."""
+    from statescan.checkpoint import open_source
+    from statescan.models.causal_lm import config_of
 
-    fields = load_config(folder)
-    fields.pop("architecture", None)
-    return MambaConfig.from_dict(fields)
+    return config_of(open_source(folder))
 
 
 def open_model(
-    path: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+    path: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer: str | None = None
 ) -> tuple[CausalLM, ByteTokenizer | JsonTokenizer]:
-    """The model in a folder, ready to be used, and the tokenizer that lies beside it."""
+    """The model in a folder, ready to be used, and the tokenizer that is named or lies beside it."""
     import torch
 
     from statescan.data import load_tokenizer
@@ -61,4 +63,4 @@ def open_model(
         reason = str(problem).partition("\n")[0]
         raise ConfigError(f"--device: wanted a device that torch can use here, got '{device}': {reason}") from None
     model = CausalLM.from_pretrained(folder, device=where, dtype=dtype)
-    return model.eval(), load_tokenizer(folder)
+    return model.eval(), load_tokenizer(tokenizer or folder)
