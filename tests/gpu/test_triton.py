@@ -7,6 +7,7 @@ the single ops run here, too, with STATESCAN_TEST_DEVICE=cuda in the environment
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -252,9 +253,7 @@ def hold(
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("name", ["every option", "groups", "fixed B and C", "d_state 64", "d_state 5", "wide"])
 def test_single_step(name: str, dtype: torch.dtype) -> None:
-    case = {**ScanCase.__dict__, **{f: getattr(CASES[name], f) for f in ScanCase.__slots__}}
-    case = ScanCase(**{f: case[f] for f in ScanCase.__slots__} | {"batch": 32})
-    problem = as_update(scan_problem(case, dtype))
+    problem = as_update(scan_problem(dataclasses.replace(CASES[name], batch=32), dtype))
     run = functools.partial(selective_state_update, backend="triton")
     reference = functools.partial(selective_state_update, backend="reference")
     hold(run, oracles.selective_state_update, reference, problem, ("y", "state"))
