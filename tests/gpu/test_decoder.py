@@ -174,14 +174,16 @@ DRAWS = [
 ]
 
 
-@pytest.mark.parametrize("vocabulary", [203, 1003])
+@pytest.mark.parametrize(("name", "vocabulary"), [("wide", 1003), ("d_model 2048", 5003)])
 @pytest.mark.parametrize("ties", [False, True])
-def test_draws_are_the_hosts(ties: bool, vocabulary: int) -> None:
-    """The same token for the same logits, but where a draw meets an edge within rounding; log probabilities, too."""
-    slots = decoder("wide", "float32", len(DRAWS), vocabulary)
+def test_draws_are_the_hosts(ties: bool, name: str, vocabulary: int) -> None:
+    """The same token for the same logits, but where a draw meets an edge within rounding; log probabilities, too. The
+    smaller vocabulary is one block's, the larger a cluster's."""
+    slots = decoder(name, "float32", len(DRAWS), vocabulary)
+    assert slots._draw_blocks == (8 if vocabulary > 4096 else 1)
     g = torch.Generator().manual_seed(0)
     same = total = 0
-    for position in range(25):
+    for position in range(12):
         logits = 3 * torch.randn(len(DRAWS), vocabulary, generator=g)
         if ties:
             logits = logits.round()
@@ -202,6 +204,25 @@ def test_draws_are_the_hosts(ties: bool, vocabulary: int) -> None:
             assert int(slots.tokens[slot]) == token
             assert bool(slots._seen[slot, token])
     assert same >= total - 1
+
+
+@pytest.mark.parametrize("vocabulary", [203, 5003])
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_p=0.9, top_k=9, logprobs=True)])
+def test_logits_that_are_no_numbers(params: SamplingParams, vocabulary: int) -> None:
+    slots = decoder("d_model 2048", "float32", 2, vocabulary)
+    good = torch.randn(slots.logits.shape[1], device="cuda")
+    for value in (float("nan"), float("inf")):
+        bad = good.clone()
+        bad[vocabulary - 1] = value
+        slots.place(1, params, 3, [])
+        with pytest.raises(ConfigError, match="finite"):
+            slots.read(1, slots.draw(1, bad))
+        assert int(slots.tokens[1]) == 0
+    allowed = torch.full_like(good, -torch.inf)
+    with pytest.raises(ConfigError, match="finite"):
+        slots.read(1, slots.draw(1, allowed))
+    allowed[7] = -3.0
+    assert slots.read(1, slots.draw(1, allowed))[0] == 7
 
 
 def test_draws_follow_their_distribution() -> None:

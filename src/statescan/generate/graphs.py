@@ -32,6 +32,7 @@ _SLOT_WORDS = 7  # 64-bit words of `struct Slot` in sample.cu
 _RING = 256  # tokens of a slot kept in the host's memory until they are read
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _GREEDY, _LOGPROB = 1, 2
+_BROKEN = 0xFFFFFFFF  # in place of a token
 
 
 def bucket(rows: int, capacity: int) -> int:
@@ -179,7 +180,11 @@ class GraphDecoder:
         return self._counts[:rows].tolist()
 
     def read(self, slot: int, number: int, wait: bool = True) -> tuple[int, float] | None:
-        """(token, log probability) of a slot's draw by its number; None where it is not there yet and `wait` is off."""
+        """(token, log probability) of a slot's draw by its number; None where it is not there yet and `wait` is off.
+
+        Raises:
+            ConfigError: the logits were no numbers to draw from.
+        """
         at = number % _RING
         words = self._ring_words[slot]
         tag = number & 0xFFFFFFFF
@@ -187,6 +192,11 @@ class GraphDecoder:
         while True:
             word = int(words[at]) & 0xFFFFFFFFFFFFFFFF
             if word >> 32 == tag:
+                if word & 0xFFFFFFFF == _BROKEN:
+                    raise ConfigError(
+                        "GraphDecoder: logits must be finite or minus infinity, one of them finite, got others (the "
+                        "model's output is not finite); look at its weights, or decode them in float32"
+                    )
                 return word & 0xFFFFFFFF, float(self._ring_values[slot, at])
             if not wait:
                 return None

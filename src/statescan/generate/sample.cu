@@ -35,9 +35,9 @@ struct Shared {
   int bin;
 };
 
-DEV u32 key_of(float v) {  // larger logits, larger keys; NaN below all
+DEV u32 key_of(float v) {  // larger logits, larger keys; NaN above all, so that the largest tells of it
   const u32 b = __float_as_uint(v);
-  return v != v ? 0u : b & 0x80000000u ? ~b : b | 0x80000000u;
+  return v != v ? 0xffffffffu : b & 0x80000000u ? ~b : b | 0x80000000u;
 }
 DEV float value_of(u32 k) { return __uint_as_float(k & 0x80000000u ? k & 0x7fffffffu : ~k); }
 DEV u64 weight_of(float v, float peak) { return __float2ull_rz(exp_down(v - peak) * 17592186044416.f); }  // 0 for NaN
@@ -180,7 +180,8 @@ DEV void choose_bin(Shared& sh, u64 wanted) {
 }
 
 // Grid: clusters, one a row, from slot `first` on. `seen` (slots, vocabulary) bytes. `ring` and `ring_logprob` (slots,
-// ring_size) lie in the host's memory: a word there is the token under the number of the draw.
+// ring_size) lie in the host's memory: a word there is the token under the number of the draw, all ones where the logits are
+// no numbers to draw from.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(
     const float* __restrict__ logits, i64 logits_row, unsigned char* __restrict__ seen, int vocabulary, int first,
     Slot* __restrict__ slots, int* __restrict__ tokens, u32* __restrict__ draws, u64* __restrict__ ring,
@@ -221,9 +222,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(
   best = row_reduce(sh, turn, true, best);
   int token = (int)(0xffffffffu - (u32)best);
   bool won = rank == 0 && tid == 0;  // the thread that writes the token
+  float top = value_of((u32)(best >> 32));
+  const bool broken = !(fabsf(top) < -MINUS_INFINITY);  // nan or infinity somewhere, or nothing may be drawn
 
-  if (!greedy) {
-    float top = value_of((u32)(best >> 32));
+  if (!greedy && !broken) {
     if (s.temperature != 1.f) {
       // shifted first, so that a tiny temperature overflows to minus infinity and never to plus infinity
 #pragma unroll
@@ -314,10 +316,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) weight[i] = weight_of(x[i], top);
     const u64 whole = row_prefix(sh, turn, rank, weight, before);
-    // floor(u whole) for u = bits / 2^53; without any finite logit nothing is hit, and the first id stays.
+    // floor(u whole) for u = bits / 2^53
     const u64 bits = philox(s.seed, s.stream, s.position + 1) >> 11;
     const u64 at = __umul64hi(bits << 11, whole);
-    if (whole) won = false;
+    won = false;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++)
       if (at >= before[i] && at < before[i] + weight[i]) { token = id0 + i * THREADS; won = true; }
@@ -325,15 +327,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(
 
   if (won) {
     draws[slot] = number;
-    tokens[slot] = token;
+    tokens[slot] = broken ? 0 : token;
     slots[slot].position = s.position + 1;
-    seen_row[token] = 1;
+    if (!broken) seen_row[token] = 1;
     const i64 place = (i64)slot * ring_size + number % ring_size;
-    if (wants) {
+    if (wants && !broken) {
       *(volatile float*)&ring_logprob[place] = (float)((double)row[token] - (double)raw_top - log_sum);
       __threadfence_system();
     }
-    *(volatile u64*)&ring[place] = (u64)number << 32 | (u32)token;
+    *(volatile u64*)&ring[place] = (u64)number << 32 | (broken ? 0xffffffffu : (u32)token);
   }
   cluster_sync();  // nobody leaves while another may read its memory
 }
