@@ -1,15 +1,18 @@
 """Text in: readers, tokenizers, memory-mapped token files, and the order in which training reads them."""
 
+from statescan.data.listops import LISTOPS_VOCABULARY, ListOpsExample, listops, solve_listops
 from statescan.data.sampler import PackedSampler, PackedWindows, WindowSampler, permute
 from statescan.data.text import Chunk, Document, Source, find_sources, packaged_corpus, read_chunks, read_texts
 from statescan.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, token_dtype
 from statescan.data.tokens import TokenFile, build_token_file, default_cache_folder
 
 __all__ = [
+    "LISTOPS_VOCABULARY",
     "ByteTokenizer",
     "Chunk",
     "Document",
     "JsonTokenizer",
+    "ListOpsExample",
     "PackedSampler",
     "PackedWindows",
     "Source",
@@ -19,10 +22,12 @@ __all__ = [
     "build_token_file",
     "default_cache_folder",
     "find_sources",
+    "listops",
     "load_tokenizer",
     "packaged_corpus",
     "permute",
     "read_chunks",
     "read_texts",
+    "solve_listops",
     "token_dtype",
 ]

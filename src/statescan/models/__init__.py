@@ -1,6 +1,7 @@
-"""Models: frozen configurations, presets, and the causal language model."""
+"""Models: frozen configurations, presets, the causal language model, a classifier of sequences."""
 
 from statescan.models.causal_lm import Backbone, BackboneOutput, Block, CausalLM, CausalLMOutput
+from statescan.models.classifier import ClassifierConfig, ClassifierOutput, SequenceClassifier
 from statescan.models.config import MambaConfig
 from statescan.models.convert import convert
 from statescan.models.counters import Flops, flops_per_token, parameter_count, state_bytes
@@ -13,8 +14,11 @@ __all__ = [
     "Block",
     "CausalLM",
     "CausalLMOutput",
+    "ClassifierConfig",
+    "ClassifierOutput",
     "Flops",
     "MambaConfig",
+    "SequenceClassifier",
     "convert",
     "flops_per_token",
     "parameter_count",
