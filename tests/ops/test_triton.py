@@ -287,6 +287,8 @@ def test_refusals_name_the_cure(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "unset it to run on the GPU" in str(refusal(op, "triton", device="cuda"))
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "set TRITON_INTERPRET=1" in str(refusal(op, "triton", device="cpu"))
+    if not torch.cuda.is_available():
+        assert refusal(op, "triton", device="cuda") == "torch sees no CUDA device"
     # the order that "auto" reads: after what is made for one kind of device, before PyTorch
     order = list(BACKENDS[op])
     assert order.index("triton") == order.index("torch") - 1

@@ -52,6 +52,8 @@ def _probe(device: str) -> str | None:
 
 @functools.cache
 def _unavailable(device: str) -> str | None:
+    if not getattr(torch, device).is_available():
+        return f"torch sees no {device.upper()} device"
     if importlib.util.find_spec("triton") is None:
         return f"triton does not import; {_INSTALL}"
     if device == "cuda" and not torch.cuda.is_available():
