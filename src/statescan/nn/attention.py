@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from statescan.errors import ConfigError, ShapeError
 from statescan.nn.sequences import by_sequence
@@ -189,6 +188,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if q.shape[2] == 1:
         return F.scaled_dot_product_attention(q, k, v)
+    # Here, since this import takes all of torch._dynamo along.
+    from torch.nn.attention.bias import causal_lower_right
+
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
 
 
