@@ -58,6 +58,12 @@ def test_the_scans_floor_is_the_one_worked_out_by_hand() -> None:
     assert costs.scan_cost(8, 2048, 2048, 16, "bfloat16", "forward", gated=False).bytes < forward.bytes
 
 
+def test_the_norms_floor_counts_a_gradient_for_both_once() -> None:
+    one = costs.norm_cost(1, 1, 1, "float32", "backward").bytes
+    assert one == 4 * 4  # stream, two gradients in, one out
+    assert costs.norm_cost(1, 1, 1, "bfloat16", "backward").bytes == 4 + 2 + 4 + 2 + 4
+
+
 def test_attention_counts_half_the_scores() -> None:
     cost = costs.attention_cost(1, 65536, 16, 64, "bfloat16", "forward")
     assert cost.flops == 2 * 65536**2 * 1024
@@ -111,6 +117,7 @@ def job_of(kind: str, name: str, **options: Any) -> dict[str, Any]:
         job_of("scan", "PyTorch loop", shape=[2, 20, 16], mode="inference"),
         job_of("conv", "statescan torch", shape=[2, 20, 16]),
         job_of("conv", "torch", shape=[2, 20, 16]),
+        job_of("conv", "torch", shape=[2, 20, 16], dtype="bfloat16"),
         job_of("norm", "statescan torch", shape=[2, 20, 16]),
         job_of("norm", "torch", shape=[2, 20, 16]),
         job_of("attention", "torch SDPA flash", shape=[2, 40, 2, 64], mode="forward+backward"),
@@ -126,7 +133,7 @@ def job_of(kind: str, name: str, **options: Any) -> dict[str, Any]:
 def test_each_kind_is_checked_and_timed(job: dict[str, Any]) -> None:
     measured = device_worker.measure(job)
     assert "failure" not in measured, measured
-    assert 0 <= measured["relative_error"] <= measured["error_limit"] < 1e-4
+    assert 0 <= measured["relative_error"] <= measured["error_limit"] < (1e-4 if job["dtype"] == "float32" else 0.1)
     assert min(measured["samples"]) > 0
     json.dumps(measured)
 

@@ -107,11 +107,13 @@ def conv_cost(batch: int, length: int, d: int, width: int, dtype: str, mode: str
 def norm_cost(batch: int, length: int, d: int, dtype: str, mode: str) -> Cost:
     """Residual addition and RMSNorm: x in `dtype`, the residual stream in float32, read and written once each.
 
-    Back: the stream and the gradients of both results in, one gradient of the sum out in each of the two dtypes.
+    Back: the stream and the gradients of both results in, the gradient of their sum out: once in each of the two
+    dtypes, or once for both where they are one.
     """
     size, cells = _WIDTH[dtype], float(batch * length * d)
+    second = size if size != 4 else 0
     forward = Cost(bytes=cells * (2 * size + 8), fma=4 * cells)
-    backward = Cost(bytes=cells * (2 * size + 12), fma=8 * cells)
+    backward = Cost(bytes=cells * (size + 8 + 4 + second), fma=8 * cells)
     return _mode(mode, forward, backward)
 
 

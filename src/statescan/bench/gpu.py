@@ -122,7 +122,7 @@ def gpu_facts() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     asked = _query("driver_version,clocks.max.sm,clocks.max.mem,clocks.sm,power.limit,temperature.gpu")
     versions = {}
-    for name in ("torch", "triton", "cuda-core", "transformers", "mamba-ssm", "causal-conv1d"):
+    for name in ("statescan", "torch", "triton", "cuda-core", "transformers", "mamba-ssm", "causal-conv1d"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
