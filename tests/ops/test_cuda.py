@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 import warnings
 from pathlib import Path
@@ -174,3 +175,29 @@ def test_what_a_cubin_is_kept_under(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert compiler.compiled == 6
     assert len(list((tmp_path / "kernels").iterdir())) == 6
     assert all(file.suffix == ".cubin" for file in (tmp_path / "kernels").iterdir())
+
+
+def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """autograd's thread may launch a kernel that another thread made, before torch has called the driver there."""
+    events: list[str] = []
+
+    class Core(Compiler):
+        def Device(self, number: int) -> Any:
+            name = threading.current_thread().name
+            return types.SimpleNamespace(set_current=lambda: events.append(f"device {number} in {name}"))
+
+        def launch(self, *_: Any) -> None:
+            events.append(f"launch in {threading.current_thread().name}")
+
+        LaunchConfig = types.SimpleNamespace
+        Stream = types.SimpleNamespace(from_handle=lambda handle: handle)
+
+    monkeypatch.setattr(_cuda, "_core", Core)
+    monkeypatch.setattr(_cuda, "_thread", threading.local())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    kernel = _cuda.Kernel("function", 128, 0)
+    for name in ("first", "second"):
+        thread = threading.Thread(target=lambda: [kernel((1, 1, 1)), kernel((1, 1, 1))], name=name)
+        thread.start()
+        thread.join()
+    assert events == [f"{what} in {name}" for name in ("first", "second") for what in ("device 0", "launch", "launch")]

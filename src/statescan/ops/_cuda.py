@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,6 +149,11 @@ def _allow_shared(function: Any, shared: int) -> None:
         raise BackendUnavailableError(f"this GPU does not give a block {shared} bytes of shared memory ({code.name})")
 
 
+# The driver needs a context in every thread that launches. autograd's own thread has none until torch first asks something
+# of the driver there, and memory from torch's cache asks nothing.
+_thread = threading.local()
+
+
 class Kernel:
     """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit)."""
 
@@ -171,6 +177,9 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         """Launches on torch's current stream. Tensors are passed by address, None as a null pointer."""
+        if not getattr(_thread, "has_context", False):
+            self._core.Device(torch.cuda.current_device()).set_current()
+            _thread.has_context = True
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in arguments]
         stream = self._core.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
         self._core.launch(
