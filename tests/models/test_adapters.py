@@ -135,3 +135,28 @@ def test_the_head_is_read_directly_only_when_it_is_plain(monkeypatch: pytest.Mon
     handle.remove()
     assert len(calls) == 1
     assert float((hooked - wanted).abs().detach()) > 1e-6
+
+
+def test_a_wrapper_without_a_bias_of_its_own_changes_nothing() -> None:
+    """The step's bias is found behind any module that wraps the projection."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inside: torch.nn.Module) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inside(x)
+
+    torch.manual_seed(0)
+    model = CausalLM(CONFIG)
+    ids = torch.randint(0, 24, (2, 9))
+    wanted = model(ids).logits
+    for layer in model.backbone.layers:
+        layer.mixer.dt_proj = Wrapped(layer.mixer.dt_proj)
+    assert torch.equal(model(ids).logits, wanted)
+    state = model.init_state(2)
+    for t in range(9):
+        step = model.step(ids[:, t], state)
+        state = step.state
+    assert torch.allclose(step.logits, wanted[:, -1], atol=1e-5)

@@ -294,8 +294,13 @@ def test_bad_inputs() -> None:
         model(ids, state=model.init_state(2)[:1])
     with pytest.raises(ShapeError, match=r"state\.conv must be"):
         model(ids, state=model.init_state(3))
-    with pytest.raises(ConfigError, match="logits_to_keep must be >= 0"):
-        model(ids, logits_to_keep=-1)
+    for wrong in (-1, 1.5):
+        with pytest.raises(ConfigError, match="logits_to_keep must be an integer >= 0"):
+            model(ids, logits_to_keep=wrong)
+    with pytest.raises(DTypeError, match="cu_seqlens must be an int32 tensor, got list"):
+        model(ids[:1], cu_seqlens=[0, ids.shape[1]])
+    with pytest.raises(ShapeError, match="cu_seqlens must be"):
+        model(ids[:1], cu_seqlens=torch.tensor(3))
     with pytest.raises(ShapeError, match=r"CausalLM.step: input_ids must be \(batch,\)"):
         model.step(ids, model.init_state(2))
     for wrong in ([0, 4], [1, 5], [0, 4, 2, 5]):

@@ -292,9 +292,19 @@ def read_layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tu
         )
     if mask is not None:
         return pack("CausalLM.forward", mask, x.shape[0], x.shape[1], x.device), None
-    if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
-        cu_seqlens = cu_seqlens.to(torch.int32)
-    return None, cu_seqlens
+    if cu_seqlens is None:
+        return None, None
+    if not isinstance(cu_seqlens, Tensor):
+        raise DTypeError(
+            f"CausalLM.forward: cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}; "
+            "pass torch.tensor(cu_seqlens, dtype=torch.int32)"
+        )
+    if cu_seqlens.ndim != 1:
+        raise ShapeError(
+            f"CausalLM.forward: cu_seqlens must be (sequences + 1,), got {tuple(cu_seqlens.shape)}; "
+            "pass the running sum of the sequences' lengths, with 0 in front"
+        )
+    return None, cu_seqlens.to(torch.int32) if cu_seqlens.dtype == torch.int64 else cu_seqlens
 
 
 class CausalLM(nn.Module):
@@ -396,8 +406,10 @@ class CausalLM(nn.Module):
         """
         x = self.backbone.embed("CausalLM.forward", input_ids, inputs_embeds, 2)
         batch, length, _ = x.shape
-        if logits_to_keep < 0:
-            raise ConfigError(f"CausalLM.forward: logits_to_keep must be >= 0, got {logits_to_keep}; 0 keeps all")
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ConfigError(
+                f"CausalLM.forward: logits_to_keep must be an integer >= 0, got {logits_to_keep!r}; 0 keeps all"
+            )
         if targets is not None:
             check_targets(targets, labels, batch, length)
         packing, cu_seqlens = read_layout(x, mask, cu_seqlens)

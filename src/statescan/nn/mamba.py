@@ -425,7 +425,7 @@ class Mamba(nn.Module):
             C,
             D=self.D,
             z=z,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=self._dt_bias(),
             dt_softplus=True,
             backend=self.backend,
         )
@@ -452,7 +452,7 @@ class Mamba(nn.Module):
             C,
             D=self.D,
             z=z,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=self._dt_bias(),
             dt_softplus=True,
             initial_state=None if state is None else state.ssm.to(self._state_dtype(dt)),
             cu_seqlens=cu_seqlens,
@@ -470,6 +470,13 @@ class Mamba(nn.Module):
         if self.mixer_rms_eps is not None:
             dt, B, C = (over_its_rms(part, self.mixer_rms_eps) for part in (dt, B, C))
         return self.dt_proj(dt), B, C
+
+    def _dt_bias(self) -> Tensor | None:
+        """The step's bias, also where a module without one of its own (an adapter) wraps the projection."""
+        for module in self.dt_proj.modules():
+            if isinstance(module, StepProjection):
+                return module.bias
+        return getattr(self.dt_proj, "bias", None)
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
