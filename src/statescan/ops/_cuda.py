@@ -149,8 +149,8 @@ def _allow_shared(function: Any, shared: int) -> None:
         raise BackendUnavailableError(f"this GPU does not give a block {shared} bytes of shared memory ({code.name})")
 
 
-# The driver needs a context in every thread that launches. autograd's own thread has none until torch first asks something
-# of the driver there, and memory from torch's cache asks nothing.
+# The driver needs a context in every thread that launches. autograd's own thread has none until torch first asks
+# something of the driver there, and memory from torch's cache asks nothing.
 _thread = threading.local()
 
 
