@@ -17,7 +17,9 @@ Row = Mapping[str, Any]
 # One colour a role: ours twice (plain, gated or the second model), peers in grey and warm tones.
 _OURS = ("#1f5fa8", "#5aa0e0", "#0b8a6f", "#7cc6a4")
 # Of the figure of floors: forms that are there for the scale, or that do work a second time on purpose.
-_LEFT_OUT = ("torch", "triton", "plain", "recompute cheap", "recompute block")
+_LEFT_OUT = ("torch", "triton", "plain", "invariant", "recompute cheap", "recompute block")
+# Bars of more floors than this end there and say so.
+_MOST_FLOORS = 8
 _PEERS = ("#c8553d", "#e0a458", "#8a8a8a", "#b48ead")
 
 
@@ -181,17 +183,19 @@ def _floors(rows: Sequence[Row]) -> Any:
     shown: set[str] = set()
     for i, row in enumerate(kept):
         part = max(row["floors"], key=row["floors"].get) if row.get("floors") else "time"
-        axis.barh(i, row["ratio"], color="#dfe5ec", height=0.72)
+        end = min(row["ratio"], _MOST_FLOORS)
+        axis.barh(i, end, color="#dfe5ec", height=0.72)
         axis.barh(i, 1, color=colours[part], height=0.72, label=None if part in shown else names[part])
         shown.add(part)
-        axis.text(row["ratio"], i, f" {row['ratio']:.2f}  ({_time(row['milliseconds'])})", va="center", fontsize=7.5)
+        beyond = "\u2192 " if row["ratio"] > _MOST_FLOORS else ""
+        axis.text(end, i, f" {beyond}{row['ratio']:.2f}  ({_time(row['milliseconds'])})", va="center", fontsize=7.5)
     labels = [
         f"{row['bench']} {row['case']}, {row['implementation'].removeprefix('statescan').strip(', ')} {row['dtype']}"
         for row in kept
     ]
     axis.set_yticks(range(len(kept)), [re.sub(r"\s+", " ", label) for label in labels], fontsize=7.5)
     axis.invert_yaxis()
-    axis.set_xlim(0, max(row["ratio"] for row in kept) * 1.22)
+    axis.set_xlim(0, min(max(row["ratio"] for row in kept), _MOST_FLOORS) * 1.25)
     axis.set_ylim(len(kept) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("measured time over its floor; the coloured part is the floor, by what sets it")
@@ -259,7 +263,7 @@ def _bars_by_case(axis: Any, rows: Sequence[Row], value: Any, form: str) -> None
                     axis.text(at, value(row), form.format(value(row)), ha="center", va="bottom", fontsize=7.5)
     axis.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=8)
     axis.grid(axis="x", visible=False)
-    axis.margins(y=0.28)
+    axis.margins(y=0.4)
     axis.legend(frameon=False, fontsize=8, loc="upper right")
 
 
