@@ -13,6 +13,7 @@ from statescan.ops import add_rms_norm, causal_conv1d, selective_scan
 from statescan.ops._checks import check_cu_seqlens
 from statescan.ops.mamba_inner import LayerWeights, api, unavailable_reason
 from statescan.ops.mamba_inner.layer import POLICIES, Kept, LayerGradients, Normed, backward, forward
+from statescan.testing import assert_within_budget
 
 CU_SEQLENS = torch.tensor([0, 5, 5, 6, 13], dtype=torch.int32)
 
@@ -109,6 +110,29 @@ def test_equals_its_ops_under_autograd(policy: str, biases: bool, packed: bool) 
     for name, got, want in zip(LayerGradients._fields, gradients, truth, strict=True):
         assert (got is None) == (want is None), name
         assert got is None or (got - want).norm() <= 1e-13 * want.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_within_the_budget_of_its_ops(dtype: torch.dtype, packed: bool) -> None:
+    """Against float64, weights and activations of `dtype` beside A, D and the step's bias in float32."""
+    cu_seqlens = CU_SEQLENS if packed else None
+    columns: dict[str, list[list[Tensor]]] = {}
+    for scale in (0.2, 0.3, 0.5):
+        x, w = problem(torch.float32, batch=1 if packed else 2)
+        narrow = LayerWeights(*(None if t is None else (t * scale).to(dtype) for t in w))
+        narrow = narrow._replace(A=w.A, D=w.D * scale, dt_bias=w.dt_bias * scale)
+        out, gradients, dout = run(x.to(dtype), narrow, cu_seqlens, "cheap")
+        sides = [[out, *gradients]]
+        for kind in (torch.float64, dtype):
+            inputs = leaves(*(t if t is None or kind == dtype else t.double() for t in (x.to(dtype), *narrow)))
+            y = composed(inputs[0], LayerWeights(*inputs[1:]), cu_seqlens)
+            sides.append([y.detach(), *gradients_of(y, inputs, dout.to(y.dtype))])
+        for name, *row in zip(("output", *LayerGradients._fields), *sides, strict=True):
+            for column, entry in zip(columns.setdefault(name, [[], [], []]), row, strict=True):
+                column.append(entry)
+    for name, column in columns.items():
+        assert_within_budget(*column, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
