@@ -358,3 +358,17 @@ def test_the_sanitizer_says_why_it_is_skipped(
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 0
     assert "skipped: torch sees no CUDA device" in capsys.readouterr().out
+
+
+def test_the_results_kept_can_be_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import runpy
+
+    root = Path(__file__).parents[2]
+    files = sorted((root / "benchmarks" / "results").glob("*.json"))
+    runpy.run_path(str(root / "benchmarks" / "table.py"))["main"]([str(file) for file in files])
+    shown = capsys.readouterr().out
+    assert [file.stem for file in files if f"**{file.stem}**" not in shown] == []
+    pytest.importorskip("matplotlib")
+    drawn = figures.draw([root / "benchmarks" / "results" / "h100.json"], tmp_path)
+    kept = {path.name for path in (root / "docs" / "figures").iterdir()}
+    assert {path.name for path in drawn} <= kept
