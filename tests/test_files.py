@@ -44,6 +44,30 @@ def test_errors_name_the_path_and_a_cure_and_never_the_temporary_file(tmp_path: 
     want_folder(tmp_path / "none")
 
 
+def test_the_old_file_stands_until_the_new_one_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the moment of the change both are whole on the disk; where it fails, the old one still stands."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    replace, seen = os.replace, []
+
+    def watched(source: Path, target: Path) -> None:
+        seen.append((Path(source).read_text(), Path(target).read_text()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+    assert seen == [("new", "old")]
+    assert path.read_text() == "new"
+
+    def refused(source: Path, target: Path) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(os, "replace", refused)
+    assert "unharmed" in refused_file(path)
+    assert path.read_text() == "new"
+
+
 def test_parents_are_made_where_that_is_wished(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "a" / "b") as temporary:
         temporary.write_text("new")

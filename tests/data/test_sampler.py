@@ -145,6 +145,18 @@ def test_packed_epochs_have_orders_of_their_own():
     assert (np.diff(long.inputs[0, ::16]) < 0).any()
 
 
+def test_documents_and_windows_are_shuffled_by_orders_of_their_own():
+    """Documents as long as a window, and as many: under one key window k would hold document k, untouched by shuffling."""
+    length, count = 8, 64
+    sampler = PackedSampler(*documents([length + 1] * count), length, seed=3)
+    (batch,) = sampler.next_batch(sampler.windows_per_epoch)
+    documents_in_order = (batch.inputs[0, ::length] // (length + 1)).tolist()
+    order = permute(np.arange(count), count, 3, 0)
+    twice = order[order].tolist()
+    assert documents_in_order != twice
+    assert documents_in_order != sorted(documents_in_order)
+
+
 @pytest.mark.parametrize(("world", "parts"), [(1, 4), (2, 2), (4, 1)])
 def test_packed_batches_are_shared_by_ranks_and_passes(world, parts):
     alone = PackedSampler(*documents(), 8, seed=2)

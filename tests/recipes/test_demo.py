@@ -101,6 +101,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         demo(tmp_path / "thesis.txt")
 
 
+def test_a_stranger_in_a_demos_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / recipe._MARK).write_text("")
+    (tmp_path / "summary.md").write_text("a demo's")
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="--out must be new, empty or an earlier demo's folder"):
+        demo(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
 def test_a_model_that_train_made_is_no_demo(tmp_path: Path) -> None:
     train(demo_run(1), tmp_path / "model", progress=False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

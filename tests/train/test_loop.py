@@ -382,3 +382,13 @@ def test_compile_trains_the_same_run(make_run, tmp_path):
     # Other kernels round differently: one part in 10^5 of a loss after three updates of size 1e-2 at most.
     assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
     assert CausalLM.from_pretrained(tmp_path / "compiled")
+
+
+def test_fewer_steps_than_are_done_are_refused(make_run, tmp_path):
+    run = make_run(steps=4)
+    train(run, tmp_path / "run", progress=False)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    shorter = make_run(steps=2)
+    with pytest.raises(ConfigError, match=r"train\.steps of at least 4, which are done .*got 2; raise train\.steps"):
+        train(shorter, tmp_path / "run", resume=True, progress=False)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before

@@ -176,7 +176,9 @@ class RunConfig:
         try:
             values = json.loads(Path(source).read_text(encoding="utf-8"))
         except (OSError, ValueError) as problem:
-            raise ConfigError(f"config: '{source}' can't be read as JSON ({problem})") from None
+            raise ConfigError(
+                f"config: '{source}' can't be read as JSON ({problem}); name a run.json, or what RunConfig.to_json wrote"
+            ) from None
         if not isinstance(values, dict):
             raise ConfigError(f"config: wanted a JSON object in '{source}', got {type(values).__name__}")
         return cls.from_dict(values.get("config", values))

@@ -432,6 +432,11 @@ class _Trainer:
 
         checkpoint = self._agreed_checkpoint() if resume else None
         if checkpoint is not None:
+            if checkpoint.step > self.config.steps:
+                raise ConfigError(
+                    f"resume: wanted train.steps of at least {checkpoint.step}, which are done in '{out}', got "
+                    f"{self.config.steps}; raise train.steps to go on"
+                )
             self._restore(checkpoint)
         self.started_at = self.done
         self.progress = Progress(self.config.steps, self.done, progress and self.first)
