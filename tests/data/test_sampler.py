@@ -146,7 +146,7 @@ def test_packed_epochs_have_orders_of_their_own():
 
 
 def test_documents_and_windows_are_shuffled_by_orders_of_their_own():
-    """Documents as long as a window, and as many: under one key window k would hold document k, untouched by shuffling."""
+    """Documents as long as a window, and as many: under one key both orders would be the same one, taken twice."""
     length, count = 8, 64
     sampler = PackedSampler(*documents([length + 1] * count), length, seed=3)
     (batch,) = sampler.next_batch(sampler.windows_per_epoch)

@@ -177,7 +177,7 @@ class RunConfig:
             values = json.loads(Path(source).read_text(encoding="utf-8"))
         except (OSError, ValueError) as problem:
             raise ConfigError(
-                f"config: '{source}' can't be read as JSON ({problem}); name a run.json, or what RunConfig.to_json wrote"
+                f"config: '{source}' can't be read as JSON ({problem}); name a run.json or a RunConfig as JSON"
             ) from None
         if not isinstance(values, dict):
             raise ConfigError(f"config: wanted a JSON object in '{source}', got {type(values).__name__}")
