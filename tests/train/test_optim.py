@@ -106,3 +106,26 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, fused
     assert (float(guarded.skipped), float(guarded.skipped_in_row)) == (2, 0)
     assert not torch.equal(model.weight, weights["weight"])
     assert torch.isfinite(model.weight).all()
+
+
+def test_parameters_with_a_highest_rate_of_their_own_keep_to_it():
+    from statescan.nn import S4D
+
+    torch.manual_seed(0)
+    layer = S4D(4, 4)
+    config = TrainConfig(lr=0.01, weight_decay=0.1)
+    groups = parameter_groups(layer, 0.1)
+    assert [group.get("max_lr") for group in groups] == [None, None, 1e-3]
+    assert {id(p) for p in groups[2]["params"]} == {
+        id(p) for p in (layer.log_dt, layer.log_A_real, layer.A_imag, layer.B)
+    }
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer = GuardedAdamW(layer, config)
+    layer(torch.randn(2, 9, 4)).output.square().sum().backward()
+    optimizer.step(0.01)
+    # Adam's first update is the learning rate, whatever the gradient's size; what is decayed moves a little more.
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in layer.named_parameters()}
+    assert moved["log_dt"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["C"] > 5e-3
+    optimizer.step(5e-4)
+    assert [group["lr"] for group in optimizer.optimizer.param_groups] == [5e-4] * 3

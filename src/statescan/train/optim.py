@@ -36,7 +36,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in two groups: with weight decay, and without.
+    """The parameters in groups: with weight decay, without, and those that have a highest learning rate of their own.
 
     Without: A_log, D, biases, and the weights of norms: whatever has fewer than two dimensions, is marked
     ``_no_weight_decay``, or is called A_log. With: every matrix, the convolutions' kernels and the embedding, which is
@@ -47,19 +47,30 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         weight_decay: of the first group.
 
     Returns:
-        Two groups for a torch optimiser; an empty one is left out.
+        Groups for a torch optimiser; an empty one is left out. A group of parameters that are marked ``_max_lr`` (those
+        of S4's system) has that number under "max_lr", which the schedule never passes.
 
     Source: state-spaces/mamba marks A_log, D and the step's bias; Gu and Dao 2023, appendix E.2 (decay 0.1).
+    S4, arXiv:2111.00396, trains its system at 0.001 at most and without decay.
     """
     decay, plain = [], []
+    capped: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         exempt = (
             parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False) or name.rpartition(".")[2] == "A_log"
         )
-        (plain if exempt else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        highest = getattr(parameter, "_max_lr", None)
+        if highest is not None:
+            capped.setdefault(highest, []).append(parameter)
+        else:
+            (plain if exempt else decay).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        *({"params": some, "weight_decay": 0.0, "max_lr": highest} for highest, some in capped.items()),
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -106,7 +117,7 @@ class GuardedAdamW:
             () float32: the global norm before clipping, on the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = min(lr, group.get("max_lr", lr))
         norm = global_norm([p.grad for p in self._parameters if p.grad is not None])
         bad = (~torch.isfinite(norm)).float()
         divisor = (norm + 1e-6) / self._clip if self._clip else torch.ones_like(norm)
