@@ -242,7 +242,7 @@ def _forward(
             _start_empty(self, cache, before, hidden_states)
             return torch.zeros_like(hidden_states)
         x = packing.pack(hidden_states)
-    elif before and length == 1 and not held.record_past and _untouched(self.conv1d, nn.Conv1d):
+    elif held is not None and before and length == 1 and not held.record_past and _untouched(self.conv1d, nn.Conv1d):
         return _step(self, hidden_states[:, 0], cache, held).unsqueeze(1)
     else:
         x = hidden_states
