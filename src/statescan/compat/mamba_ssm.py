@@ -64,14 +64,17 @@ def _want_sequence(op: str, name: str, value: Any, meaning: str = "(batch, dim, 
         raise DTypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
     if value.dim() != dims or 0 in value.shape:
         raise ShapeError(
-            f"{op}: {name} must have shape {meaning}, each at least 1, got {tuple(value.shape)}; the channels come "
-            "before the length"
+            f"{op}: {name} must have shape {meaning}, each at least 1, got {tuple(value.shape)}; give it that form"
         )
 
 
-def _common(*tensors: Tensor | None) -> torch.dtype:
+def _common(op: str, **tensors: Tensor | None) -> torch.dtype:
     """The one dtype for activations that came in several (a float32 step beside bfloat16 inputs)."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None and not t.is_complex()))
+    for name, value in tensors.items():
+        if value is not None and not value.is_floating_point() and not value.is_complex():
+            raise DTypeError(f"{op}: {name} must be a float tensor, got {value.dtype}; pass {name}.float()")
+    real = (t.dtype for t in tensors.values() if t is not None and not t.is_complex())
+    return functools.reduce(torch.promote_types, real)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -157,8 +160,7 @@ def _scan(
         _want(op, "z", z, (batch, dim, length), "(batch, dim, length)")
     B = _projection(op, "B", B, A, batch, length)
     C = _projection(op, "C", C, A, batch, length)
-    by_position = [p for p in (B, C) if p.dim() == 4]
-    dtype = _common(u, delta, z, *by_position)
+    dtype = _common(op, u=u, delta=delta, z=z, B=B if B.dim() == 4 else None, C=C if C.dim() == 4 else None)
     state = torch.promote_types(_exact(dtype), torch.complex64) if A.is_complex() else _exact(dtype)
 
     def settled(value: Tensor) -> Tensor:
@@ -338,7 +340,8 @@ def selective_state_update(
     _want_writable(op, "state", state)
     groups = []
     for name, value in (("B", B), ("C", C)):
-        _want_sequence(op, name, value, "(batch, [groups,] dstate)", max(2, min(value.dim(), 3)))
+        dims = 3 if isinstance(value, Tensor) and value.dim() == 3 else 2
+        _want_sequence(op, name, value, "(batch, [groups,] dstate)", dims)
         count = 1 if value.dim() == 2 else value.shape[1]
         if lead[0] % count:
             raise ShapeError(f"{op}: {name} must have groups that divide {lead[0]}, got {count}; repeat it over groups")
@@ -346,7 +349,7 @@ def selective_state_update(
         _want(op, name, value, (batch, count, dstate), "(batch, groups, dstate)")
         groups.append(value)
 
-    dtype = _common(x, dt, z, *groups)
+    dtype = _common(op, x=x, dt=dt, z=z, B=groups[0], C=groups[1])
     exact = torch.promote_types(_exact(dtype), torch.complex64) if A.is_complex() else _exact(dtype)
     tracked = _tracked(state, x, dt, A, B, C, D, z, dt_bias)
     flat = held.reshape(batch, -1, dstate)
@@ -847,7 +850,7 @@ def layer_norm_fn(
             _want(op, name, value, (d,), "(d,)")
     if rowscale is not None:
         _want(op, "rowscale", rowscale, shape[:-1], "that of x without its last axis")
-    exact = _exact(_common(x, residual, x1))
+    exact = _exact(_common(op, x=x, residual=residual, x1=x1))
     stream = residual.dtype if residual is not None else _exact(x.dtype) if residual_in_fp32 else x.dtype
 
     def dropped(value: Tensor) -> tuple[Tensor, Tensor | None]:
