@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError
 from statescan.ops import _native
 from statescan.ops._dispatch import Facts
+from statescan.ops.add_norm.autograd import run
 from statescan.ops.add_norm.validation import compute_dtype
 
 __all__ = ["add_rms_norm", "refuses"]
@@ -170,44 +169,8 @@ torch.library.register_fake("statescan::add_rms_norm_cpu", _forward_fake)
 torch.library.register_fake("statescan::add_rms_norm_cpu_backward", _backward_fake)
 
 
-class _AddRMSNorm(torch.autograd.Function):
-    """Saves the sum, which goes on anyway, and one number a row."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        output, total, rstd = torch.ops.statescan.add_rms_norm_cpu(x, weight, residual, eps, stream)
-        same = residual is None and stream == x.dtype
-        ctx.save_for_backward(x if same else total, rstd, weight)
-        ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)
-        return output, total
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise BackendUnavailableError(
-                "add_rms_norm: backend 'cpu' has no second derivatives; use backend='torch' with create_graph=True"
-            )
-        total, rstd, weight = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = torch.zeros_like(total, dtype=ctx.x_dtype)
-        grad_x, grad_residual, grad_weight = torch.ops.statescan.add_rms_norm_cpu_backward(
-            grad_output, grad_total, total, rstd, weight, ctx.residual_dtype
-        )
-        if ctx.residual_dtype is None:
-            return grad_x, grad_weight, None, None, None
-        return grad_x, grad_weight, grad_residual if grad_residual.numel() else grad_x, None, None
-
-
 def add_rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `statescan.ops.add_rms_norm`; `stream` is the dtype of the residual stream."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
-        output, total = _AddRMSNorm.apply(x, weight, residual, eps, stream)  # pyright: ignore[reportGeneralTypeIssues]
-    else:
-        output, total, _ = torch.ops.statescan.add_rms_norm_cpu(x, weight, residual, eps, stream)
-    return output, x if residual is None and stream == x.dtype else total
+    return run("cpu", x, weight, residual, eps, stream)
