@@ -47,10 +47,13 @@ bench: setup
 	$(BIN)/statescan bench all
 
 # On a machine that has its own Python with torch, and where nothing shall be installed: make test-gpu PYTHON_GPU=python3
+# The first run compiles every kernel, which takes the processor: several workers share the GPU, but for what fills it.
 PYTHON_GPU ?= $(BIN)/python
+GPU_WORKERS ?= 8
 test-gpu: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),setup)
-	PYTHONPATH=src $(PYTHON_GPU) -m pytest -m gpu
-	PYTHONPATH=src STATESCAN_TEST_DEVICE=cuda $(PYTHON_GPU) -m pytest -m "not gpu" $$(grep -l TEST_DEVICE tests/ops/*.py)
+	PYTHONPATH=src $(PYTHON_GPU) -m pytest -m "gpu and not large" -n $(GPU_WORKERS) --dist worksteal
+	PYTHONPATH=src $(PYTHON_GPU) -m pytest -m large
+	PYTHONPATH=src STATESCAN_TEST_DEVICE=cuda $(PYTHON_GPU) -m pytest -m "not gpu" -n $(GPU_WORKERS) --dist worksteal $$(grep -l TEST_DEVICE tests/ops/*.py)
 	PYTHONPATH=src $(PYTHON_GPU) tests/gpu/sanitize.py
 
 clean:

@@ -234,6 +234,7 @@ def test_second_derivatives_are_refused_not_wrong() -> None:
         torch.autograd.grad(output.sum(), x, create_graph=True)
 
 
+@pytest.mark.large
 def test_offsets_above_2_31() -> None:
     features = 1024
     rows = 2**31 // features + 100

@@ -407,6 +407,7 @@ def test_the_cpu_is_refused() -> None:
         causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 2), backend="cuda")
 
 
+@pytest.mark.large
 def test_offsets_above_2_31() -> None:
     """The last positions of a row of 2.2 billion numbers are those of the same positions run alone."""
     features, tail = 2048, 200

@@ -330,6 +330,7 @@ def test_graph_capture() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.large
 def test_offsets_above_2_31() -> None:
     """A row of 2.2 billion numbers: its last steps are those of the same steps run alone from the state before them."""
     d_inner, d_state, tail = 2048, 16, 512

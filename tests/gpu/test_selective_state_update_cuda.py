@@ -219,6 +219,7 @@ def test_graph_capture() -> None:
     assert torch.equal(problem["state"], wanted[1])
 
 
+@pytest.mark.large
 def test_offsets_above_2_31() -> None:
     batch, d_inner, d_state = 2100, 4096, 256
     if torch.cuda.get_device_properties(0).total_memory < 40e9:

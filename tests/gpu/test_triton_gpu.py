@@ -205,6 +205,7 @@ def test_graph_capture() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.large
 def test_offsets_above_2_31() -> None:
     """A row of 2.2 billion numbers: its last steps are those of the same steps run alone from the state before them."""
     if torch.cuda.get_device_properties(0).total_memory < 40e9 or torch.cuda.mem_get_info()[0] < 30e9:
