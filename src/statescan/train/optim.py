@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from statescan.train.config import TrainConfig
 
-__all__ = ["GuardedAdamW", "learning_rate", "parameter_groups"]
+__all__ = ["GuardedAdamW", "guarded_update", "learning_rate", "parameter_groups"]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -118,23 +119,44 @@ class GuardedAdamW:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = min(lr, group.get("max_lr", lr))
-        norm = global_norm([p.grad for p in self._parameters if p.grad is not None])
-        bad = (~torch.isfinite(norm)).float()
-        divisor = (norm + 1e-6) / self._clip if self._clip else torch.ones_like(norm)
-        divisor = torch.where(bad > 0, 1.0, divisor.clamp(min=1.0))
-        if self._fused:
-            self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not bool(bad):
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(divisor)
-            self.optimizer.step()
+        norm, bad = guarded_update(self.optimizer, self._parameters, self._clip, self._fused)
         self.skipped += bad
         self.skipped_in_row = (self.skipped_in_row + 1) * bad
-        self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def guarded_update(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """Clip by the global norm and update, except where the norm is not finite; the gradients are dropped then.
+
+    Args:
+        optimizer: its parameters' gradients are there.
+        parameters: over whose gradients the norm goes.
+        clip: the largest norm; 0 for no clipping.
+        fused: the optimiser's update takes ``grad_scale`` and ``found_inf``, so that all of it stays on the device;
+            else the host waits for the norm.
+
+    Returns:
+        (norm before clipping, 1 where the update was left out or 0), each () float32 on the device.
+    """
+    norm = global_norm([p.grad for p in parameters if p.grad is not None])
+    bad = (~torch.isfinite(norm)).float()
+    # Where the norm is bad the divisor is too, and nobody reads it.
+    divisor = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
+    if fused:
+        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+        # A later step of the optimiser by itself must not meet them.
+        optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+    elif not bool(bad):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(divisor)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, bad
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
