@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -21,6 +22,7 @@ LAYERS = {
     "attention part rotary": lambda: CausalSelfAttention(16, 2, rotary_fraction=0.25, bias=True),
     "attention xpos": lambda: CausalSelfAttention(8, 2, positions="xpos"),
     "attention none": lambda: CausalSelfAttention(8, 2, positions="none"),
+    "attention shared keys": lambda: CausalSelfAttention(16, 4, n_kv_head=2),
 }
 
 
@@ -64,18 +66,74 @@ def test_causal(kind: str) -> None:
     assert change[11] > 1e-3
 
 
+def _rows_of(state, rows: slice):
+    """Some rows of a layer's state."""
+    if isinstance(state, torch.Tensor):
+        return state[rows]
+    if isinstance(state, attention_module.AttentionState):
+        return state.select(list(range(len(state.lengths)))[rows])
+    return type(state)(*(None if part is None else part[rows] for part in state))
+
+
+BOUNDS = [0, 5, 5, 12, 19]
+SPANS = [(a, b) for a, b in itertools.pairwise(BOUNDS) if b > a]
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_packed_is_separate(kind: str) -> None:
     layer = _layer(kind)
     x = _input(layer)[:1]
-    cu_seqlens = torch.tensor([0, 5, 5, 12, 19], dtype=torch.int32)
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
     packed = layer(x, cu_seqlens=cu_seqlens).output
-    apart = torch.cat([layer(x[:, a:b]).output for a, b in ((0, 5), (5, 12), (12, 19))], 1)
-    assert torch.equal(packed, apart)
-    with pytest.raises(ConfigError, match="state and cu_seqlens exclude each other"):
-        layer(x, layer.init_state(1), cu_seqlens=cu_seqlens)
+    apart = torch.cat([layer(x[:, a:b]).output for a, b in SPANS], 1)
+    assert (packed - apart).abs().max() < 1e-13
     with pytest.raises(ShapeError, match="cu_seqlens must end at the length 19, got 18"):
         layer(x, cu_seqlens=torch.tensor([0, 18]))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_nothing_passes_between_packed_sequences(kind: str) -> None:
+    """A NaN in one of them leaves the others' outputs and gradients what they were."""
+    layer = _layer(kind)
+    x = _input(layer)[:1]
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    wanted = layer(x, cu_seqlens=cu_seqlens).output
+    poisoned = x.clone()
+    poisoned[:, 7] = torch.nan
+    poisoned.requires_grad_()
+    output = layer(poisoned, cu_seqlens=cu_seqlens).output
+    others = [t for t in range(19) if not 5 <= t < 12]
+    assert torch.equal(output[:, others], wanted[:, others])
+    assert output[:, 7].isnan().all()
+    output[:, others].square().sum().backward()
+    alone = x.clone().requires_grad_()
+    layer(alone, cu_seqlens=cu_seqlens).output[:, others].square().sum().backward()
+    assert torch.equal(poisoned.grad[:, others], alone.grad[:, others])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_packed_from_states_is_separate(kind: str) -> None:
+    """Rows that have seen different numbers of positions go on together, one of them by nothing."""
+    layer = _layer(kind)
+    x = _input(layer)[:1]
+    first = torch.tensor([0, 3, 4, 4, 10], dtype=torch.int32)
+    then = torch.tensor([0, 1, 6, 9, 9], dtype=torch.int32)
+    with torch.no_grad():
+        begun = layer(x[:, :10], layer.init_state(4), cu_seqlens=first)
+        packed = layer(x[:, 10:], begun.state, cu_seqlens=then)
+        for row in range(4):
+            own = layer.init_state(1)
+            for part, bounds, output in ((x[:, :10], first, begun.output), (x[:, 10:], then, packed.output)):
+                span = slice(int(bounds[row]), int(bounds[row + 1]))
+                if span.stop > span.start:
+                    one = layer(part[:, span], own)
+                    assert (one.output - output[:, span]).abs().max() < 1e-12
+                    own = one.state
+            after = layer.step(x[:, 0], _rows_of(packed.state, slice(row, row + 1))).output
+            assert (after - layer.step(x[:, 0], own).output).abs().max() < 1e-12
+        together = layer.step(x[:, 0].expand(4, -1), packed.state)
+        rows = [layer.step(x[:, 0], _rows_of(packed.state, slice(row, row + 1))).output for row in range(4)]
+        assert (together.output - torch.cat(rows)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -106,12 +164,12 @@ def test_gradients_through_a_state(kind: str) -> None:
 
 def _attention_truth(layer: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
     """The formula, head by head and position by position, with complex numbers for the turns."""
-    d, h, dh = layer.d_model, layer.n_head, layer.d_head
+    h, dh = layer.n_head, layer.d_head
     weight, bias = layer.qkv_proj.weight, layer.qkv_proj.bias
-    q, k, v = (
-        (x @ weight[i * d : (i + 1) * d].T + (0 if bias is None else bias[i * d : (i + 1) * d])).unflatten(-1, (h, dh))
-        for i in range(3)
-    )
+    heads = (h, layer.n_kv_head, layer.n_kv_head)
+    both = (x @ weight.T + (0 if bias is None else bias)).unflatten(-1, (sum(heads), dh))
+    q, k, v = both.split(heads, 2)
+    k, v = (part.repeat_interleave(h // layer.n_kv_head, 2) for part in (k, v))
     pairs = layer.turned // 2
     y = torch.zeros(*x.shape[:2], h, dh, dtype=x.dtype)
     for b in range(x.shape[0]):
@@ -154,7 +212,7 @@ def test_xpos_does_not_overflow_at_length() -> None:
     with torch.no_grad():
         state = layer.init_state(1)
         far = attention_module.AttentionState(
-            torch.randn(1, 1, 90_001, 4), torch.randn(1, 1, 90_001, 4), 90_000, [90_000]
+            torch.randn(1, 1, 90_001, 4), torch.randn(1, 1, 90_001, 4), (90_000,), [(90_000,)]
         )
         y = layer.step(torch.randn(1, 4), far).output
     assert torch.isfinite(y).all()
@@ -215,3 +273,7 @@ def test_bad_input() -> None:
         DilatedConv(8)(torch.zeros(2, 3, 8), DilatedConv(8).init_state(3))
     with pytest.raises(ShapeError, match="state must have 2 rows"):
         CausalSelfAttention(8, 2)(torch.zeros(2, 3, 8), CausalSelfAttention(8, 2).init_state(3))
+    with pytest.raises(ConfigError, match="n_kv_head must divide n_head = 4, got 3"):
+        CausalSelfAttention(8, 4, n_kv_head=3)
+    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 1"):
+        CausalSelfAttention(8, 4, dropout=1.0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from statescan.errors import ConfigError, ShapeError
-from statescan.nn.sequences import by_sequence
+from statescan.ops._checks import check_cu_seqlens
 
 __all__ = ["DilatedConv", "DilatedConvOutput"]
 
@@ -67,24 +67,53 @@ class DilatedConv(nn.Module):
         return torch.zeros(batch, self.reach, self.d_model, device=device or like.device, dtype=dtype or like.dtype)
 
     def forward(self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> DilatedConvOutput:
-        """Runs a whole sequence; arguments as in the other layers, x (batch, length, d_model)."""
+        """Runs a whole sequence.
+
+        Args:
+            x: (batch, length, d_model).
+            state: what `init_state`, `forward` or `step` gave. Default: zeros, and no state comes out.
+            cu_seqlens: (sequences + 1,), bounds of packed sequences; batch 1 then, and a row of the state a sequence.
+        """
         if x.ndim != 3 or x.shape[2] != self.d_model or 0 in x.shape:
             raise ShapeError(
                 f"DilatedConv: x must be (batch, length >= 1, d_model) with d_model {self.d_model}, "
                 f"got {tuple(x.shape)}"
             )
+        rows = x.shape[0]
         if cu_seqlens is not None:
-            packed = by_sequence("DilatedConv", lambda one: self.forward(one).output, x, cu_seqlens, state)
-            return DilatedConvOutput(packed, None)
-        if state is not None and tuple(state.shape) != (x.shape[0], self.reach, self.d_model):
+            check_cu_seqlens("DilatedConv", cu_seqlens, x.shape[0], x.shape[1])
+            rows = cu_seqlens.shape[0] - 1
+        if state is not None and tuple(state.shape) != (rows, self.reach, self.d_model):
             raise ShapeError(
-                f"DilatedConv: state must be (batch, reach, d_model) = {(x.shape[0], self.reach, self.d_model)}, "
+                f"DilatedConv: state must be (batch, reach, d_model) = {(rows, self.reach, self.d_model)}, "
                 f"got {tuple(state.shape)}; make it with init_state(batch)"
             )
+        if cu_seqlens is not None:
+            return self._packed(x, cu_seqlens, state)
         seen = F.pad(x, (0, 0, self.reach, 0)) if state is None else torch.cat([state.to(x.dtype), x], 1)
-        filtered, gate = self.conv(seen.transpose(1, 2)).transpose(1, 2).chunk(2, -1)
-        output = self.out_proj(torch.tanh(filtered) * torch.sigmoid(gate))
+        output = self._filtered(seen)
         return DilatedConvOutput(output, None if state is None else seen[:, seen.shape[1] - self.reach :])
+
+    def _filtered(self, seen: Tensor) -> Tensor:
+        filtered, gate = self.conv(seen.transpose(1, 2)).transpose(1, 2).chunk(2, -1)
+        return self.out_proj(torch.tanh(filtered) * torch.sigmoid(gate))
+
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, state: Tensor | None) -> DilatedConvOutput:
+        """One line in which each sequence comes behind the positions that it starts from."""
+        sizes = cu_seqlens.diff().tolist()
+        before = x.new_zeros(len(sizes), self.reach, self.d_model) if state is None else state.to(x.dtype)
+        parts = [part for pair in zip(before, x[0].split(sizes), strict=True) for part in pair]
+        line = torch.cat(parts).unsqueeze(0)
+        number = torch.repeat_interleave(
+            torch.arange(len(sizes), device=x.device), cu_seqlens.diff(), output_size=x.shape[1]
+        )
+        # The convolution's output t is that of the line's position t + reach.
+        output = self._filtered(line).index_select(1, torch.arange(x.shape[1], device=x.device) + number * self.reach)
+        if state is None:
+            return DilatedConvOutput(output, None)
+        ends = (cu_seqlens[1:] + torch.arange(1, len(sizes) + 1, device=x.device) * self.reach).long()
+        last = ends[:, None] - self.reach + torch.arange(self.reach, device=x.device)
+        return DilatedConvOutput(output, line[0][last])
 
     def step(self, x: Tensor, state: Tensor) -> DilatedConvOutput:
         """One position: x (batch, d_model)."""

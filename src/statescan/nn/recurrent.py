@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from statescan.errors import ConfigError, ShapeError
-from statescan.nn.sequences import by_sequence
+from statescan.ops._checks import check_cu_seqlens
 
 __all__ = ["GRU", "LSTM", "RecurrentOutput", "RecurrentState"]
 
@@ -67,7 +68,7 @@ class _Recurrent(nn.Module):
         Args:
             x: (batch, length, d_model).
             state: what `init_state`, `forward` or `step` gave. Default: zeros, and no state comes out.
-            cu_seqlens: (sequences + 1,), bounds of packed sequences; batch 1 and no state then.
+            cu_seqlens: (sequences + 1,), bounds of packed sequences; batch 1 then, and a row of the state a sequence.
         """
         name = type(self).__name__
         if x.ndim != 3 or x.shape[2] != self.d_model or 0 in x.shape:
@@ -75,18 +76,40 @@ class _Recurrent(nn.Module):
                 f"{name}: x must be (batch, length >= 1, d_model) with d_model {self.d_model}, got {tuple(x.shape)}"
             )
         if cu_seqlens is not None:
-            return RecurrentOutput(by_sequence(name, lambda one: self.forward(one).output, x, cu_seqlens, state), None)
+            check_cu_seqlens(name, cu_seqlens, x.shape[0], x.shape[1])
+            return self._packed(name, x, cu_seqlens.diff().tolist(), state)
         hidden, after = self.rnn(x, None if state is None else self._given(name, state, x.shape[0]))
+        return RecurrentOutput(self.out_proj(hidden), None if state is None else self._taken(after))
+
+    def _packed(self, name: str, x: Tensor, sizes: list[int], state: RecurrentState | None) -> RecurrentOutput:
+        """All sequences side by side, each for as long as it lasts; an empty one keeps its state."""
+        kept = [number for number, size in enumerate(sizes) if size]
+        packed: PackedSequence = pack_sequence([x[0].split(sizes)[number] for number in kept], enforce_sorted=False)
+        rows = torch.tensor(kept, device=x.device)
+        given = None
+        if state is not None:
+            given = self._given(name, state, len(sizes))
+            given = given[:, rows] if isinstance(given, Tensor) else tuple(part[:, rows] for part in given)
+        hidden, after = self.rnn(packed, given)
+        output = self.out_proj(torch.cat(unpack_sequence(hidden)).unsqueeze(0))
         if state is None:
-            return RecurrentOutput(self.out_proj(hidden), None)
-        # An LSTM gives (hidden, cell), a GRU its hidden state alone, each with a dimension for the layers.
-        last = RecurrentState(after[0][0], after[1][0]) if self._kind is nn.LSTM else RecurrentState(after[0], None)
-        return RecurrentOutput(self.out_proj(hidden), last)
+            return RecurrentOutput(output, None)
+        last = self._taken(after)
+        cell = state.cell
+        if cell is not None and last.cell is not None:
+            cell = cell.index_copy(0, rows, last.cell.to(cell.dtype))
+        return RecurrentOutput(
+            output, RecurrentState(state.hidden.index_copy(0, rows, last.hidden.to(state.hidden.dtype)), cell)
+        )
 
     def step(self, x: Tensor, state: RecurrentState) -> RecurrentOutput:
         """One position: x (batch, d_model)."""
         output = self.forward(x.unsqueeze(1), state)
         return RecurrentOutput(output.output.squeeze(1), output.state)
+
+    def _taken(self, after: Any) -> RecurrentState:
+        # An LSTM gives (hidden, cell), a GRU its hidden state alone, each with a dimension for the layers.
+        return RecurrentState(after[0][0], after[1][0]) if self._kind is nn.LSTM else RecurrentState(after[0], None)
 
     def _given(self, name: str, state: RecurrentState, batch: int) -> Any:
         if tuple(state.hidden.shape) != (batch, self.d_hidden):

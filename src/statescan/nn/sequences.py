@@ -10,7 +10,20 @@ from torch import Tensor
 from statescan.errors import ConfigError
 from statescan.ops._checks import check_cu_seqlens
 
-__all__ = ["by_sequence"]
+__all__ = ["by_sequence", "padded_groups"]
+
+
+def padded_groups(sizes: list[int]) -> list[list[int]]:
+    """Numbers of the sequences that go together as rows of one batch: padded, none becomes twice as long.
+
+    Args:
+        sizes: length of each sequence; empty ones are left out.
+    """
+    groups: dict[int, list[int]] = {}
+    for number, size in enumerate(sizes):
+        if size:
+            groups.setdefault((size - 1).bit_length(), []).append(number)
+    return list(groups.values())
 
 
 def by_sequence(caller: str, run: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor, state: object) -> Tensor:
