@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 import threading
 import types
 import warnings
@@ -177,6 +179,116 @@ def test_what_a_cubin_is_kept_under(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert all(file.suffix == ".cubin" for file in (tmp_path / "kernels").iterdir())
 
 
+class Driver:
+    """cuLaunchKernelEx: keeps what it is handed, as the driver would read it."""
+
+    def __init__(self, formats: str = "", code: int = 0) -> None:
+        self.formats, self.code = formats, code
+        self.seen: list[dict[str, Any]] = []
+
+    def __call__(self, configuration: int, function: int, pointers: int, extra: None) -> int:
+        assert extra is None
+        c = _cuda._Configuration.from_address(configuration)
+        places = (ctypes.c_void_p * max(len(self.formats), 1)).from_address(pointers)
+        sizes = [struct.calcsize(f"={kind}") for kind in self.formats]
+        values = [
+            struct.unpack(f"={kind}", ctypes.string_at(place, size))[0]
+            for kind, place, size in zip(self.formats, places, sizes, strict=False)
+        ]
+        self.seen.append(
+            {
+                "function": function,
+                "grid": (c.grid_x, c.grid_y, c.grid_z),
+                "block": (c.block_x, c.block_y, c.block_z),
+                "shared": c.shared,
+                "stream": c.stream,
+                "attributes": [(a.kind, tuple(a.value.numbers[:3])) for a in c.attributes[: c.count]],
+                "values": values,
+                "thread": threading.current_thread().name,
+            }
+        )
+        return self.code
+
+
+def made_kernel(monkeypatch: pytest.MonkeyPatch, driver: Driver, **options: Any) -> Any:
+    monkeypatch.setattr(_cuda, "_core", Compiler)
+    monkeypatch.setattr(_cuda, "_thread", threading.local())
+    monkeypatch.setattr(_cuda, "_stream_handle", lambda: 1234)
+    monkeypatch.setattr(_cuda, "_launcher", lambda: driver)
+    return _cuda.Kernel(types.SimpleNamespace(handle=77), 128, **{"shared": 0, **options})
+
+
+def test_what_a_launch_hands_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver("QQiqdfi")
+    kernel = made_kernel(monkeypatch, driver, shared=1024)
+    tensor = torch.ones(3)
+    for last in (-5, 6):
+        kernel(
+            (3, 2, 1), tensor[1:], None, _cuda.i32(last), 2**40, 0.1, ctypes.c_float(0.1), _cuda.i32(2**31 - 1)
+        )  # fmt: skip
+    single = struct.unpack("=f", struct.pack("=f", 0.1))[0]
+    expected = [tensor.data_ptr() + 4, 0, -5, 2**40, 0.1, single, 2**31 - 1]
+    assert driver.seen[0]["values"] == expected
+    assert driver.seen[1]["values"] == [*expected[:2], 6, *expected[3:]]
+    first = driver.seen[0]
+    assert (first["function"], first["grid"], first["block"]) == (77, (3, 2, 1), (128, 1, 1))
+    assert (first["shared"], first["stream"], first["attributes"]) == (1024, 1234, [])
+
+
+def test_a_launch_of_clusters_and_a_cooperative_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    made_kernel(monkeypatch, driver, cluster=8)((3, 2, 1))
+    assert driver.seen[0]["grid"] == (24, 2, 1), "the grid counts clusters"
+    assert driver.seen[0]["attributes"] == [(4, (8, 1, 1))]
+    made_kernel(monkeypatch, driver, cooperative=True)((3, 2, 1))
+    assert (driver.seen[1]["grid"], driver.seen[1]["attributes"]) == ((3, 2, 1), [(2, (1, 0, 0))])
+
+
+def test_a_launch_that_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "_error_name", lambda code: {1: "CUDA_ERROR_INVALID_VALUE"}[code])
+    kernel = made_kernel(monkeypatch, Driver(code=1))
+    with pytest.raises(RuntimeError, match=r"CUDA_ERROR_INVALID_VALUE; grid \(0, 1, 1\), 128 threads"):
+        kernel((0, 1, 1))
+
+
+def test_threads_launch_one_kernel_each_with_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver is called without the interpreter's lock, so another thread fills arguments meanwhile."""
+    met = threading.Barrier(2)
+
+    class Slow(Driver):
+        def __call__(self, *arguments: Any) -> int:
+            met.wait(10)  # both have filled theirs
+            return super().__call__(*arguments)
+
+    driver = Slow("q")
+    kernel = made_kernel(monkeypatch, driver)
+    threads = [threading.Thread(target=kernel, args=((1, 1, 1), number), name=str(number)) for number in (5, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {seen["thread"]: seen["values"] for seen in driver.seen} == {"5": [5], "6": [6]}
+
+
+def test_a_kernel_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(_cuda, "_kernels", {})
+    monkeypatch.setattr(_cuda, "_function", lambda *facts: made.append(facts) or object())
+    file = Path("scan.cu")
+    first = _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0)
+    assert _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0) is first
+    others = [
+        _cuda.kernel(file, "forward", {"N": 17, "G": 1}, 128, 0),
+        _cuda.kernel(file, "backward", {"N": 16, "G": 1}, 128, 0),
+        _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 256, 0),
+        _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 1),
+        _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, shared=1),
+        _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, cluster=2),
+    ]
+    assert len({id(one) for one in (first, *others)}) == len(made) == 7
+    assert made[0] == ("scan.cu", "forward", ("G=1", "N=16"), 128, 0, 0, False, 1)
+
+
 def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """autograd's thread may launch a kernel that another thread made, before torch has called the driver there."""
     events: list[str] = []
@@ -186,16 +298,12 @@ def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch
             name = threading.current_thread().name
             return types.SimpleNamespace(set_current=lambda: events.append(f"device {number} in {name}"))
 
-        def launch(self, *_: Any) -> None:
-            events.append(f"launch in {threading.current_thread().name}")
+    def launch(*_: Any) -> int:
+        events.append(f"launch in {threading.current_thread().name}")
+        return 0
 
-        LaunchConfig = types.SimpleNamespace
-        Stream = types.SimpleNamespace(from_handle=lambda handle: handle)
-
-    monkeypatch.setattr(_cuda, "_core", Core)
-    monkeypatch.setattr(_cuda, "_thread", threading.local())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
-    kernel = _cuda.Kernel("function", 128, 0)
+    kernel = made_kernel(monkeypatch, Driver())
+    kernel._core, kernel._launch = Core(), launch
     for name in ("first", "second"):
         thread = threading.Thread(target=lambda: [kernel((1, 1, 1)), kernel((1, 1, 1))], name=name)
         thread.start()

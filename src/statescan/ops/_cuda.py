@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 import tempfile
 import threading
 import warnings
@@ -154,8 +155,84 @@ def _allow_shared(function: Any, shared: int) -> None:
 _thread = threading.local()
 
 
+class _AttributeValue(ctypes.Union):
+    """CUlaunchAttributeValue: 64 bytes."""
+
+    _fields_ = (("numbers", ctypes.c_uint * 16),)
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("kind", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", _AttributeValue))
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_COOPERATIVE, _CLUSTER = 2, 4  # CUlaunchAttributeID
+
+
+@functools.cache
+def _launcher() -> Any:
+    """The driver's cuLaunchKernelEx. cuda-core's launch is the same call behind a configuration, a stream and argument
+    holders made anew each time, which cost the host more than the driver does."""
+    library = ctypes.WinDLL("nvcuda.dll") if os.name == "nt" else ctypes.CDLL("libcuda.so.1")
+    launch = library.cuLaunchKernelEx
+    launch.argtypes = (ctypes.c_void_p,) * 4
+    launch.restype = ctypes.c_int
+    return launch
+
+
+def _error_name(code: int) -> str:
+    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+
+    return driver.CUresult(code).name
+
+
+def _stream_handle() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+if hasattr(torch._C, "_cuda_getCurrentRawStream"):
+    # What torch's own compiled code asks: it makes no object.
+    def _stream_handle() -> int:
+        return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+
+
+# What a kernel's parameter is, by what is handed over: 8 bytes each, of which the kernel reads as many as it declares.
+_FORMATS = {int: "q", float: "d", ctypes.c_int32: "i4x", ctypes.c_float: "f4x"}
+
+
+class _Prepared:
+    """A launch's structures, filled anew for each: configuration, arguments, and the pointers to them."""
+
+    def __init__(self, kernel: Kernel, arguments: tuple[Any, ...]) -> None:
+        kinds = (int if a is None or isinstance(a, torch.Tensor) else type(a) for a in arguments)
+        layout = struct.Struct("=" + "".join(_FORMATS[kind] for kind in kinds))
+        self._values = ctypes.create_string_buffer(max(layout.size, 1))
+        self.fill = functools.partial(layout.pack_into, self._values, 0)
+        start = ctypes.addressof(self._values)
+        self._pointers = (ctypes.c_void_p * max(len(arguments), 1))(*range(start, start + layout.size, 8))
+        self.pointers = ctypes.addressof(self._pointers)
+        attributes = kernel.attributes
+        self.configuration = _Configuration(
+            1, 1, 1, kernel.threads, 1, 1, kernel.shared, None, attributes, len(attributes)
+        )
+        self.address = ctypes.addressof(self.configuration)
+
+
 class Kernel:
-    """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit)."""
+    """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit, and
+    floats as ``ctypes.c_float`` or plain 64-bit)."""
 
     def __init__(
         self,
@@ -165,29 +242,53 @@ class Kernel:
         cooperative: bool = False,
         cluster: int = 1,
     ) -> None:
-        self._function = function
-        self._threads = threads
-        self._shared = shared
-        self._more: dict[str, Any] = {"is_cooperative": True} if cooperative else {}
+        self._function = function  # keeps its module loaded
+        self._handle = int(function.handle)
+        self.threads, self.shared, self._cluster = threads, shared, cluster
+        wanted: list[tuple[int, tuple[int, ...]]] = [(_COOPERATIVE, (1,))] if cooperative else []
         if cluster > 1:
-            self._more["cluster"] = (cluster, 1, 1)
+            wanted.append((_CLUSTER, (cluster, 1, 1)))
+        self.attributes = (_Attribute * len(wanted))()
+        for attribute, (kind, numbers) in zip(self.attributes, wanted, strict=True):
+            attribute.kind = kind
+            attribute.value.numbers[: len(numbers)] = numbers
         self._core = _core()
+        self._launch = _launcher()
+        # Those that no thread is filling: to take one out and to put it back are single steps of the interpreter.
+        self._free: list[_Prepared] = []
         if shared > 48 * 1024:
             _allow_shared(function, shared)
 
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
-        """Launches on torch's current stream. Tensors are passed by address, None as a null pointer."""
+        """Launches on torch's current stream. Tensors are passed by address, None as a null pointer.
+
+        Raises:
+            RuntimeError: the driver refuses; an error of an earlier kernel may show here.
+        """
         if not getattr(_thread, "has_context", False):
             self._core.Device(torch.cuda.current_device()).set_current()
             _thread.has_context = True
-        values = [a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in arguments]
-        stream = self._core.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-        self._core.launch(
-            stream,
-            self._core.LaunchConfig(grid=grid, block=self._threads, shmem_size=self._shared, **self._more),
-            self._function,
-            *values,
+        try:
+            ready = self._free.pop()
+        except IndexError:
+            ready = _Prepared(self, arguments)
+        ready.fill(
+            *[
+                a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else getattr(a, "value", a)
+                for a in arguments
+            ]
         )
+        configuration = ready.configuration
+        configuration.grid_x, configuration.grid_y, configuration.grid_z = grid[0] * self._cluster, grid[1], grid[2]
+        configuration.stream = _stream_handle()
+        code = self._launch(ready.address, self._handle, ready.pointers, None)
+        self._free.append(ready)
+        if code:
+            raise RuntimeError(
+                f"a CUDA kernel could not be launched ({_error_name(code)}; grid {grid}, {self.threads} threads and "
+                f"{self.shared} bytes of shared memory a block); an earlier kernel's error may show here: run with "
+                "CUDA_LAUNCH_BLOCKING=1"
+            )
 
 
 @functools.cache
@@ -213,6 +314,9 @@ def _function(
     return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster)
 
 
+_kernels: dict[tuple[Any, ...], Kernel] = {}
+
+
 def kernel(
     file: Path,
     name: str,
@@ -230,5 +334,10 @@ def kernel(
     Raises:
         BackendUnavailableError: the compiler refuses it.
     """
-    settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
-    return _function(str(file), name, settings, threads, device, shared, cooperative, cluster)
+    # To put the macros into words takes longer than the launch.
+    key = (file, name, threads, device, shared, cooperative, cluster, *options.items())
+    found = _kernels.get(key)
+    if found is None:
+        settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
+        found = _kernels[key] = _function(str(file), name, settings, threads, device, shared, cooperative, cluster)
+    return found
