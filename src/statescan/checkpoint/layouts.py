@@ -261,7 +261,26 @@ def fields_to(layout: str, fields: Mapping[str, Any], dtype: str) -> dict[str, A
     raise ConfigError(f"save: the layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
 
 
+def _published_layer(layout: str, fields: Mapping[str, Any]) -> None:
+    """Refuses a layer that the published layouts have no words for. A real A's initial value is not in them, as other
+    initial values are not, and the model's numbers don't depend on it."""
+    real = fields["A_init"] != "s4d-lin"
+    every = ",".join(sorted(str(fields["selective"]).replace(" ", "").split(",")))
+    for name, fits, wanted in (
+        ("block", fields["block"] == "mamba", "'mamba'"),
+        ("inner", fields["inner"] == "s6", "'s6'"),
+        ("selective", every == "B,C,dt", "'B,C,dt'"),
+        ("A_init", real, "real"),
+        ("dt_rank", fields["dt_rank"] != "none", "a number or 'auto'"),
+    ):
+        if not fits:
+            raise CheckpointError(
+                f"save: the {layout} layout has {name} {wanted} alone, got {fields[name]!r}; save as 'statescan'"
+            )
+
+
 def _to_state_spaces(fields: Mapping[str, Any]) -> dict[str, Any]:
+    _published_layer("state-spaces", fields)
     for name, wanted in (("norm_epsilon", _DEFAULT_EPSILON), ("mixer_rms_eps", None)):
         if fields[name] != wanted:
             raise CheckpointError(
@@ -299,6 +318,7 @@ def _to_state_spaces(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_transformers(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    _published_layer("transformers", fields)
     kind = "mamba" if fields["mixer_rms_eps"] is None else "falcon_mamba"
     rows = math.ceil(fields["vocab_size"] / fields["pad_vocab_size_multiple"]) * fields["pad_vocab_size_multiple"]
     theirs: dict[str, Any] = {"architectures": [_MODEL_TYPES[kind]], "model_type": kind, "torch_dtype": dtype}

@@ -193,6 +193,11 @@ class PackedModel:
             raise ConfigError(f"PackedModel: dtype must be one of {[*PACKED_DTYPES, 'float16']}, got {dtype!r}")
         if not isinstance(model, CausalLM):
             raise ConfigError(f"PackedModel: model must be a CausalLM, got {type(model).__name__}")
+        if not model.config.is_plain_mamba:
+            raise ConfigError(
+                "PackedModel: model must have the published Mamba layer, got one with another block, inner map or "
+                "selection; Engine and generate run it by its own forward and step"
+            )
         self.config = model.config
         self.dtype: DecodeDType = dtype
         backbone: Any = model.backbone

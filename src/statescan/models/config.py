@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from statescan.errors import ConfigError
+from statescan.nn.inner_maps import SELECTIVE, check_choice, selected, state_size
 
 __all__ = ["MambaConfig"]
 
@@ -27,7 +28,8 @@ class MambaConfig:
         d_state: numbers of state a channel. Default 16.
         d_conv: width of the convolution. Default 4.
         expand: d_inner = expand * d_model. Default 2.
-        dt_rank: rank of the step projection, or "auto" for ceil(d_model / 16). Default "auto".
+        dt_rank: rank of the step projection, or "auto" for ceil(d_model / 16), or "none": the step does not depend on
+            the input, as `selective` without "dt". Default "auto".
         dt_min: smallest initial step size. Default 0.001.
         dt_max: largest initial step size. Default 0.1.
         dt_init: "random" or "constant". Default "random".
@@ -37,6 +39,12 @@ class MambaConfig:
         bias: in_proj and out_proj have biases. Default False.
         mixer_rms_eps: FalconMamba's variant: dt, B and C of every layer are divided by their root mean square, with
             this added to the mean square. Default None: Mamba.
+        block: what stands around the inner map: "mamba", a convolution before it and a gate after; "h3", two products;
+            "ungated", the convolution alone; see `statescan.nn.Mamba`. Default "mamba".
+        inner: the inner map: "s6"; "s4", "s4d" (complex), "s4d-real", which don't select; "none". Default "s6".
+        selective: which of "B,C,dt" depend on the input in S6, or "none". Default "B,C,dt".
+        A_init: A of S6 at the start: "s4d-real", -(n + 1); "constant", -1/2; "random", -exp(N(0, 1)); "s4d-lin",
+            -1/2 + n i, complex for good, with d_state / 2 conjugate pairs. Default "s4d-real".
         norm_epsilon: added to the mean square in every norm. Default 1e-5.
         residual_in_fp32: keep the residual stream in float32 where activations are narrower. Default True.
         pad_vocab_size_multiple: the embedding's rows are a multiple of this. Default 8.
@@ -66,6 +74,10 @@ class MambaConfig:
     conv_bias: bool = True
     bias: bool = False
     mixer_rms_eps: float | None = None
+    block: str = "mamba"
+    inner: str = "s6"
+    selective: str = "B,C,dt"
+    A_init: str = "s4d-real"
     norm_epsilon: float = 1e-5
     residual_in_fp32: bool = True
     pad_vocab_size_multiple: int = 8
@@ -78,7 +90,9 @@ class MambaConfig:
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
             self._want(name, _is_int(self, name) and getattr(self, name) >= 1, "an integer >= 1")
         self._want(
-            "dt_rank", self.dt_rank == "auto" or (_is_int(self, "dt_rank") and int(self.dt_rank) >= 1), "'auto' or >= 1"
+            "dt_rank",
+            self.dt_rank in ("auto", "none") or (_is_int(self, "dt_rank") and int(self.dt_rank) >= 1),
+            "'auto', 'none' or >= 1",
         )
         self._want("dt_init", self.dt_init in ("random", "constant"), "'random' or 'constant'")
         for name in ("dt_min", "dt_max", "dt_scale", "dt_init_floor"):
@@ -93,6 +107,16 @@ class MambaConfig:
         )
         for name in ("conv_bias", "bias", "residual_in_fp32", "tie_embeddings", "rescale_prenorm_residual"):
             self._want(name, isinstance(getattr(self, name), bool), "True or False")
+        check_choice(
+            "MambaConfig",
+            block=self.block,
+            inner=self.inner,
+            selective=self.selective,
+            A_init=self.A_init,
+            d_state=self.d_state,
+            dt_rank=self.dt_rank,
+            mixer_rms_eps=self.mixer_rms_eps,
+        )
         self._want("recompute", self.recompute in _RECOMPUTE, f"one of {', '.join(map(repr, _RECOMPUTE))}")
 
     def _want(self, name: str, fits: bool, wanted: str) -> None:
@@ -109,8 +133,32 @@ class MambaConfig:
 
     @property
     def dt_rank_size(self) -> int:
-        """The rank of the step projection as a number."""
+        """The rank of the step projection as a number, 0 where the step does not depend on the input."""
+        if "dt" not in self.selected:
+            return 0
         return math.ceil(self.d_model / 16) if isinstance(self.dt_rank, str) else self.dt_rank
+
+    @property
+    def selected(self) -> frozenset[str]:
+        """Which of B, C and dt depend on the input."""
+        chosen = selected(self.selective) if self.inner == "s6" else frozenset[str]()
+        return chosen - {"dt"} if self.dt_rank == "none" else chosen
+
+    @property
+    def state_size(self) -> tuple[int, bool]:
+        """(numbers in a channel's state, whether they are complex)."""
+        return state_size(self.inner, self.A_init, self.d_state)
+
+    @property
+    def is_plain_mamba(self) -> bool:
+        """Every layer is the published one, whatever its initial values: what the packed form of a model for inference,
+        the kernels over a whole layer and the published layouts know."""
+        return (
+            self.block == "mamba"
+            and self.inner == "s6"
+            and self.selected == frozenset(SELECTIVE)
+            and not self.state_size[1]
+        )
 
     @property
     def padded_vocab_size(self) -> int:

@@ -1,4 +1,5 @@
-"""The selective state space layer (S6), as published: names, shapes and initial values of every parameter."""
+"""The selective state space layer (S6), as published: names, shapes and initial values of every parameter. And the
+layers that the paper compares it with: another block around the inner map, another map, a map that selects less."""
 
 from __future__ import annotations
 
@@ -11,6 +12,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.nn.inner_maps import (
+    BLOCKS,
+    SELECTIVE,
+    check_choice,
+    initial_A,
+    linear_map,
+    run_linear,
+    selected,
+    state_size,
+    step_linear,
+)
 from statescan.nn.packing import pack
 from statescan.ops import (
     ConvOutput,
@@ -31,7 +43,8 @@ class MambaState(NamedTuple):
     """All that a `Mamba` layer keeps of the tokens it has seen; its size does not grow with their number.
 
     conv: (batch, d_conv - 1, d_inner), the convolution's last inputs, oldest first.
-    ssm: (batch, d_inner, d_state), float32 (float64 for a float64 layer).
+    ssm: (batch, d_inner, d_state), float32 (float64 for a float64 layer); where states are complex, d_state / 2 of
+        them; of inner "none", 0.
     """
 
     conv: Tensor
@@ -111,6 +124,20 @@ class CausalConv1d(nn.Conv1d):
         )
 
 
+class _Streams(NamedTuple):
+    """in_proj's output apart: x goes into the convolution; then z gates, or v multiplies before the map, q after it."""
+
+    x: Tensor
+    z: Tensor | None = None
+    q: Tensor | None = None
+    v: Tensor | None = None
+
+
+def _as_complex(pairs: Tensor) -> Tensor:
+    """(..., 2) as complex numbers of float32 or float64 parts."""
+    return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)).contiguous())
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Nobody stands between the module's parameters and their use: no wrapper, hook, parametrization or shard."""
     return (
@@ -144,7 +171,8 @@ class Mamba(nn.Module):
         d_state: numbers of state a channel. Default 16.
         d_conv: width of the convolution. Default 4.
         expand: d_inner = expand * d_model. Default 2.
-        dt_rank: rank of the step projection, or "auto" for ceil(d_model / 16). Default "auto".
+        dt_rank: rank of the step projection, or "auto" for ceil(d_model / 16), or "none": the step does not depend on
+            the input, as `selective` without "dt". Default "auto".
         dt_min: smallest initial step size. Default 0.001.
         dt_max: largest initial step size. Default 0.1.
         dt_init: initial dt_proj.weight, "random" (uniform) or "constant". Default "random".
@@ -154,18 +182,37 @@ class Mamba(nn.Module):
         bias: in_proj and out_proj have biases. Default False.
         mixer_rms_eps: divide dt (before dt_proj), B and C by their root mean square, with this added to the mean
             square, as FalconMamba does; it has no parameters. Default None: leave them.
-        backend: backend of the convolution and the scan, as in `statescan.ops`. Default "auto".
+        block: what stands around the inner map, see below: "mamba", "h3" or "ungated". Default "mamba".
+        inner: the inner map: "s6", the recurrence above; "s4" (diagonal plus low rank, HiPPO-LegS), "s4d" (complex),
+            "s4d-real", which don't select and run as convolutions (`statescan.nn.S4`, `S4D`); "none", the identity.
+            Default "s6".
+        selective: which of "B,C,dt" depend on the input in S6; "none" for no one. What doesn't is a parameter: B and C
+            (d_inner, d_state), dt_bias (d_inner,), a step a channel. Default "B,C,dt".
+        A_init: A of S6 at the start: "s4d-real", -(n + 1); "constant", -1/2; "random", -exp(N(0, 1)); "s4d-lin",
+            -1/2 + n i, complex, with d_state / 2 states that stand for conjugate pairs, B and C complex too. Default
+            "s4d-real".
+        backend: backend of the convolution and the scan, as in `statescan.ops`; S4's kernels have "torch" and
+            "reference" alone and choose themselves under another name. Default "auto".
         device: where parameters are made. Default: torch's.
-        dtype: of the parameters; A_log and D stay float32 below it. Default: torch's.
+        dtype: of the parameters; A_log and D stay float32 below it, and so does all of S4. Default: torch's.
+
+    The blocks, with d_inner channels a stream::
+
+        mamba     x, z    = in_proj(input);   y = inner(silu(conv1d(x))) * silu(z)
+        ungated   x       = in_proj(input);   y = inner(silu(conv1d(x)))
+        h3        q, k, v = in_proj(input);   y = q * inner(conv1d(k) * v)
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or arguments don't go together.
 
     Numerics: A, the step's bias and softplus, and the state are float32 (float64 in a float64 layer) whatever the
-    activations are.
+    activations are. A complex A runs on the scan's "torch" backend (or "reference"), which is many times slower than
+    the kernels for a real one.
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), figure 3, algorithm 2
-    and section 3.6 (initialisation); parameter names and shapes as in its published code and checkpoints.
+    and section 3.6 (initialisation); parameter names and shapes as in its published code and checkpoints. Its tables 1
+    and 6 to 10 for what may be chosen. H3: Fu et al., arXiv:2212.14052, with one head a channel and its shift as a
+    short convolution.
     """
 
     def __init__(
@@ -184,6 +231,10 @@ class Mamba(nn.Module):
         bias: bool = False,
         mixer_rms_eps: float | None = None,
         *,
+        block: str = "mamba",
+        inner: str = "s6",
+        selective: str = "B,C,dt",
+        A_init: str = "s4d-real",
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -196,8 +247,8 @@ class Mamba(nn.Module):
                 )
         if not expand > 0 or int(expand * d_model) < 1:
             raise ConfigError(f"Mamba: expand must be > 0 with expand * d_model >= 1, got {expand!r}; 2 is published")
-        if dt_rank != "auto" and (not isinstance(dt_rank, int) or dt_rank < 1):
-            raise ConfigError(f"Mamba: dt_rank must be 'auto' or an integer >= 1, got {dt_rank!r}; use 'auto'")
+        if dt_rank not in ("auto", "none") and (not isinstance(dt_rank, int) or dt_rank < 1):
+            raise ConfigError(f"Mamba: dt_rank must be 'auto', 'none' or an integer >= 1, got {dt_rank!r}; use 'auto'")
         if dt_init not in ("random", "constant"):
             raise ConfigError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}; use 'random'")
         if not 0 < dt_min <= dt_max or not dt_init_floor > 0 or not dt_scale > 0:
@@ -208,12 +259,28 @@ class Mamba(nn.Module):
             )
         if mixer_rms_eps is not None and not mixer_rms_eps >= 0:
             raise ConfigError(f"Mamba: mixer_rms_eps must be None or >= 0, got {mixer_rms_eps!r}; 1e-6 is published")
+        check_choice(
+            "Mamba",
+            block=block,
+            inner=inner,
+            selective=selective,
+            A_init=A_init,
+            d_state=d_state,
+            dt_rank=dt_rank,
+            mixer_rms_eps=mixer_rms_eps,
+        )
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv
         self.expand = expand
         self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        self.block, self.inner, self.A_init = block, inner, A_init
+        chosen = selected(selective) if inner == "s6" else frozenset()
+        self.selected = chosen - {"dt"} if dt_rank == "none" else chosen
+        rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        self.dt_rank = rank if "dt" in self.selected else 0
+        self._states, self._is_complex = state_size(inner, A_init, d_state)
+        self._is_published = block == "mamba" and self.selected == set(SELECTIVE) and not self._is_complex
         self.dt_min, self.dt_max = dt_min, dt_max
         self.dt_init, self.dt_scale, self.dt_init_floor = dt_init, dt_scale, dt_init_floor
         self.mixer_rms_eps = mixer_rms_eps
@@ -221,35 +288,69 @@ class Mamba(nn.Module):
 
         where = {"device": device, "dtype": dtype}
         exact = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
+        self.in_proj = nn.Linear(d_model, BLOCKS[block] * self.d_inner, bias=bias, **where)
         self.conv1d = CausalConv1d(self.d_inner, d_conv, bias=conv_bias, backend=backend, **where)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **where)
-        self.dt_proj = StepProjection(self.dt_rank, self.d_inner, bias=True, **where)
-        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **exact))
-        self.D = nn.Parameter(torch.empty(self.d_inner, **exact))
+        if inner == "s6":
+            widths = {"dt": self.dt_rank, "B": d_state, "C": d_state}
+            self._widths = {name: width for name, width in widths.items() if name in self.selected}
+            if self.selected:
+                self.x_proj = nn.Linear(self.d_inner, sum(self._widths.values()), bias=False, **where)
+            if "dt" in self.selected:
+                self.dt_proj = StepProjection(self.dt_rank, self.d_inner, bias=True, **where)
+            else:
+                self.dt_bias = nn.Parameter(torch.empty(self.d_inner, **exact))
+            shape = (self.d_inner, self._states)
+            self.A_log = nn.Parameter(torch.empty(*shape, **exact))
+            if self._is_complex:
+                self.A_imag = nn.Parameter(torch.empty(*shape, **exact))
+            parts = (*shape, 2) if self._is_complex else shape
+            if "B" not in self.selected:
+                self.B = nn.Parameter(torch.empty(*parts, **exact))
+            if "C" not in self.selected:
+                self.C = nn.Parameter(torch.empty(*parts, **exact))
+            self.D = nn.Parameter(torch.empty(self.d_inner, **exact))
+        elif inner != "none":
+            self.ssm = linear_map(
+                inner, self.d_inner, d_state, dt_min, dt_max, backend, device=device, dtype=exact["dtype"]
+            )
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
         """Draws all initial values anew; also fills a layer made on the meta device and moved by `to_empty`."""
-        for module in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
-            module.reset_parameters()
+        for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "ssm", "out_proj"):
+            module = getattr(self, name, None)
+            if module is not None:
+                module.reset_parameters()
         self._reset_own_parameters()
 
     @torch.no_grad()
     def _reset_own_parameters(self) -> None:
-        spread = self.dt_rank**-0.5 * self.dt_scale
-        if self.dt_init == "constant":
-            nn.init.constant_(self.dt_proj.weight, spread)
-        else:
-            nn.init.uniform_(self.dt_proj.weight, -spread, spread)
-        # Step sizes spread evenly in their logarithm; the bias is what softplus turns into them.
+        if self.inner != "s6":
+            return
         exact = {"device": self.A_log.device, "dtype": self.A_log.dtype}
+        dt_bias = self.dt_bias if "dt" not in self.selected else self.dt_proj.bias
+        if "dt" in self.selected:
+            spread = self.dt_rank**-0.5 * self.dt_scale
+            if self.dt_init == "constant":
+                nn.init.constant_(self.dt_proj.weight, spread)
+            else:
+                nn.init.uniform_(self.dt_proj.weight, -spread, spread)
+        # Step sizes spread evenly in their logarithm; the bias is what softplus turns into them.
         dt = torch.rand(self.d_inner, **exact) * (math.log(self.dt_max) - math.log(self.dt_min)) + math.log(self.dt_min)
         dt = dt.exp().clamp(min=self.dt_init_floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        # S4D-Real: the n-th number of every channel's state decays n times as fast as the first.
-        self.A_log.copy_(torch.arange(1, self.d_state + 1, **exact).log().expand_as(self.A_log))
+        dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        real, imaginary = initial_A(self.A_init, self.d_inner, self.d_state, **exact)
+        self.A_log.copy_(real)
+        if imaginary is not None:
+            self.A_imag.copy_(imaginary)
+        # As in S4D: a fixed B is 1, a fixed C drawn from the (complex) normal distribution.
+        if "B" not in self.selected:
+            nn.init.ones_(self.B[..., 0] if self._is_complex else self.B)
+            if self._is_complex:
+                nn.init.zeros_(self.B[..., 1])
+        if "C" not in self.selected:
+            nn.init.normal_(self.C, std=math.sqrt(0.5) if self._is_complex else 1.0)
         nn.init.ones_(self.D)
 
     def init_state(
@@ -265,12 +366,12 @@ class Mamba(nn.Module):
         """
         if batch < 1:
             raise ShapeError(f"Mamba.init_state: batch must be >= 1, got {batch}; give one row a sequence")
-        device = self.A_log.device if device is None else torch.device(device)
+        device = self.conv1d.weight.device if device is None else torch.device(device)
         dtype = self.conv1d.weight.dtype if dtype is None else dtype
-        exact = torch.promote_types(dtype, torch.float32)
+        exact = torch.promote_types(dtype, torch.complex64 if self._is_complex else torch.float32)
         return MambaState(
             torch.zeros(batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
-            torch.zeros(batch, self.d_inner, self.d_state, device=device, dtype=exact),
+            torch.zeros(batch, self.d_inner, self._states, device=device, dtype=exact),
         )
 
     def forward(
@@ -364,7 +465,7 @@ class Mamba(nn.Module):
         between a parameter and its use."""
         if state is not None or x.device.type != "cuda" or not torch.is_grad_enabled():
             return False
-        if self.mixer_rms_eps is not None:
+        if self.mixer_rms_eps is not None or not self._is_published:
             return False
         if self.backend not in ("auto", "cuda") or not all(
             is_plain(module, kind)
@@ -413,12 +514,29 @@ class Mamba(nn.Module):
         """
         self._check("Mamba.step", x, 2)
         self._check_state("Mamba.step", state, x.shape[0])
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        conv = self.conv1d.step(u, state.conv.to(u.dtype), activation="silu")
-        dt, B, C = self._select(conv.y)
+        streams = self._split(self.in_proj(x))
+        conv = self.conv1d.step(streams.x, state.conv.to(streams.x.dtype), activation=self._activation)
+        u = conv.y if streams.v is None else conv.y * streams.v
+        if self.inner == "s6":
+            y, ssm = self._step_s6(u, streams.z, state.ssm)
+        else:
+            y, ssm = (u, state.ssm) if self.inner == "none" else step_linear(self.ssm, u, state.ssm)
+            y = y if streams.z is None else y * F.silu(streams.z)
+        y = y if streams.q is None else streams.q * y
+        return LayerOutput(self.out_proj(y), MambaState(conv.state, ssm))
+
+    def _step_s6(self, u: Tensor, z: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        dt, B, C = self._select(u)
+        dtype = u.dtype
+        if u.shape[0] == self.d_inner and not {"B", "C"} <= self.selected:
+            # As many rows as channels: a fixed B or C has to be told from one a row. That takes one a row and channel,
+            # in the state's precision, which is the one that the step computes in.
+            wide = torch.promote_types(dtype, torch.float32)
+            B, C = (self._a_row(m, name, wide) for m, name in ((B, "B"), (C, "C")))
+            u, dt, z = u.to(wide), dt.to(wide), None if z is None else z.to(wide)
         update = selective_state_update(
-            state.ssm.to(self._state_dtype(dt)),
-            conv.y,
+            state.to(self._state_dtype(dt)),
+            u,
             dt,
             self._A(),
             B,
@@ -429,23 +547,44 @@ class Mamba(nn.Module):
             dt_softplus=True,
             backend=self.backend,
         )
-        return LayerOutput(self.out_proj(update.y), MambaState(conv.state, update.state))
+        return update.y.to(dtype), update.state
+
+    def _a_row(self, matrix: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        """B or C of a step as (batch, d_inner, d_state) where it is fixed, where batch is d_inner."""
+        matrix = matrix if matrix.is_complex() else matrix.to(dtype)
+        return matrix if name in self.selected else matrix.expand(self.d_inner, *matrix.shape)
 
     def _after_in_proj(
-        self, xz: Tensor, state: MambaState | None, cu_seqlens: Tensor | None
+        self, projected: Tensor, state: MambaState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, MambaState | None]:
-        # Both halves stay views of in_proj's output; the ops read them in place.
-        u, z = xz.chunk(2, dim=-1)
+        # The streams stay views of in_proj's output; the ops read them in place.
+        streams = self._split(projected)
         conv = self.conv1d(
-            u,
-            activation="silu",
-            initial_state=None if state is None else state.conv.to(u.dtype),
+            streams.x,
+            activation=self._activation,
+            initial_state=None if state is None else state.conv.to(streams.x.dtype),
             cu_seqlens=cu_seqlens,
             return_final_state=state is not None,
         )
-        dt, B, C = self._select(conv.y)
-        scan = selective_scan(
-            conv.y,
+        u = conv.y if streams.v is None else conv.y * streams.v
+        before = None if state is None else state.ssm
+        if self.inner == "s6":
+            y, ssm = self._run_s6(u, streams.z, before, cu_seqlens)
+        else:
+            y, ssm = (u, before) if self.inner == "none" else run_linear(self.ssm, u, before, cu_seqlens)
+            y = y if streams.z is None else y * F.silu(streams.z)
+        y = y if streams.q is None else streams.q * y
+        after = None
+        if conv.final_state is not None and ssm is not None:
+            after = MambaState(conv.final_state, ssm)
+        return self.out_proj(y), after
+
+    def _run_s6(
+        self, u: Tensor, z: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dt, B, C = self._select(u)
+        return selective_scan(
+            u,
             dt,
             self._A(),
             B,
@@ -454,36 +593,60 @@ class Mamba(nn.Module):
             z=z,
             dt_bias=self._dt_bias(),
             dt_softplus=True,
-            initial_state=None if state is None else state.ssm.to(self._state_dtype(dt)),
+            initial_state=None if state is None else state.to(self._state_dtype(dt)),
             cu_seqlens=cu_seqlens,
             return_final_state=state is not None,
             backend=self.backend,
         )
-        after = None
-        if conv.final_state is not None and scan.final_state is not None:
-            after = MambaState(conv.final_state, scan.final_state)
-        return self.out_proj(scan.y), after
+
+    @property
+    def _activation(self) -> str | None:
+        """Of the convolution: what H3 has there is a linear shift."""
+        return None if self.block == "h3" else "silu"
+
+    def _split(self, projected: Tensor) -> _Streams:
+        if self.block == "mamba":
+            x, z = projected.chunk(2, dim=-1)
+            return _Streams(x, z=z)
+        if self.block == "h3":
+            q, k, v = projected.chunk(3, dim=-1)
+            return _Streams(k, q=q, v=v)
+        return _Streams(projected)
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes before their bias, and B and C, as functions of the input: what makes the layer selective."""
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        """Step sizes before their bias, and B and C: as functions of the input, which makes the layer selective, or
+        (B and C fixed, a step that is its bias alone) as what they are for every input."""
+        made: dict[str, Tensor] = {}
+        if self.selected:
+            made = dict(zip(self._widths, self.x_proj(u).split(list(self._widths.values()), dim=-1), strict=True))
         if self.mixer_rms_eps is not None:
-            dt, B, C = (over_its_rms(part, self.mixer_rms_eps) for part in (dt, B, C))
-        return self.dt_proj(dt), B, C
+            made = {name: over_its_rms(part, self.mixer_rms_eps) for name, part in made.items()}
+        dt = self.dt_proj(made["dt"]) if "dt" in made else torch.zeros_like(u)
+        if self._is_complex:
+            made = {name: _as_complex(part.unflatten(-1, (-1, 2))) for name, part in made.items() if name != "dt"}
+        B = made["B"] if "B" in made else self._fixed(self.B)
+        C = made["C"] if "C" in made else self._fixed(self.C)
+        return dt, B, C
+
+    def _fixed(self, matrix: Tensor) -> Tensor:
+        return _as_complex(matrix) if self._is_complex else matrix
 
     def _dt_bias(self) -> Tensor | None:
         """The step's bias, also where a module without one of its own (an adapter) wraps the projection."""
+        if "dt" not in self.selected:
+            return self.dt_bias
         for module in self.dt_proj.modules():
             if isinstance(module, StepProjection):
                 return module.bias
         return getattr(self.dt_proj, "bias", None)
 
     def _A(self) -> Tensor:
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        exact = torch.promote_types(self.A_log.dtype, torch.float32)
+        A = -torch.exp(self.A_log.to(exact))
+        return torch.complex(A, self.A_imag.to(exact)) if self._is_complex else A
 
-    @staticmethod
-    def _state_dtype(activation: Tensor) -> torch.dtype:
-        return torch.promote_types(activation.dtype, torch.float32)
+    def _state_dtype(self, activation: Tensor) -> torch.dtype:
+        return torch.promote_types(activation.dtype, torch.complex64 if self._is_complex else torch.float32)
 
     def _check(self, caller: str, x: Tensor, dims: int) -> None:
         meaning = "(batch, length >= 1, d_model)" if dims == 3 else "(batch, d_model)"
@@ -494,27 +657,37 @@ class Mamba(nn.Module):
             )
         if x.dtype not in _FLOATS:
             raise DTypeError(f"{caller}: x must be a float tensor, got {x.dtype}; pass embeddings, not token ids")
-        if x.device != self.A_log.device:
+        where = self.conv1d.weight.device
+        if x.device != where:
             raise ShapeError(
-                f"{caller}: x must be on {self.A_log.device}, where the layer is, got {x.device}; "
-                f"pass x.to('{self.A_log.device}')"
+                f"{caller}: x must be on {where}, where the layer is, got {x.device}; pass x.to('{where}')"
             )
 
     def _check_state(self, caller: str, state: MambaState | None, rows: int) -> None:
         if state is None:
             return
-        wanted = (("conv", (rows, self.d_conv - 1, self.d_inner)), ("ssm", (rows, self.d_inner, self.d_state)))
+        wanted = (("conv", (rows, self.d_conv - 1, self.d_inner)), ("ssm", (rows, self.d_inner, self._states)))
+        where = self.conv1d.weight.device
         for (name, shape), tensor in zip(wanted, state, strict=True):
             if tuple(tensor.shape) != shape:
                 raise ShapeError(
                     f"{caller}: state.{name} must be {shape}, got {tuple(tensor.shape)}; "
                     f"make it with init_state({rows}), one row a sequence"
                 )
-            if tensor.device != self.A_log.device:
+            if tensor.device != where:
                 raise ShapeError(
-                    f"{caller}: state.{name} must be on {self.A_log.device}, where the layer is, got {tensor.device}; "
+                    f"{caller}: state.{name} must be on {where}, where the layer is, got {tensor.device}; "
                     f"make it with init_state({rows})"
                 )
+        if state.ssm.is_complex() != self._is_complex:
+            raise DTypeError(
+                f"{caller}: state.ssm must be {'complex' if self._is_complex else 'real'}, got {state.ssm.dtype}; "
+                f"make it with init_state({rows})"
+            )
 
     def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}"
+        shown = f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}"
+        if self._is_published:
+            return shown
+        depends = ",".join(name for name in SELECTIVE if name in self.selected) or "none"
+        return f"{shown}, block={self.block!r}, inner={self.inner!r}, selective={depends!r}, A_init={self.A_init!r}"

@@ -89,6 +89,7 @@ class _StateSpaceLayer(nn.Module):
         self._held: tuple[Any, Any] | None = None
 
     def _reset_shared(self) -> None:
+        self._mark(*self._marked)  # `to_empty` puts other parameters in place of those on the meta device
         low, high = math.log(self.dt_min), math.log(self.dt_max)
         nn.init.uniform_(self.log_dt, low, high)
         nn.init.normal_(self.D)
@@ -97,10 +98,16 @@ class _StateSpaceLayer(nn.Module):
 
     def _mark(self, *names: str) -> None:
         """Parameters of the system itself: never decayed, and trained no faster than 0.001, as published."""
+        self._marked = names
         for name in names:
             parameter = getattr(self, name)
             parameter._no_weight_decay = True
             parameter._max_lr = 1e-3
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Loading may put other parameters in place of the marked ones.
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mark(*self._marked)
 
     def _system(self, direction: int, rate: float) -> dict[str, Tensor]:
         raise NotImplementedError
