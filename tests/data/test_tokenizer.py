@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 
-from statescan.data import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, token_dtype
+from statescan.data import ByteTokenizer, JsonTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer, token_dtype
 from statescan.errors import DataError, MissingExtraError
 
 TEXT = "Call me Ishmael. Größe 大きさ 🙂\r\n\ttabs  and   spaces" * 3
@@ -52,6 +52,7 @@ def test_json_there_and_back(bpe_path):
     assert tokenizer.decode_bytes(ids) == TEXT.encode()
     # Ids may end inside a character: only bytes can be put together piece by piece.
     assert b"".join(tokenizer.decode_bytes([id]) for id in ids) == TEXT.encode()
+    assert tokenizer.bytes_add_up
     assert tokenizer.decode_bytes([0]) == b"<|endoftext|>"
     batch = tokenizer.encode_batch([TEXT, "me", ""])
     assert [list(ids) for ids in batch] == [list(tokenizer.encode(text)) for text in (TEXT, "me", "")]
@@ -66,6 +67,7 @@ def test_other_kinds_of_vocabulary_decode_through_text(tmp_path):
     words.save(str(tmp_path / "words.json"))
     tokenizer = load_tokenizer(tmp_path / "words.json")
     assert tokenizer.decode_bytes(tokenizer.encode("call me")) == b"call me"
+    assert not tokenizer.bytes_add_up
     assert tokenizer.end_of_text is None
 
 
@@ -98,3 +100,32 @@ def test_token_dtype_is_the_narrowest():
     assert [token_dtype(size) for size in (1, 256, 257, 65536, 65537)] == [
         np.dtype(d) for d in ("u1", "u1", "u2", "u2", "u4")
     ]
+
+
+def test_symbols_there_and_back(tmp_path):
+    tokenizer = SymbolTokenizer(".AB?é")
+    assert isinstance(tokenizer, Tokenizer)
+    ids = tokenizer.encode("B..?é")
+    assert ids.tolist() == [2, 0, 0, 3, 4]
+    assert tokenizer.decode(ids) == "B..?é"
+    assert tokenizer.decode_bytes(ids) == tokenizer.decode(ids).encode() == "B..?é".encode()
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["A", ""])] == [[1], []]
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, SymbolTokenizer)
+    assert (again.symbols, again.fingerprint) == (tokenizer.symbols, tokenizer.fingerprint)
+    assert SymbolTokenizer(".BA?é").fingerprint != tokenizer.fingerprint
+    with pytest.raises(DataError, match=r"wanted characters of '.AB\?é', got 'x'"):
+        tokenizer.encode("Ax")
+    with pytest.raises(DataError, match=r"wanted ids in \[0, 5\), got 1 to 5"):
+        tokenizer.decode([1, 5])
+    for symbols in ("", "AA"):
+        with pytest.raises(DataError, match="wanted distinct characters"):
+            SymbolTokenizer(symbols)
+
+
+@pytest.mark.parametrize("text", ['{"kind": "words"}', "{", "[]"])
+def test_a_tokenizer_file_that_none_of_ours_wrote_is_named(tmp_path, text):
+    (tmp_path / "statescan_tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match=r"wanted what save wrote, got .*statescan_tokenizer.json"):
+        load_tokenizer(tmp_path)

@@ -10,7 +10,7 @@ from statescan.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from statescan.data import ByteTokenizer, JsonTokenizer
+    from statescan.data import Tokenizer
     from statescan.models import CausalLM, MambaConfig
 
 __all__ = ["model_folder", "open_model", "read_config"]
@@ -47,7 +47,7 @@ def read_config(folder: Path) -> MambaConfig:
 
 def open_model(
     path: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer: str | None = None
-) -> tuple[CausalLM, ByteTokenizer | JsonTokenizer]:
+) -> tuple[CausalLM, Tokenizer]:
     """The model in a folder, ready to be used, and the tokenizer that is named or lies beside it."""
     import torch
 

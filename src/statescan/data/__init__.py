@@ -4,7 +4,7 @@ from statescan.data.listops import LISTOPS_VOCABULARY, ListOpsExample, listops, 
 from statescan.data.sampler import PackedSampler, PackedWindows, WindowSampler, permute
 from statescan.data.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying, SyntheticBatch, SyntheticTask
 from statescan.data.text import Chunk, Document, Source, find_sources, packaged_corpus, read_chunks, read_texts
-from statescan.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, token_dtype
+from statescan.data.tokenizer import ByteTokenizer, JsonTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer, token_dtype
 from statescan.data.tokens import TokenFile, build_token_file, default_cache_folder
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "PackedWindows",
     "SelectiveCopying",
     "Source",
+    "SymbolTokenizer",
     "SyntheticBatch",
     "SyntheticTask",
     "TokenFile",

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes by default, any `tokenizers` JSON by path."""
+"""Tokenizers: bytes by default, any `tokenizers` JSON by path, a character for each id of a small vocabulary."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from statescan.errors import DataError, MissingExtraError
 from statescan.files import atomic_file
 
-__all__ = ["ByteTokenizer", "JsonTokenizer", "Tokenizer", "load_tokenizer", "token_dtype"]
+__all__ = ["ByteTokenizer", "JsonTokenizer", "SymbolTokenizer", "Tokenizer", "load_tokenizer", "token_dtype"]
 
-_BYTES_FILE = "statescan_tokenizer.json"
+_OWN_FILE = "statescan_tokenizer.json"
 _JSON_FILE = "tokenizer.json"
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 
@@ -83,6 +83,7 @@ class ByteTokenizer:
     fingerprint = "bytes"
     vocab_size = 256
     end_of_text: int | None = 0
+    bytes_add_up = True
 
     def encode(self, text: str | bytes) -> NDArray[np.uint8]:
         """The bytes of a text: those of its UTF-8 form for a string, the very bytes for bytes (valid UTF-8 or not)."""
@@ -106,11 +107,73 @@ class ByteTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the few bytes that say "bytes" into a model's folder."""
-        with atomic_file(Path(folder) / _BYTES_FILE) as temporary:
+        with atomic_file(Path(folder) / _OWN_FILE) as temporary:
             temporary.write_text(json.dumps({"kind": "bytes", "vocab_size": 256}) + "\n", encoding="utf-8")
 
     def __repr__(self) -> str:
         return "ByteTokenizer()"
+
+
+class SymbolTokenizer:
+    """One character an id, for vocabularies that were never text: the synthetic tasks, or bases of a genome.
+
+    Args:
+        symbols: distinct characters; the i-th stands for id i.
+
+    Raises:
+        DataError: a character comes twice, or there is none.
+    """
+
+    name = "symbols"
+    bytes_add_up = True
+    end_of_text: int | None = None
+
+    def __init__(self, symbols: str) -> None:
+        if not symbols or len(set(symbols)) != len(symbols):
+            raise DataError(f"symbol tokenizer: wanted distinct characters, got {symbols!r}")
+        self.symbols = symbols
+        self.vocab_size = len(symbols)
+        self.fingerprint = f"symbols {symbols}"
+        self._id_of = {symbol: number for number, symbol in enumerate(symbols)}
+        self._dtype = token_dtype(self.vocab_size)
+
+    def encode(self, text: str | bytes) -> NDArray[Any]:
+        """The id of each character.
+
+        Raises:
+            DataError: a character that stands for none.
+        """
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        try:
+            return np.array([self._id_of[symbol] for symbol in text], dtype=self._dtype)
+        except KeyError as unknown:
+            raise DataError(f"symbol tokenizer: wanted characters of {self.symbols!r}, got {unknown}") from None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The characters of ids."""
+        array = np.asarray(ids)
+        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
+            raise DataError(
+                f"symbol tokenizer: wanted ids in [0, {self.vocab_size}), got {int(array.min())} to {int(array.max())}"
+            )
+        return "".join(self.symbols[int(number)] for number in array)
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        """The UTF-8 of the characters of ids."""
+        return self.decode(ids).encode()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the characters into a model's folder."""
+        with atomic_file(Path(folder) / _OWN_FILE) as temporary:
+            text = json.dumps({"kind": "symbols", "symbols": self.symbols}, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def __repr__(self) -> str:
+        return f"SymbolTokenizer({self.symbols!r})"
 
 
 class JsonTokenizer:
@@ -172,6 +235,11 @@ class JsonTokenizer:
         except KeyError as problem:
             raise DataError(f"tokenizer {self.name}: wanted ids in its vocabulary, got {problem}") from None
 
+    @property
+    def bytes_add_up(self) -> bool:
+        """Whether the bytes of ids are those of each id, one after the other."""
+        return self._bytes_of_id is not None
+
     @functools.cached_property
     def _bytes_of_id(self) -> dict[int, bytes] | None:
         """The bytes of each id of a byte-level vocabulary; None for other kinds."""
@@ -208,12 +276,28 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def load_tokenizer(source: str | os.PathLike[str] | None = None) -> ByteTokenizer | JsonTokenizer:
+def _read_own(path: Path) -> ByteTokenizer | SymbolTokenizer:
+    """What `ByteTokenizer.save` or `SymbolTokenizer.save` wrote."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["kind"] == "symbols":
+            return SymbolTokenizer(str(fields["symbols"]))
+        if fields["kind"] == "bytes":
+            return ByteTokenizer()
+        problem = f"its kind is {fields['kind']!r}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise DataError(f"tokenizer: wanted what save wrote, got '{path}', which can't be read so ({problem})")
+
+
+def load_tokenizer(
+    source: str | os.PathLike[str] | None = None,
+) -> ByteTokenizer | SymbolTokenizer | JsonTokenizer:
     """A tokenizer by name or path.
 
     Args:
         source: None or "bytes" for the byte tokenizer; else a `tokenizers` JSON file, or a folder that holds
-            tokenizer.json or what `ByteTokenizer.save` wrote (a model's folder).
+            tokenizer.json or what the `save` of one of ours wrote (a model's folder).
 
     Returns:
         The tokenizer.
@@ -228,14 +312,14 @@ def load_tokenizer(source: str | os.PathLike[str] | None = None) -> ByteTokenize
     if path.is_dir():
         if (path / _JSON_FILE).is_file():
             return JsonTokenizer(path / _JSON_FILE)
-        if (path / _BYTES_FILE).is_file():
-            return ByteTokenizer()
+        if (path / _OWN_FILE).is_file():
+            return _read_own(path / _OWN_FILE)
         raise DataError(
-            f"tokenizer: wanted {_JSON_FILE} or {_BYTES_FILE} in the folder '{path}', got neither; "
+            f"tokenizer: wanted {_JSON_FILE} or {_OWN_FILE} in the folder '{path}', got neither; "
             "name a tokenizer with --tokenizer PATH or --tokenizer bytes"
         )
     if not path.exists():
         raise DataError(
             f"tokenizer: wanted 'bytes' or an existing file or folder, got '{source}', which does not exist"
         )
-    return ByteTokenizer() if path.name == _BYTES_FILE else JsonTokenizer(path)
+    return _read_own(path) if path.name == _OWN_FILE else JsonTokenizer(path)
