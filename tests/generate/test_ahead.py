@@ -86,11 +86,11 @@ class Device:
             self.draw(slot, logits_of(self.state[slot]))
         return self.counts[:rows]
 
-    def read(self, slot, number, wait=True):
-        assert number > self.counts[slot] - 20  # or the ring would have been written over
+    def read(self, slots, numbers, wait=True):
+        assert all(number > self.counts[slot] - 20 for slot, number in zip(slots, numbers, strict=True)), "written over"
         if not wait and self.chance.random() < 0.7:
             return None
-        return self.ring[slot, number]
+        return tuple(map(list, zip(*(self.ring[at] for at in zip(slots, numbers, strict=True)), strict=True)))
 
 
 def ahead_of(device: Device, max_batch: int, **options: Any) -> Engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from statescan.data import ByteTokenizer
@@ -94,6 +94,30 @@ def test_a_prompt_that_ends_inside_a_character_is_finished():
     whale = "🐋".encode()
     stream = TextStream(ByteTokenizer(), before=list(b"see " + whale[:2]))
     assert [stream.push(byte) for byte in whale[2:]] == ["", "🐋"]
+
+
+class WithoutWord:
+    """Bytes, too, from a tokenizer that doesn't say that they add up: read by windows of two tokens."""
+
+    def decode_bytes(self, ids) -> bytes:
+        return bytes(ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    before=st.binary(max_size=5),
+    data=st.one_of(st.text(alphabet="aé🐋\n", max_size=9).map(str.encode), st.binary(max_size=12)),
+    stops=st.lists(st.text(alphabet="aé\n", min_size=1, max_size=2), max_size=2),
+)
+def test_bytes_that_add_up_give_the_same_pieces_as_windows(before, data, stops):
+    assume("\ufffd".encode() not in before + data)  # which a window waits on
+    quick, slow = TextStream(ByteTokenizer(), stops, before), TextStream(WithoutWord(), stops, before)
+    for byte in data:
+        pieces = quick.push(byte), slow.push(byte)
+        assert pieces[0] == pieces[1]
+        if isinstance(pieces[0], Stop):
+            return
+    assert quick.flush() == slow.flush()
 
 
 class Words:

@@ -156,6 +156,11 @@ def test_several_rows(name: str, dtype: str, rows: int) -> None:
     assert torch.equal(slots.state.ssm[:, rows:], before[:, rows:])
 
 
+def read(slots: Any, slot: int, number: int) -> tuple[int, float]:
+    tokens, logprobs = slots.read([slot], [number])
+    return tokens[0], logprobs[0]
+
+
 DRAWS = [
     SamplingParams(temperature=0),
     SamplingParams(seed=1),
@@ -195,7 +200,7 @@ def test_draws_are_the_hosts(ties: bool, name: str, vocabulary: int) -> None:
             slots.logits.fill_(99.0)  # columns that pad the vocabulary are never drawn
             padded = slots.logits[slot].clone()
             padded[:vocabulary] = logits[slot].cuda()
-            token, logprob = slots.read(slot, slots.draw(slot, padded))
+            token, logprob = read(slots, slot, slots.draw(slot, padded))
             wanted = sample(logits[slot], params, position, seen)
             same, total = same + (token == wanted), total + 1
             if params.greedy:
@@ -216,13 +221,13 @@ def test_logits_that_are_no_numbers(params: SamplingParams, vocabulary: int) -> 
         bad[vocabulary - 1] = value
         slots.place(1, params, 3, [])
         with pytest.raises(ConfigError, match="finite"):
-            slots.read(1, slots.draw(1, bad))
+            read(slots, 1, slots.draw(1, bad))
         assert int(slots.tokens[1]) == 0
     allowed = torch.full_like(good, -torch.inf)
     with pytest.raises(ConfigError, match="finite"):
-        slots.read(1, slots.draw(1, allowed))
+        read(slots, 1, slots.draw(1, allowed))
     allowed[7] = -3.0
-    assert slots.read(1, slots.draw(1, allowed))[0] == 7
+    assert read(slots, 1, slots.draw(1, allowed))[0] == 7
 
 
 def test_draws_follow_their_distribution() -> None:
@@ -232,7 +237,7 @@ def test_draws_follow_their_distribution() -> None:
     row = logits.cuda()
     counts = torch.zeros(256)
     for _ in range(2000):
-        counts[slots.read(0, slots.draw(0, row))[0]] += 1
+        counts[read(slots, 0, slots.draw(0, row))[0]] += 1
     top = logits.topk(4)
     assert set(counts.nonzero().flatten().tolist()) == set(top.indices.tolist())
     expected = torch.softmax(top.values, 0) * 2000

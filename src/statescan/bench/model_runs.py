@@ -179,6 +179,7 @@ class _Ids:
     """A tokenizer for models of random weights: token ids are all that is looked at."""
 
     name = "ids"
+    bytes_add_up = True
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from statescan.generate.sampling import SamplingParams
 
 __all__ = ["Slots", "run_ahead"]
 
-# Steps started beyond the last token read. Starting one takes the host some 10 us, reading a token and making text of
-# it about as long a row; a stop costs at most so many steps of one row.
+# Steps started beyond the last token read. Starting one takes the host some 10 us, reading its tokens and making text
+# of them 2 to 3 us a row; a stop costs at most so many steps of one row.
 _AHEAD = 8
 # Tokens of several prompts that are prefilled together.
 _TOGETHER = 32768
@@ -39,7 +39,9 @@ class Slots(Protocol):
 
     def step(self, rows: int, /) -> list[int]: ...
 
-    def read(self, slot: int, number: int, /, wait: bool = True) -> tuple[int, float] | None: ...
+    def read(
+        self, slots: Sequence[int], numbers: Sequence[int], /, wait: bool = True
+    ) -> tuple[list[int], list[float]] | None: ...
 
     def prefill(self, ids: list[list[int]], state: Any, chunk: int, /) -> Any: ...
 
@@ -51,7 +53,15 @@ class _Live:
 
     def __init__(self, row: Any) -> None:
         self.row = row
-        self.started = 0  # tokens whose drawing was started
+        self.to_start = row.params.max_new_tokens  # tokens whose drawing was not started yet
+
+
+class _Flight(NamedTuple):
+    """Draws that were started together: rows, their slots, and the numbers of the draws there."""
+
+    rows: list[_Live]
+    slots: list[int]
+    numbers: list[int]
 
 
 def run_ahead(slots: Slots, rows: Sequence[Any], max_batch: int, chunk: int, ahead: int = _AHEAD) -> Iterator[Any]:
@@ -67,7 +77,7 @@ def run_ahead(slots: Slots, rows: Sequence[Any], max_batch: int, chunk: int, ahe
     """
     waiting: deque[Any] = deque(rows)
     live: list[_Live] = []  # in the order of their slots
-    flying: deque[list[tuple[_Live, int, int]]] = deque()  # steps started: (row, slot, number of its draw)
+    flying: deque[_Flight] = deque()
     limit = min(max_batch, slots.capacity)
     if any(row.session is not None for row in rows):
         ahead = 0
@@ -79,7 +89,7 @@ def run_ahead(slots: Slots, rows: Sequence[Any], max_batch: int, chunk: int, ahe
             slots.move(len(live), index)
             live[index] = last
 
-    def admit() -> list[tuple[_Live, int, int]]:
+    def admit() -> _Flight:
         """Reads the next prompts, as many of one length as may go together, and starts their first draws."""
         group = [waiting.popleft()]
         if group[0].session is None:
@@ -96,14 +106,16 @@ def run_ahead(slots: Slots, rows: Sequence[Any], max_batch: int, chunk: int, ahe
         else:
             state = group[0].session._state.select([0])
         logits = slots.prefill([row.unread for row in group], state, max(chunk, min(_TOGETHER, chunk * len(group))))
-        started = []
+        started = _Flight([], [], [])
         for i, row in enumerate(group):
             slot = len(live)
             live.append(_Live(row))
             slots.place(slot, row.params, row.prompt_tokens, row.seen_before)
             slots.assign(slot, state, i)
-            started.append((live[-1], slot, slots.draw(slot, logits[i])))
-            live[-1].started = 1
+            live[-1].to_start -= 1
+            started.rows.append(live[-1])
+            started.slots.append(slot)
+            started.numbers.append(slots.draw(slot, logits[i]))
         return started
 
     def finish(entry: _Live) -> None:
@@ -118,37 +130,29 @@ def run_ahead(slots: Slots, rows: Sequence[Any], max_batch: int, chunk: int, ahe
     while waiting or live or flying:
         if waiting and len(live) < limit:
             flying.append(admit())
-        elif live and len(flying) <= ahead and any(e.started < e.row.params.max_new_tokens for e in live):
-            numbers = slots.step(len(live))
-            step = []
-            for slot, (entry, number) in enumerate(zip(live, numbers, strict=True)):
-                step.append((entry, slot, number))
-                entry.started += 1
-            flying.append(step)
+        elif live and len(flying) <= ahead and any(entry.to_start > 0 for entry in live):
+            flying.append(_Flight(list(live), list(range(len(live))), slots.step(len(live))))
+            for entry in live:
+                entry.to_start -= 1
             # A row whose last token is on its way needs its slot no more.
             for index in range(len(live) - 1, -1, -1):
-                entry = live[index]
-                if entry.started >= entry.row.params.max_new_tokens and entry.row.session is None:
+                if live[index].to_start <= 0 and live[index].row.session is None:
                     leave(index)
         # What has come is read; where nothing more may be started, the oldest is waited for.
         while flying:
-            full = len(flying) > ahead or not any(e.started < e.row.params.max_new_tokens for e in live)
+            full = len(flying) > ahead or not any(entry.to_start > 0 for entry in live)
             if waiting and len(live) < limit:
                 full = False
-            pieces = []
             first = flying[0]
-            while first:
-                entry, slot, number = first[0]
-                token = slots.read(slot, number, wait=full)
-                if token is None:
-                    break
-                first.pop(0)
-                if entry.row.result is None:
-                    pieces.append(entry.row.take(*token))
-                    if entry.row.result is not None:
-                        finish(entry)
-            if not first:
-                flying.popleft()
-            yield from pieces
-            if first:
+            came = slots.read(first.slots, first.numbers, wait=full)
+            if came is None:
                 break
+            flying.popleft()
+            pieces = []
+            for entry, token, logprob in zip(first.rows, *came, strict=True):
+                row = entry.row
+                if row.result is None:
+                    pieces.append(row.take(token, logprob))
+                    if row.result is not None:
+                        finish(entry)
+            yield from pieces

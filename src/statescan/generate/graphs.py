@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -179,32 +180,35 @@ class GraphDecoder:
         self._counts[:size] += 1
         return self._counts[:rows].tolist()
 
-    def read(self, slot: int, number: int, wait: bool = True) -> tuple[int, float] | None:
-        """(token, log probability) of a slot's draw by its number; None where it is not there yet and `wait` is off.
+    def read(
+        self, slots: Sequence[int], numbers: Sequence[int], wait: bool = True
+    ) -> tuple[list[int], list[float]] | None:
+        """Tokens and log probabilities of one draw a slot, by their numbers; None where not all of them are there yet
+        and `wait` is off. Log probabilities that were not asked for are junk.
 
         Raises:
-            ConfigError: the logits were no numbers to draw from.
+            ConfigError: the logits of one were no numbers to draw from.
         """
-        at = number % _RING
-        words = self._ring_words[slot]
-        tag = number & 0xFFFFFFFF
+        count = np.asarray(numbers)
+        at = (np.asarray(slots), count % _RING)
         looks = 0
         while True:
-            word = int(words[at]) & 0xFFFFFFFFFFFFFFFF
-            if word >> 32 == tag:
-                if word & 0xFFFFFFFF == _BROKEN:
+            words = self._ring_words[at]
+            if ((words >> 32) == count).all():
+                tokens = words & 0xFFFFFFFF
+                if (tokens == _BROKEN).any():
                     raise ConfigError(
                         "GraphDecoder: logits must be finite or minus infinity, one of them finite, got others (the "
                         "model's output is not finite); look at its weights, or decode them in float32"
                     )
-                return word & 0xFFFFFFFF, float(self._ring_values[slot, at])
+                return tokens.tolist(), self._ring_values[at].tolist()
             if not wait:
                 return None
             looks += 1
-            if looks % 4096 == 0:
+            if looks % 1024 == 0:
                 # Nothing for milliseconds: a failed kernel would never write, and says so here.
                 torch.cuda.current_stream(self.device).synchronize()
-            elif looks > 64:
+            elif looks > 16:
                 time.sleep(0)
 
     def prefill(self, ids: list[list[int]], state: DecodeState, chunk: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 __all__ = ["BytesDecoder", "Stop", "StopMatcher", "TextStream"]
 
@@ -16,9 +17,27 @@ _REPLACEMENT = "\ufffd".encode()
 
 
 class BytesDecoder(Protocol):
-    """What is asked of a tokenizer here: the bytes that a run of tokens stands for."""
+    """What is asked of a tokenizer here: the bytes that a run of tokens stands for.
+
+    Where it says so by a true attribute `bytes_add_up`, those are the bytes of each token, one after the other.
+    """
 
     def decode_bytes(self, ids: Sequence[int], /) -> bytes: ...
+
+
+class _TokenBytes(dict[int, bytes]):
+    """The bytes of single tokens, each asked for once."""
+
+    def __init__(self, tokenizer: BytesDecoder) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> bytes:
+        data = self[token] = self._tokenizer.decode_bytes([token])
+        return data
+
+
+_token_bytes: WeakKeyDictionary[BytesDecoder, _TokenBytes] = WeakKeyDictionary()
 
 
 class Stop(NamedTuple):
@@ -44,6 +63,8 @@ class StopMatcher:
 
     def push(self, piece: str) -> str | Stop:
         """Takes the next piece; returns the text that is safe to show, or the `Stop` with the text before it."""
+        if not self._stops:
+            return piece
         text = self._held + piece
         # (end, start): a stop can't have been complete in the held text alone, so one pass over the new text is enough.
         found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stops if stop in text]
@@ -90,9 +111,17 @@ class TextStream:
         self._window = list(before[-_BEFORE:])
         self._known = tokenizer.decode_bytes(self._window) if self._window else b""
         self._utf8.decode(self._known)  # already shown; only an unfinished character stays inside
+        self._unfinished = bool(self._utf8.getstate()[0])
+        self._bytes: _TokenBytes | None = None
+        if getattr(tokenizer, "bytes_add_up", False):
+            self._bytes = _token_bytes.get(tokenizer)
+            if self._bytes is None:
+                self._bytes = _token_bytes[tokenizer] = _TokenBytes(tokenizer)
 
     def push(self, token: int) -> str | Stop:
         """Takes one token; returns the text that is safe to show (it may be empty), or the `Stop` that it completed."""
+        if self._bytes is not None:
+            return self._matcher.push(self._text(self._bytes[token]))
         # The bytes of a token are what it adds to the text of the token before it: in vocabularies that mark the
         # beginning of words, a token alone loses its space.
         self._window.append(token)
@@ -104,7 +133,14 @@ class TextStream:
         new = data[len(self._known) :]
         self._window = [token]
         self._known = self._tokenizer.decode_bytes(self._window)
-        return self._matcher.push(self._utf8.decode(new))
+        return self._matcher.push(self._text(new))
+
+    def _text(self, data: bytes) -> str:
+        if not self._unfinished and data.isascii():
+            return data.decode("ascii")
+        text = self._utf8.decode(data)
+        self._unfinished = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """The rest of the text when the row has ended for another reason than a stop string."""
