@@ -147,7 +147,8 @@ class Engine:
     weights' dtype, so that a row's last bits may depend on its company; its random numbers never do.
 
     Args:
-        model: a `statescan.models.CausalLM`, packed here, or a `Decoder` as it is.
+        model: a `statescan.models.CausalLM`, packed here where it has the published Mamba layer and else run by its own
+            forward and step (`statescan.generate.unpacked`), which is several times slower; or a `Decoder` as it is.
         tokenizer: turns prompts into tokens and back. Default: bytes, for a model of 256 tokens.
         dtype: of the packed weights, ``"float32"``, ``"bfloat16"``, on the CPU ``"int8"`` and on a GPU ``"float16"``.
             Default ``"float32"``.
@@ -175,9 +176,7 @@ class Engine:
             )
         self.tokenizer = default_tokenizer(model) if tokenizer is None else tokenizer
         if isinstance(model, nn.Module):
-            from statescan.generate.packed import PackedModel
-
-            self.decoder: Any = PackedModel(model, dtype=dtype, device=device)  # type: ignore[arg-type]
+            self.decoder: Any = _decoder(model, dtype, device)
         else:
             self.decoder = model
         self.device = getattr(self.decoder, "device", None)
@@ -186,7 +185,7 @@ class Engine:
         self.max_batch = max_batch
         # Slots and graphs, where the decoder is a packed model on a GPU with kernels.
         self._slots: Any = None
-        if on_gpu and isinstance(model, nn.Module):
+        if on_gpu and isinstance(model, nn.Module) and has_packed_form(model):
             from statescan.generate import graphs
 
             if self.decoder.dtype == "int8":
@@ -343,6 +342,23 @@ class Engine:
             row.session.tokens = row.seen_before + row.tokens
             row.session._state = own
             row.session._pending = row.tokens[-1:]
+
+
+def has_packed_form(model: nn.Module) -> bool:
+    """Whether `PackedModel` and the kernels over whole blocks know a language model's layers."""
+    return getattr(getattr(model, "config", None), "is_plain_mamba", False)
+
+
+def _decoder(model: nn.Module, dtype: str, device: torch.device | str | None) -> Any:
+    from statescan.models import CausalLM
+
+    if isinstance(model, CausalLM) and not has_packed_form(model):
+        from statescan.generate.unpacked import ModelDecoder
+
+        return ModelDecoder(model, dtype, device=device)
+    from statescan.generate.packed import PackedModel
+
+    return PackedModel(model, dtype=dtype, device=device)  # type: ignore[arg-type]
 
 
 def default_tokenizer(model: Any) -> ByteTokenizer:

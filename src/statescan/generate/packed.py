@@ -193,7 +193,7 @@ class PackedModel:
             raise ConfigError(f"PackedModel: dtype must be one of {[*PACKED_DTYPES, 'float16']}, got {dtype!r}")
         if not isinstance(model, CausalLM):
             raise ConfigError(f"PackedModel: model must be a CausalLM, got {type(model).__name__}")
-        if not model.config.is_plain_mamba:
+        if not getattr(model.config, "is_plain_mamba", False):
             raise ConfigError(
                 "PackedModel: model must have the published Mamba layer, got one with another block, inner map or "
                 "selection; Engine and generate run it by its own forward and step"

@@ -266,6 +266,11 @@ def inspect_text(
     """
     blocks: Any = model.backbone.layers  # type: ignore[union-attr]
     depth = len(blocks)
+    if not getattr(getattr(model, "config", None), "is_plain_mamba", True):
+        raise ConfigError(
+            "inspect: model must have the published Mamba layer, which makes dt and B from its input and has a real A; "
+            "got one with another block, inner map or selection"
+        )
     if max_tokens < 1 or max_layers < 1:
         raise ConfigError(f"inspect: max_tokens and max_layers must be at least 1, got {max_tokens} and {max_layers}")
     if layer is not None and not -depth <= layer < depth:
