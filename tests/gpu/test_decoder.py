@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from statescan.data import ByteTokenizer
 from statescan.errors import ConfigError
@@ -307,6 +309,43 @@ def test_a_long_prompt_in_parts_and_prompts_together() -> None:
     for got in (a, b, c):
         assert_within_budget(got, wanted, usual, "logits")
     assert_within_budget(parts.ssm, exact.ssm, plain.ssm, "ssm")
+
+
+@pytest.mark.parametrize("kind", ["model", "packed"])
+def test_a_graph_of_any_models_step(kind: str) -> None:
+    """Bit by bit what the step gives that is launched anew for each token; states may be written into between steps."""
+    from statescan.generate.graphs import StepGraph
+
+    own: Any = model("tiny") if kind == "model" else packed("tiny", "float32")
+    graph = StepGraph(own, 3)
+    ids = torch.randint(0, 256, (6, 3), device="cuda")
+    for _ in range(2):
+        state = own.init_state(3)
+        for leaf in (graph.state.conv, graph.state.ssm) if kind == "packed" else tree_leaves(graph.state):
+            leaf.zero_()
+        with torch.no_grad():
+            for step in ids:
+                got = graph(step).clone()
+                if kind == "packed":
+                    wanted = own.step(step, state)
+                else:
+                    wanted, _, state = own.step(step, state)
+                assert torch.equal(got, wanted)
+                assert not torch.equal(got[0], got[1])
+
+
+def test_a_graph_refuses_a_state_that_grows() -> None:
+    from statescan.generate.graphs import StepGraph
+
+    class Growing:
+        def init_state(self, batch: int) -> list[Tensor]:
+            return [torch.zeros(batch, 0, device="cuda")]
+
+        def step(self, tokens: Tensor, state: list[Tensor]) -> Any:
+            return SimpleNamespace(logits=state[0], state=[torch.cat([state[0], tokens[:, None].float()], 1)])
+
+    with pytest.raises(ConfigError, match="must keep shape and dtype"):
+        StepGraph(Growing(), 2)
 
 
 def test_refusals() -> None:

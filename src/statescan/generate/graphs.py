@@ -1,5 +1,7 @@
 """The decoder on an NVIDIA GPU: a step of all rows, drawing included, is one CUDA graph; the host only starts it.
 
+`GraphDecoder` does so for packed Mamba models, `StepGraph` for the `step` of any other model, without drawing.
+
 One row runs on `statescan.ops.mamba_step.decode.Stack`, a single launch that streams the weights once. More rows run
 cuBLAS's products with the pieces of mamba_step between them. After either, `sample.cu` draws every row's token on the
 device and writes it where the next step reads it, and into the host's memory where the host finds it in its own time.
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from statescan.errors import BackendUnavailableError, ConfigError
 from statescan.generate.packed import DecodeState, PackedModel
@@ -25,7 +28,7 @@ from statescan.generate.sampling import SamplingParams
 from statescan.ops import _cuda
 from statescan.ops._cuda import i32
 
-__all__ = ["GraphDecoder", "bucket", "refuses"]
+__all__ = ["GraphDecoder", "StepGraph", "bucket", "refuses"]
 
 _DRAW = Path(__file__).with_name("sample.cu")
 _DRAW_THREADS = 1024
@@ -288,3 +291,79 @@ class GraphDecoder:
             logits.copy_(torch.mm(normed, packed.head.data.t(), out_dtype=torch.float32))
         if packed.head_bias is not None:
             logits += packed.head_bias
+
+
+class StepGraph:
+    """The `step` of a model as one CUDA graph: a token more for `batch` rows, their states in place.
+
+    For any model with ``init_state(batch)`` and ``step(tokens, state)``, whether it gives ``logits`` and a new
+    ``state`` (`statescan.models.CausalLM`) or the logits alone and changes the state it was handed (`PackedModel`).
+    All that a step needs to know must lie on the device, in tensors whose shapes stay.
+
+    Args:
+        model: on a CUDA device, in evaluation mode.
+        batch: number of rows.
+
+    Attributes:
+        state: the state of all rows; write into its tensors to begin elsewhere.
+        tokens: (batch,) int64, read by the next step.
+        logits: (batch, vocabulary), of the last step.
+
+    Raises:
+        ConfigError: a step of this model can't be captured; the text says why.
+    """
+
+    def __init__(self, model: Any, batch: int) -> None:
+        self._model = model
+        self.state: Any = model.init_state(batch)
+        leaves = tree_leaves(self.state)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        device = tensors[0].device if tensors else getattr(model, "device", torch.device("cpu"))
+        if device.type != "cuda":
+            raise ConfigError(f"StepGraph: model must be on a CUDA device, its state is on '{device}'; move it there")
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        with torch.no_grad(), torch.cuda.device(device):
+            # What is compiled, allocated and chosen at a first call is so before the capture.
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                scratch = model.init_state(batch)
+                for _ in range(2):
+                    scratch = self._run(scratch)[1]
+            torch.cuda.current_stream().wait_stream(aside)
+            self._refuse_change(self.state, scratch)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self.logits, after = self._run(self.state)
+                for old, new in zip(leaves, tree_leaves(after), strict=True):
+                    if isinstance(old, Tensor) and old is not new:
+                        old.copy_(new)
+
+    def __call__(self, tokens: Tensor | None = None) -> Tensor:
+        """`logits` after one more token a row: `tokens` (batch,), or those that stand in ``self.tokens``."""
+        if tokens is not None:
+            self.tokens.copy_(tokens)
+        self._graph.replay()
+        return self.logits
+
+    def _run(self, state: Any) -> tuple[Tensor, Any]:
+        made = self._model.step(self.tokens, state)
+        return (made, state) if isinstance(made, Tensor) else (made.logits, made.state)
+
+    @staticmethod
+    def _refuse_change(before: Any, after: Any) -> None:
+        """Raises where a step changed what a graph can't change: all of the state but the values of its tensors."""
+        old, new = tree_leaves(before), tree_leaves(after)
+        for a, b in zip(old, new, strict=False):
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise ConfigError(
+                    f"StepGraph: the state's tensors must keep shape and dtype, {tuple(a.shape)} {a.dtype} became "
+                    f"{tuple(b.shape)} {b.dtype}; reserve room for all tokens"
+                )
+            if isinstance(a, (int, float, str)) and a != b:
+                raise ConfigError(
+                    "StepGraph: what changes in the state must lie in tensors on the device, a step made "
+                    f"{b!r} of {a!r}"
+                )
+        if tree_structure(before) != tree_structure(after):
+            raise ConfigError("StepGraph: a step must leave the state's structure as it is, it gave another")
