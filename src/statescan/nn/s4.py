@@ -57,6 +57,11 @@ def s4d_init(init: str, d_state: int) -> Tensor:
     return torch.complex(torch.full_like(frequency, -0.5), frequency)
 
 
+def _side_by_side(systems: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Systems of the same kind as the channels of one."""
+    return systems[0] if len(systems) == 1 else {name: torch.cat([s[name] for s in systems]) for name in systems[0]}
+
+
 class _StateSpaceLayer(nn.Module):
     """What S4 and S4D share: the convolution, the steps, the skip, and the mixing of channels after it.
 
@@ -112,7 +117,7 @@ class _StateSpaceLayer(nn.Module):
     def _system(self, direction: int, rate: float) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _kernel(self, length: int, direction: int, rate: float) -> Tensor:
+    def _kernel_of(self, system: dict[str, Tensor], length: int) -> Tensor:
         raise NotImplementedError
 
     def _response(self, u: Tensor, state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
@@ -129,7 +134,7 @@ class _StateSpaceLayer(nn.Module):
             rate: step between samples in units of that in training: 2 for half the sampling rate.
             direction: 0 the past, 1 the future (bidirectional layers).
         """
-        return self._kernel(length, direction, rate)
+        return self._kernel_of(self._system(direction, rate), length)
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None) -> Tensor:
         """The state before the first position: zeros ``(batch, d_model, states)``.
@@ -164,13 +169,10 @@ class _StateSpaceLayer(nn.Module):
         self._check(name, u, 3, rate)
         if state is not None and self.bidirectional:
             raise ConfigError(f"{name}: a bidirectional layer takes no state; it must see the whole input")
-        length = u.shape[1]
-        y = fft_conv(
-            u,
-            self._kernel(length, 0, rate),
-            reverse_kernel=self._kernel(length, 1, rate) if self.bidirectional else None,
-            D=self.D,
-        )
+        # Both directions' systems as channels of one, so that there is one computation for a device to start.
+        directions = [self._system(direction, rate) for direction in range(2 if self.bidirectional else 1)]
+        past, *future = self._kernel_of(_side_by_side(directions), u.shape[1]).split(self.d_model)
+        y = fft_conv(u, past, reverse_kernel=future[0] if future else None, D=self.D)
         final = None
         if state is not None:
             added, final = self._response(u, state, rate)
@@ -298,10 +300,8 @@ class S4D(_StateSpaceLayer):
             A, B, C = torch.complex(A, self.A_imag), torch.view_as_complex(B), torch.view_as_complex(C)
         return {"A": A, "B": B, "C": C, "dt": rate * torch.exp(self.log_dt[direction])}
 
-    def _kernel(self, length: int, direction: int, rate: float) -> Tensor:
-        return s4d_kernel(
-            **self._system(direction, rate), length=length, discretization=self.discretization, backend=self.backend
-        )
+    def _kernel_of(self, system: dict[str, Tensor], length: int) -> Tensor:
+        return s4d_kernel(**system, length=length, discretization=self.discretization, backend=self.backend)
 
     def _response(self, u: Tensor, state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         return s4d_response(**self._system(0, rate), u=u, state=state, discretization=self.discretization)
@@ -389,10 +389,8 @@ class S4(_StateSpaceLayer):
             "dt": rate * torch.exp(self.log_dt[direction]),
         }
 
-    def _kernel(self, length: int, direction: int, rate: float) -> Tensor:
-        return s4_kernel(
-            **self._system(direction, rate), length=length, discretization=self.discretization, backend=self.backend
-        )
+    def _kernel_of(self, system: dict[str, Tensor], length: int) -> Tensor:
+        return s4_kernel(**system, length=length, discretization=self.discretization, backend=self.backend)
 
     def _response(self, u: Tensor, state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         return s4_response(**self._system(0, rate), u=u, state=state, discretization=self.discretization)

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statescan.ops._dispatch import Facts
-from statescan.ops.discretization import discretize
-from statescan.ops.ssm_kernel.real_form import kernel_dtype, real_form
+from statescan.ops.ssm_kernel.real_form import discrete_real_form, kernel_dtype
 
 __all__ = ["refuses", "s4_kernel", "s4_response"]
 
@@ -34,11 +33,10 @@ def _orbit(power: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     """See the public function."""
     dtype = kernel_dtype(Lambda)
-    A, B, C = real_form(Lambda, P, B, C)
-    A_bar, B_bar = discretize(A, B.unsqueeze(-1), dt, discretization)
+    (A_bar, B_bar), C = discrete_real_form(Lambda, P, B, C, dt, discretization)
     bits = max(length - 1, 0).bit_length()
     inner, outer = 1 << (bits + 1) // 2, 1 << bits // 2
-    columns, jump = _orbit(A_bar, B_bar.squeeze(-1), inner)
+    columns, jump = _orbit(A_bar, B_bar, inner)
     rows, _ = _orbit(jump.transpose(1, 2), C, outer)
     rows = rows[..., : -(-length // inner)]
     return (rows.transpose(1, 2).to(dtype) @ columns.to(dtype)).flatten(1)[:, :length]
@@ -49,11 +47,10 @@ def s4_response(
 ) -> tuple[Tensor, Tensor]:
     """See the public function."""
     dtype, length = kernel_dtype(Lambda), u.shape[1]
-    A, B, C = real_form(Lambda, P, B, C)
-    A_bar, B_bar = discretize(A, B.unsqueeze(-1), dt, discretization)
+    (A_bar, B_bar), C = discrete_real_form(Lambda, P, B, C, dt, discretization)
     bits = max(length - 1, 0).bit_length()
     inner, outer = 1 << (bits + 1) // 2, -(-length // (1 << (bits + 1) // 2))
-    columns, jump = _orbit(A_bar, B_bar.squeeze(-1), inner)
+    columns, jump = _orbit(A_bar, B_bar, inner)
     rows, _ = _orbit(A_bar.transpose(1, 2), (C.unsqueeze(1) @ A_bar).squeeze(1), inner)
 
     x = torch.cat([state.real, state.imag], -1).double().permute(1, 2, 0)  # (d_model, 2 states, batch)
