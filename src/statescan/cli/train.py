@@ -1,4 +1,4 @@
-"""``statescan train``: a language model from texts, resumable, on one device or many."""
+"""``statescan train``: a language model from texts, or a classifier of sequences on a task of name; resumable."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, print_
 
 if TYPE_CHECKING:
     from statescan.train import RunConfig
+    from statescan.train.classify import Judgement
 
 __all__ = ["train"]
 
@@ -21,7 +22,19 @@ def train(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run: model, checkpoints, logs, loss curve.")],
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="File, folder, glob or packaged:moby_dick; may be given several times."),
+        typer.Option(
+            "--data",
+            help="File, folder, glob or packaged:moby_dick; may be given several times. With --task: MNIST's .npz file "
+            "or folder of idx files; the Long Range Arena's folder of ListOps.",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="Classify sequences: smnist, psmnist (permuted) or listops (made, unless --data)."),
+    ] = None,
+    mixer: Annotated[
+        str | None,
+        typer.Option("--mixer", show_default="s4", help="Of --task: s4, s4d, mamba, lstm, gru, conv, attention."),
     ] = None,
     valid: Annotated[
         list[str] | None, typer.Option("--valid", show_default="the last 5 % of the data", help="Held-out text.")
@@ -41,7 +54,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Trains a language model on texts; interrupted, it goes on with --resume to the same bits."""
+    """Trains a language model on texts, or a classifier with --task; interrupted, --resume goes on to the same bits."""
+    if task is not None or mixer is not None or (resume and _is_classifier(out)):
+        strange = {"--valid": valid, "--preset": preset, "--tokenizer": tokenizer, "--config": config}
+        _classify(out, data or [], task, mixer, overrides or [], resume, as_json, [n for n in strange if strange[n]])
+        return
+
     from dataclasses import replace
 
     from statescan.data import load_tokenizer
@@ -98,6 +116,85 @@ def train(
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
     note(f'next: statescan generate --model {shlex.quote(str(out))} --prompt "Call me" --max-new-tokens 200')
+
+
+def _is_classifier(out: Path) -> bool:
+    from statescan.errors import CheckpointError
+    from statescan.recipes.sequence_classification import load_classification
+
+    try:
+        load_classification(out)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _classify(
+    out: Path,
+    data: list[str],
+    task: str | None,
+    mixer: str | None,
+    overrides: list[str],
+    resume: bool,
+    as_json: bool,
+    strange: list[str],
+) -> None:
+    from dataclasses import replace
+
+    from statescan.errors import ConfigError
+    from statescan.recipes.sequence_classification import classification, load_classification, run_classification
+    from statescan.train.config import apply_overrides
+
+    if strange:
+        raise ConfigError(f"train: {strange[0]} is for texts, wanted none with --task; leave it out")
+    if len(data) > 1:
+        raise ConfigError(f"train: --task takes one --data, got {len(data)}; name the file or folder of its data")
+    if resume:
+        run = load_classification(out)
+        for name, wanted, got in (("--task", run.task, task), ("--mixer", run.model.mixer, mixer)):
+            if got is not None and got != wanted:
+                raise ConfigError(
+                    f"train: wanted {name} {wanted}, which the run in '{out}' has, got {got}; leave it out, or start a "
+                    "new run without --resume"
+                )
+        run = apply_overrides(replace(run, data=data[0]) if data else run, overrides)
+    elif task is None:
+        raise ConfigError("train: --mixer wanted a --task, got none; name one: smnist, psmnist or listops")
+    else:
+        run = classification(task, mixer or "s4", data=data[0] if data else "", overrides=overrides)
+    result = run_classification(run, out, resume=resume)
+
+    if as_json:
+        emit_json(
+            {
+                "out": result.out,
+                "task": run.task,
+                "mixer": run.model.mixer,
+                "steps": result.steps,
+                "epochs": result.epochs,
+                "validation": [{"epoch": epoch, "accuracy": accuracy} for epoch, accuracy in result.evaluations],
+                "test_final": result.final and result.final._asdict(),
+                "test_best": result.best and {"epoch": result.best_epoch, **result.best._asdict()},
+                "seconds": result.seconds,
+                "interrupted": result.interrupted,
+            }
+        )
+    else:
+        valid = f"{100 * result.evaluations[-1][1]:.2f} % right" if result.evaluations else "not judged"
+        print_rows(
+            ("run", str(result.out)),
+            ("steps", f"{result.steps:,}, {result.epochs} of {run.train.epochs} epochs"),
+            ("validation", valid),
+            ("test, last epoch", _percent(result.final)),
+            ("test, best epoch", f"{_percent(result.best)} (epoch {result.best_epoch}, chosen by validation)"),
+            ("time", f"{result.seconds:,.0f} s"),
+        )
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _percent(judged: Judgement | None) -> str:
+    return "not judged" if judged is None else f"{100 * judged.accuracy:.2f} % right"
 
 
 def _check_agrees(run: RunConfig, origin: str, preset: str | None, tokenizer: str | None, overrides: list[str]) -> None:

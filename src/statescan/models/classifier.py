@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from statescan import checkpoint as files
 from statescan.errors import CheckpointError, ConfigError, DTypeError, ShapeError
-from statescan.nn import GRU, LSTM, S4, S4D, CausalSelfAttention, DilatedConv, Mamba
+from statescan.nn import GRU, LSTM, MLP, S4, S4D, CausalSelfAttention, DilatedConv, Mamba
 
 __all__ = ["MIXERS", "ClassifierConfig", "ClassifierOutput", "SequenceClassifier"]
 
@@ -36,6 +36,7 @@ MIXERS: dict[str, Callable[[ClassifierConfig, int], nn.Module]] = {
     "attention": _attention,
 }
 _TWO_WAYS = ("s4", "s4d")
+_ONE_HOT = 64  # up to so many ids the embedding is a matrix product
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class ClassifierConfig:
         bidirectional: S4 and S4D see both ways. Default False.
         dropout: in S4 and S4D and after every mixer. Default 0.
         pooling: "mean" over the positions, or "last". Default "mean".
+        d_mlp: width of a multilayer perceptron behind every mixer, as a Transformer has it; 0 for none. Default 0.
 
     Raises:
         ConfigError: a field is out of range.
@@ -68,6 +70,7 @@ class ClassifierConfig:
     bidirectional: bool = False
     dropout: float = 0.0
     pooling: str = "mean"
+    d_mlp: int = 0
 
     def __post_init__(self) -> None:
         self._want("classes", self.classes >= 2, "at least 2")
@@ -80,6 +83,7 @@ class ClassifierConfig:
             "bidirectional", not self.bidirectional or self.mixer in _TWO_WAYS, f"False with mixers but {_TWO_WAYS}"
         )
         self._want("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        self._want("d_mlp", self.d_mlp >= 0, "at least 0")
         self._want("pooling", self.pooling in ("mean", "last"), "'mean' or 'last'")
 
     def _want(self, name: str, fits: bool, wanted: str) -> None:
@@ -124,6 +128,9 @@ class SequenceClassifier(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(d, **factory) for _ in range(config.n_layer))
         mixers = [MIXERS[config.mixer](config, layer) for layer in range(config.n_layer)]
         self.mixers = nn.ModuleList(mixer.to(device) for mixer in mixers)
+        halves = config.n_layer if config.d_mlp else 0
+        self.mlp_norms = nn.ModuleList(nn.LayerNorm(d, **factory) for _ in range(halves))
+        self.mlps = nn.ModuleList(MLP(d, config.d_mlp, **factory) for _ in range(halves))
         self.dropout = nn.Dropout(config.dropout)
         self.norm_f = nn.LayerNorm(d, **factory)
         self.head = nn.Linear(d, config.classes, **factory)
@@ -148,8 +155,10 @@ class SequenceClassifier(nn.Module):
             raise ShapeError(
                 f"SequenceClassifier: mask must be (batch, length) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}"
             )
-        for norm, mixer in zip(self.norms, self.mixers, strict=True):
+        for layer, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
             x = x + self.dropout(mixer(norm(x)).output)
+            if self.config.d_mlp:
+                x = x + self.dropout(self.mlps[layer](self.mlp_norms[layer](x)))
         x = self._pool(self.norm_f(x), mask)
         logits = self.head(x).float()
         if labels is None:
@@ -175,7 +184,12 @@ class SequenceClassifier(nn.Module):
             raise ShapeError(f"SequenceClassifier: inputs must be (batch, length >= 1), got {tuple(inputs.shape)}")
         if inputs.is_floating_point():
             raise DTypeError(f"SequenceClassifier: inputs must be token ids, got {inputs.dtype}; pass inputs.long()")
-        return self.embedding(inputs.long())
+        if self.config.vocab_size > _ONE_HOT:
+            return self.embedding(inputs.long())
+        # Of few ids: a matrix product, whose gradient is one too, in place of as many additions to the same few rows.
+        ids = torch.arange(self.config.vocab_size, device=inputs.device)
+        weight = self.embedding.weight
+        return F.linear((inputs.unsqueeze(-1) == ids).to(weight.dtype), weight.T)
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:

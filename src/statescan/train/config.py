@@ -17,7 +17,7 @@ from statescan.data import Tokenizer
 from statescan.errors import ConfigError
 from statescan.models import MambaConfig
 
-__all__ = ["DataConfig", "RunConfig", "TrainConfig", "apply_overrides"]
+__all__ = ["DataConfig", "RunConfig", "TrainConfig", "apply_overrides", "build_config"]
 
 Config = TypeVar("Config")
 
@@ -83,6 +83,8 @@ class TrainConfig:
         recompute: activation recomputation, "none", "cheap" or "block"; None leaves it to the model's own config.
         threads: CPU threads per process; 0 leaves it to torch.
         compile: compile the model with torch.compile.
+        capture: run the whole update as one CUDA graph (see `CapturedStep`): "auto" where that can be, which is on one
+            CUDA device without `accumulate`, `compile` and data.packing; True insists on it, False never does.
     """
 
     steps: int = 1000
@@ -111,6 +113,7 @@ class TrainConfig:
     recompute: Literal["none", "cheap", "block"] | None = None
     threads: int = 0
     compile: bool = False
+    capture: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints", "log_every", "num_nodes"):
@@ -205,6 +208,15 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
             raise ConfigError(f"config: wanted field=value, got '{override}'; e.g. train.steps=200")
         changes[tuple(name.strip().split("."))] = value.strip()
     return _replace(config, config, changes, "")
+
+
+def build_config(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """A frozen dataclass, with dataclasses inside or not, from the plain values that JSON holds, each checked.
+
+    Raises:
+        ConfigError: an unknown field, a value of another type, or out of range.
+    """
+    return _build(kind, values, "")
 
 
 def _replace(root: Any, config: Any, changes: dict[tuple[str, ...], str], prefix: str) -> Any:

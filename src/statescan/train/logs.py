@@ -137,15 +137,17 @@ def draw_curve(
 
 
 class Progress:
-    """One line on standard error with steps, loss, held-out bits per byte, tokens/s and the time left.
+    """One line on standard error with steps, loss, how the held-out part is judged, the speed and the time left.
 
     Args:
         steps: of the whole run.
         done: steps done before.
         shown: False, or a standard error that is no terminal, shows nothing.
+        judged: unit of `held_out`.
+        each: what the speed counts.
     """
 
-    def __init__(self, steps: int, done: int, shown: bool) -> None:
+    def __init__(self, steps: int, done: int, shown: bool, *, judged: str = "bits/byte", each: str = "tokens") -> None:
         self._bar: Any = None
         if not (shown and sys.stderr.isatty()):
             return
@@ -158,7 +160,8 @@ class Progress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(
-                "loss {task.fields[loss]}  held out {task.fields[held_out]} bits/byte  {task.fields[speed]} tokens/s"
+                f"loss {{task.fields[loss]}}  held out {{task.fields[held_out]}} {judged}  "
+                f"{{task.fields[speed]}} {each}/s"
             ),
             TimeRemainingColumn(),
             console=Console(stderr=True),

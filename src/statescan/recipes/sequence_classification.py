@@ -1,0 +1,154 @@
+"""Pixel-by-pixel MNIST, its permuted form, and ListOps: the tasks on which sequence layers are compared, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from statescan.data import default_cache_folder
+from statescan.data.images import find_images, pixel_sequences, read_images
+from statescan.data.listops import listops_splits, read_listops
+from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.models import ClassifierConfig
+from statescan.models.classifier import MIXERS
+from statescan.train.classify import ClassifyConfig, ClassifyResult, Splits, train_classifier
+from statescan.train.config import apply_overrides, build_config
+from statescan.train.loop import RUN_FILE
+
+__all__ = ["TASKS", "Classification", "classification", "load_classification", "run_classification", "task_data"]
+
+TASKS = ("smnist", "psmnist", "listops")
+# The permutation of psMNIST's pixels, the same for every model.
+_PERMUTATION_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """A run: which task, which data, which model, how it is trained.
+
+    Args:
+        task: one of `TASKS`.
+        data: file or folder of the data; "" for what is found or made.
+        examples: of ListOps, for training, validation and test, where they are made.
+        data_seed: of ListOps's examples, and of the pictures held out for validation.
+        model: the classifier.
+        train: the schedule.
+    """
+
+    task: str
+    data: str
+    model: ClassifierConfig
+    train: ClassifyConfig
+    examples: tuple[int, int, int] = (96_000, 2_000, 2_000)
+    data_seed: int = 0
+
+
+# What each mixer has in place of the defaults. Every model has about the size of S4's: a Transformer's layer with its
+# MLP, an LSTM's and Mamba's are larger than S4's of that width.
+_MODEL: dict[str, dict[str, Any]] = {
+    "s4": {"d_state": 64},
+    "s4d": {"d_state": 64},
+    "mamba": {"d_state": 16},
+    "lstm": {"n_layer": 2},
+    "gru": {"n_layer": 2},
+    "attention": {"d_mlp": 512},
+}
+_TASK: dict[str, dict[str, Any]] = {
+    "smnist": {"classes": 10, "d_input": 1, "dropout": 0.1},
+    "psmnist": {"classes": 10, "d_input": 1, "dropout": 0.2},
+    "listops": {"classes": 10, "vocab_size": 16, "n_layer": 6},
+}
+_TRAIN: dict[str, dict[str, Any]] = {
+    "s4": {},
+    "s4d": {},
+    "mamba": {"lr": 2e-3},
+    "lstm": {"lr": 2e-3},
+    "gru": {"lr": 2e-3},
+    "conv": {"lr": 2e-3},
+    "attention": {"lr": 1e-3},
+}
+
+
+def classification(task: str, mixer: str, *, data: str = "", overrides: Sequence[str] = ()) -> Classification:
+    """The configuration that this package trains a mixer with on a task.
+
+    Args:
+        task: one of `TASKS`.
+        mixer: one of `statescan.models.classifier.MIXERS`.
+        data: file or folder of the data; "" for what is found or made.
+        overrides: "model.d_model=256", "train.epochs=10", ...; see `statescan.train.apply_overrides`.
+
+    Raises:
+        ConfigError: an unknown task, mixer or field.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"train: --task must be one of {list(TASKS)}, got {task!r}")
+    if mixer not in MIXERS:
+        raise ConfigError(f"train: --mixer must be one of {sorted(MIXERS)}, got {mixer!r}")
+    model: dict[str, Any] = {"mixer": mixer, **_TASK[task], **_MODEL.get(mixer, {})}
+    train: dict[str, Any] = {"precision": "bf16", "batch_size": 64, **_TRAIN[mixer]}
+    if task == "listops":
+        model["bidirectional"] = mixer in ("s4", "s4d")
+        train |= {"epochs": 30, "lr": min(train.get("lr", 4e-3), 4e-3), "warmup": 1000}
+    run = Classification(task, data, ClassifierConfig(**model), ClassifyConfig(**train))
+    return apply_overrides(run, overrides)
+
+
+def task_data(run: Classification) -> Splits:
+    """Reads or makes the three splits of a run.
+
+    Raises:
+        DataError: the data can't be found or read.
+    """
+    if run.task == "listops":
+        if run.data:
+            return Splits(*read_listops(run.data))
+        return Splits(*listops_splits(run.data_seed, run.examples, cache=default_cache_folder()))
+    place = Path(run.data) if run.data else find_images()
+    if place is None:
+        raise DataError(
+            f"train: --task {run.task} wanted pictures, got none; name MNIST's .npz file or the folder of its four idx "
+            "files with --data PATH (Debian's package dataset-fashion-mnist is found without)"
+        )
+    permutation = _PERMUTATION_SEED if run.task == "psmnist" else None
+    images = read_images(place)
+    held_out = min(5000, len(images.x_train) // 4)
+    parts = pixel_sequences(images, held_out=held_out, permutation_seed=permutation, seed=run.data_seed)
+    return Splits(*parts)
+
+
+def run_classification(
+    run: Classification, out: str | os.PathLike[str], *, resume: bool = False, progress: bool = True
+) -> ClassifyResult:
+    """Trains and judges; see `statescan.train.train_classifier` for what is left in `out`, and for the errors."""
+    facts = {"task": run.task, "path": run.data, "examples": list(run.examples), "data_seed": run.data_seed}
+    return train_classifier(run.model, run.train, task_data(run), out, resume=resume, progress=progress, facts=facts)
+
+
+def load_classification(out: str | os.PathLike[str]) -> Classification:
+    """The run in a folder, from its run.json.
+
+    Raises:
+        CheckpointError: no classifier's run stands there.
+    """
+    path = Path(out) / RUN_FILE
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        facts, config = held["data"], held["config"]
+        values = {
+            "task": facts["task"],
+            "data": facts["path"],
+            "examples": facts["examples"],
+            "data_seed": facts["data_seed"],
+            "model": config["model"],
+            "train": config["train"],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"train: wanted a run of --task in '{out}', got none there; name a folder that such a run wrote"
+        ) from None
+    return build_config(Classification, values)
