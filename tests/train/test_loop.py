@@ -13,7 +13,7 @@ from statescan.data import ByteTokenizer, WindowSampler, build_token_file, load_
 from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from statescan.evaluate import evaluate_tokens
 from statescan.models import CausalLM
-from statescan.train import Callback, list_checkpoints, load_run, loop, train
+from statescan.train import Callback, CapturedStep, list_checkpoints, load_run, loop, train
 from statescan.train.checkpoint import random_states, set_random_states
 from statescan.train.logs import read_csv
 
@@ -118,9 +118,15 @@ def test_an_update_is_the_gradient_of_the_batch(make_run, tmp_path, corpus, save
         ({}, 3),
         ({"accumulate": 2, "precision": "bf16", "recompute": "cheap"}, 5),
         ({"accumulate": 4, "log_every": 5, "checkpoint_every": 0, "recompute": "block"}, 5),
+        # As on a GPU, where an update is one graph; its parts run here one after the other.
+        ({"capture": True}, 5),
     ],
 )
-def test_resume_is_bit_equal_to_the_uninterrupted_run(make_run, tmp_path, assert_same_run, fields, interrupt):
+def test_resume_is_bit_equal_to_the_uninterrupted_run(
+    make_run, tmp_path, assert_same_run, fields, interrupt, monkeypatch
+):
+    if "capture" in fields:
+        monkeypatch.setattr(loop._Trainer, "_capture_lacks", lambda self: None)
     run = make_run(**fields)
     whole = train(run, tmp_path / "whole", progress=False)
     parts = train(run, tmp_path / "parts", progress=False, callbacks=[InterruptAt(interrupt)])
@@ -134,6 +140,51 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(make_run, tmp_path, assert
     assert not parts.interrupted
     assert (parts.steps, parts.train_loss, parts.evaluations) == (whole.steps, whole.train_loss, whole.evaluations)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", run)
+
+
+def test_a_captured_update_is_the_update(make_run, tmp_path, monkeypatch, saved_tensors):
+    """But for the learning rate, which is a float32 tensor there."""
+    plain = train(make_run(), tmp_path / "plain", progress=False)
+    monkeypatch.setattr(loop._Trainer, "_capture_lacks", lambda self: None)
+    steps = []
+    step = CapturedStep.step
+    monkeypatch.setattr(CapturedStep, "step", lambda self, *batch: steps.append(self.steps) or step(self, *batch))
+    captured = train(make_run(), tmp_path / "captured", progress=False)
+    assert steps == list(range(12))
+    names = ("step", "epoch", "tokens", "skipped", "learning_rate")
+    rows = [read_csv(tmp_path / name / "log.csv") for name in ("plain", "captured")]
+    assert [[row[name] for name in names] for row in rows[0]] == [[row[name] for name in names] for row in rows[1]]
+    assert captured.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
+    assert float(rows[1][-1]["gradient_norm"]) == pytest.approx(float(rows[0][-1]["gradient_norm"]), rel=1e-4)
+    # capture=false never takes that way
+    steps.clear()
+    train(make_run(capture=False), tmp_path / "refused", progress=False)
+    assert steps == []
+    tensors = [saved_tensors(tmp_path / name, make_run())[1] for name in ("plain", "refused")]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, "a CUDA device, it runs on 'cpu'"),
+        ({"accumulate": 2}, "train.accumulate=1, got 2"),
+        ({"data__packing": True, "length": 8}, "windows that are all alike, data.packing is true"),
+    ],
+)
+def test_what_a_captured_update_lacks_is_named(make_run, tmp_path, fields, wanted, monkeypatch):
+    if fields:  # looked at on a CUDA device alone
+        real = loop._Trainer._capture_lacks
+
+        def elsewhere(self):
+            monkeypatch.setattr(self, "device", torch.device("cuda"))
+            lacking = real(self)
+            monkeypatch.undo()
+            return lacking
+
+        monkeypatch.setattr(loop._Trainer, "_capture_lacks", elsewhere)
+    with pytest.raises(ConfigError, match=f"train.capture=true wants {wanted}; set train.capture=auto"):
+        train(make_run(capture=True, **fields), tmp_path / "run", progress=False)
 
 
 def _draws(self, *args, real=CausalLM.forward, **kwargs):

@@ -32,6 +32,7 @@ from statescan.errors import CheckpointError, ConfigError, DataError, MissingExt
 from statescan.evaluate import evaluate_tokens
 from statescan.files import is_leftover, make_folder
 from statescan.models import CausalLM, MambaConfig
+from statescan.train.capture import CapturedStep
 from statescan.train.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -438,11 +439,45 @@ class _Trainer:
                     f"{self.config.steps}; raise train.steps to go on"
                 )
             self._restore(checkpoint)
+        self.captured = self._captured_step()
         self.started_at = self.done
         self.progress = Progress(self.config.steps, self.done, progress and self.first)
         if self.first:
             self._open_logs(resume, checkpoint)
         fabric.barrier()
+
+    def _capture_lacks(self) -> str | None:
+        """What the update lacks to be one CUDA graph; None where it lacks nothing."""
+        config = self.config
+        if self.device.type != "cuda":
+            return f"a CUDA device, it runs on '{self.device.type}'"
+        if self.fabric.world_size > 1:
+            return f"one process, there are {self.fabric.world_size}"
+        if config.accumulate > 1:
+            return f"train.accumulate=1, got {config.accumulate}"
+        if config.compile:
+            return "train.compile=false, it is true"
+        if isinstance(self.sampler, PackedSampler):
+            return "windows that are all alike, data.packing is true"
+        return None
+
+    def _captured_step(self) -> CapturedStep | None:
+        """The update as one CUDA graph, None where it runs kernel by kernel."""
+        config, lacking = self.config, self._capture_lacks()
+        if config.capture is True and lacking is not None:
+            raise ConfigError(f"train: train.capture=true wants {lacking}; set train.capture=auto")
+        if config.capture is False or lacking is not None:
+            return None
+        # Without Fabric's wrapper, which does nothing on one device but the autocast.
+        step = CapturedStep(
+            self.guarded.optimizer,
+            lambda windows: self.raw(windows[:, :-1], labels=windows).loss,
+            parameters=self.guarded.parameters,
+            clip=config.clip,
+            autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        )
+        step.skipped, step.skipped_in_row = self.guarded.skipped, self.guarded.skipped_in_row
+        return step
 
     # -- starting and going on ------------------------------------------------------------------------------------
 
@@ -527,6 +562,14 @@ class _Trainer:
     def _update(self) -> None:
         """One update: `accumulate` passes forward and backward, then a guarded step."""
         config = self.config
+        if self.captured is not None:
+            self.captured.set_lr(learning_rate(self.done, config))
+            windows = self._pinned(self.sampler.next_batch(config.batch_size))  # type: ignore[arg-type]
+            self.loss_sum += self.captured.step(windows)
+            self.norm = self.captured.norm
+            self.in_window += 1
+            self.done += 1
+            return
         passes = self._passes()
         loss_sum = torch.zeros((), device=self.device)
         for number, inputs in enumerate(passes):
@@ -555,12 +598,14 @@ class _Trainer:
         windows = self._moved(self.sampler.next_batch(batch_size))
         return [{"input_ids": part[:, :-1], "labels": part} for part in windows.chunk(parts)]
 
+    def _pinned(self, array: NDArray[Any]) -> torch.Tensor:
+        """An array where a GPU can fetch it while the host goes on."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
     def _moved(self, array: NDArray[Any]) -> torch.Tensor:
         """An array on the device."""
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return self._pinned(array).to(self.device, non_blocking=True)
 
     @property
     def _tokens(self) -> int:

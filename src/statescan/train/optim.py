@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,14 +90,15 @@ class GuardedAdamW:
 
     Attributes:
         optimizer: the torch.optim.AdamW inside.
+        parameters: what is trained, each once.
         skipped: () float32, how many updates were left out.
         skipped_in_row: () float32, how many of them end the sequence so far.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self._clip = config.clip
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        device = self._parameters[0].device
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        device = self.parameters[0].device
         self._fused = device.type in {"cpu", "cuda", "mps"}
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
@@ -118,10 +120,12 @@ class GuardedAdamW:
             () float32: the global norm before clipping, on the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = min(lr, group.get("max_lr", lr))
-        norm, bad = guarded_update(self.optimizer, self._parameters, self._clip, self._fused)
+            rate = min(lr, group.get("max_lr", lr))
+            # As a captured step has it, where it is a tensor: to capture changes no bit.
+            group["lr"] = float(np.float32(rate)) if self.parameters[0].is_cuda else rate
+        norm, bad = guarded_update(self.optimizer, self.parameters, self._clip, self._fused)
         self.skipped += bad
-        self.skipped_in_row = (self.skipped_in_row + 1) * bad
+        self.skipped_in_row.add_(1).mul_(bad)
         return norm
 
 
