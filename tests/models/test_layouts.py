@@ -259,7 +259,7 @@ def test_fields_of_the_authors_layout_are_honoured_or_refused(tmp_path: Path, fi
     ("fields", "words"),
     [
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ({"model_type": "mamba2"}, "model_type must be one of mamba, falcon_mamba, got 'mamba2'"),
+        ({"model_type": "mamba2"}, "model_type must be one of mamba, falcon_mamba, gpt_neox, llama, got 'mamba2'"),
         ({"architectures": ["MambaForTokens"]}, "architectures must name MambaForCausalLM"),
         ({"intermediate_size": 40}, "intermediate_size must be a multiple of hidden_size = 32, got 40"),
         ({"quantization_config": {"bits": 4}}, "the field quantization_config is not known"),

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from statescan.checkpoint.attention_layouts import ATTENTION_TYPES, attention_fields_from
 from statescan.errors import CheckpointError, ConfigError
 
 __all__ = ["LAYOUTS", "detect_layout", "fields_from", "fields_to", "head_is_written", "their_name"]
@@ -112,9 +113,10 @@ def detect_layout(config: Mapping[str, Any], path: Path) -> str:
     if "architecture" in config:
         return "statescan"
     if "model_type" in config:
-        if config["model_type"] not in _MODEL_TYPES:
+        if config["model_type"] not in (*_MODEL_TYPES, *ATTENTION_TYPES):
             raise ConfigError(
-                f"{path}: model_type must be one of {', '.join(_MODEL_TYPES)}, got {config['model_type']!r}; "
+                f"{path}: model_type must be one of {', '.join((*_MODEL_TYPES, *ATTENTION_TYPES))}, got "
+                f"{config['model_type']!r}; "
                 "open it with the package that knows this architecture"
             )
         return "transformers"
@@ -138,6 +140,8 @@ def fields_from(layout: str, config: Mapping[str, Any], path: Path) -> dict[str,
                 "that class"
             )
         return fields
+    if fields.get("model_type") in ATTENTION_TYPES:
+        return attention_fields_from(fields, path)
     return _from_state_spaces(fields, path) if layout == "state-spaces" else _from_transformers(fields, path)
 
 

@@ -1,5 +1,13 @@
 """Models: frozen configurations, presets, the causal language model, a classifier of sequences."""
 
+from statescan.models.baseline_config import (
+    ConvConfig,
+    ModelConfig,
+    RecurrentConfig,
+    S4Config,
+    TransformerConfig,
+    config_from_dict,
+)
 from statescan.models.causal_lm import Backbone, BackboneOutput, Block, CausalLM, CausalLMOutput
 from statescan.models.classifier import ClassifierConfig, ClassifierOutput, SequenceClassifier
 from statescan.models.config import MambaConfig
@@ -16,9 +24,15 @@ __all__ = [
     "CausalLMOutput",
     "ClassifierConfig",
     "ClassifierOutput",
+    "ConvConfig",
     "Flops",
     "MambaConfig",
+    "ModelConfig",
+    "RecurrentConfig",
+    "S4Config",
     "SequenceClassifier",
+    "TransformerConfig",
+    "config_from_dict",
     "convert",
     "flops_per_token",
     "parameter_count",

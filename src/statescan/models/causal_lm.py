@@ -1,4 +1,4 @@
-"""The Mamba language model: embedding, blocks of norm and mixer around a residual stream, head."""
+"""The language model: embedding, blocks of norm and mixer around a residual stream, head."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from statescan import checkpoint as files
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.models import counters
+from statescan.models.attention_checkpoints import published_tensors, to_published
+from statescan.models.baseline_config import BaselineConfig, ModelConfig, TransformerConfig, config_from_dict
+from statescan.models.baselines import BaselineBlock, Positions, make_norm
 from statescan.models.config import MambaConfig
 from statescan.nn import Mamba, MambaState, Packing, RMSNorm, pack
 from statescan.nn.mamba import is_plain
@@ -30,11 +33,15 @@ _HEAD = "lm_head.weight"
 _HEAD_CHUNK = 256
 
 
+# What each layer keeps of the tokens before, one entry a layer: a `MambaState`, an `AttentionState`, ...
+State = tuple[Any, ...]
+
+
 class BackboneOutput(NamedTuple):
     """hidden: (batch, length, d_model) after the last norm; state: one a layer after the last token, or None."""
 
     hidden: Tensor
-    state: tuple[MambaState, ...] | None
+    state: State | None
 
 
 class CausalLMOutput(NamedTuple):
@@ -42,7 +49,7 @@ class CausalLMOutput(NamedTuple):
 
     logits: Tensor | None
     loss: Tensor | None
-    state: tuple[MambaState, ...] | None
+    state: State | None
 
 
 class Block(nn.Module):
@@ -179,7 +186,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        config: MambaConfig,
+        config: ModelConfig,
         *,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -187,11 +194,19 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(
-            Block(config, backend=backend, device=device, dtype=dtype) for _ in range(config.n_layer)
-        )
-        self.norm_f = RMSNorm(config.d_model, config.norm_epsilon, backend=backend, device=device, dtype=dtype)
+        self.dropout, self.embedding_dropout = config.dropout, config.embedding_dropout
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
+        self.positions = None
+        if isinstance(config, TransformerConfig) and config.positions == "absolute":
+            self.positions = Positions(config, **factory)
+        if isinstance(config, MambaConfig):
+            layers: list[nn.Module] = [Block(config, backend=backend, **factory) for _ in range(config.n_layer)]
+            self.norm_f = RMSNorm(config.d_model, config.norm_epsilon, backend=backend, **factory)
+        else:
+            layers = [BaselineBlock(config, i, backend=backend, **factory) for i in range(config.n_layer)]
+            self.norm_f = make_norm(config, backend=backend, **factory)
+        self.layers = nn.ModuleList(layers)
 
     def forward(
         self,
@@ -200,7 +215,7 @@ class Backbone(nn.Module):
         inputs_embeds: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        state: tuple[MambaState, ...] | None = None,
+        state: State | None = None,
     ) -> BackboneOutput:
         """Hidden states after the last norm; arguments as in `CausalLM.forward`."""
         x = self.embed("CausalLM.forward", input_ids, inputs_embeds, 2)
@@ -212,25 +227,33 @@ class Backbone(nn.Module):
         output = self.run(packing.pack(x), packing.cu_seqlens, state)
         return BackboneOutput(packing.unpack(output.hidden), output.state)
 
-    def run(self, x: Tensor, cu_seqlens: Tensor | None, state: tuple[MambaState, ...] | None) -> BackboneOutput:
+    def run(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> BackboneOutput:
         """Hidden states for embeddings without padding, (batch, length, d_model)."""
         self._check_state("CausalLM.forward", state)
+        if self.positions is not None:
+            x = self.positions(x, None if state is None else state[0], cu_seqlens)
+        x = F.dropout(x, self.embedding_dropout, self.training)
         residual = None
         after = []
         for i, layer in enumerate(self.layers):
             x, residual, one = layer(x, residual, None if state is None else state[i], cu_seqlens)
+            x = F.dropout(x, self.dropout, self.training)
             after.append(one)
         hidden = self.norm_f(x, residual, residual_dtype(self.residual_in_fp32, x, residual)).output
         return BackboneOutput(hidden, None if state is None else tuple(after))
 
-    def step(self, input_ids: Tensor, state: tuple[MambaState, ...]) -> BackboneOutput:
+    def step(self, input_ids: Tensor, state: State) -> BackboneOutput:
         """Hidden state of one more token a row: input_ids (batch,), hidden (batch, d_model)."""
         x = self.embed("CausalLM.step", input_ids, None, 1)
         self._check_state("CausalLM.step", state)
+        if self.positions is not None:
+            x = self.positions(x.unsqueeze(1), state[0], None).squeeze(1)
+        x = F.dropout(x, self.embedding_dropout, self.training)
         residual = None
         after = []
         for layer, one in zip(self.layers, state, strict=True):
             x, residual, one = layer.step(x, residual, one)  # type: ignore[operator]
+            x = F.dropout(x, self.dropout, self.training)
             after.append(one)
         hidden = self.norm_f(x, residual, residual_dtype(self.residual_in_fp32, x, residual)).output
         return BackboneOutput(hidden, tuple(after))
@@ -280,7 +303,7 @@ class Backbone(nn.Module):
                 )
         return self.embedding(input_ids)
 
-    def _check_state(self, caller: str, state: tuple[MambaState, ...] | None) -> None:
+    def _check_state(self, caller: str, state: State | None) -> None:
         if state is not None and len(state) != len(self.layers):
             raise ShapeError(
                 f"{caller}: state must have one entry a layer, {len(self.layers)}, got {len(state)}; "
@@ -312,20 +335,22 @@ def read_layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tu
 
 
 class CausalLM(nn.Module):
-    """A Mamba language model: predicts each next token from all before it, in time linear in their number.
+    """A language model, Mamba or one of its baselines: predicts each next token from all before it.
 
     Args:
-        config: what it is made of; see `MambaConfig` and `statescan.models.PRESETS`.
+        config: what it is made of: a `MambaConfig`, `TransformerConfig`, `RecurrentConfig`, `ConvConfig` or `S4Config`;
+            see `statescan.models.PRESETS`.
         backend: as in `statescan.ops`, for every op inside. Default "auto".
         device: where parameters are made; "meta" makes none, `reset_parameters` after `to_empty` fills them.
         dtype: of the parameters. Default: torch's.
 
-    Source: Gu and Dao (2023), section 4.2 and appendix E.2; names, shapes and initial values as in its published code.
+    Source: Gu and Dao (2023), section 4.2 and appendix E.2; Mamba's names, shapes and initial values as in the published
+    code.
     """
 
     def __init__(
         self,
-        config: MambaConfig,
+        config: ModelConfig,
         *,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -347,8 +372,9 @@ class CausalLM(nn.Module):
         """Draws all initial values anew; also fills a model made on the meta device and moved by `to_empty`."""
         self.tie_weights()
         for layer in self.backbone.layers:
-            layer.norm.reset_parameters()  # type: ignore[union-attr, operator]
-            layer.mixer.reset_parameters()  # type: ignore[union-attr, operator]
+            if isinstance(layer, Block):
+                layer.norm.reset_parameters()
+                layer.mixer.reset_parameters()
         self.backbone.norm_f.reset_parameters()
         if not self.config.tie_embeddings:
             self.lm_head.reset_parameters()
@@ -357,6 +383,9 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def _reset_for_depth(self) -> None:
         """What the model sets beyond its layers' own initial values, as GPT-2 did."""
+        if isinstance(self.config, BaselineConfig):
+            self._reset_baseline(self.config)
+            return
         nn.init.normal_(self.backbone.embedding.weight, std=self.config.initializer_range)
         for layer in self.backbone.layers:
             mixer: Any = layer.mixer
@@ -367,6 +396,17 @@ class CausalLM(nn.Module):
                 # n_layer sums along the residual stream would otherwise raise its variance n_layer times.
                 mixer.out_proj.weight /= math.sqrt(self.config.n_layer)
 
+    def _reset_baseline(self, config: BaselineConfig) -> None:
+        backbone = self.backbone
+        std = config.initializer_range if config.init == "depth" else math.sqrt(2 / (5 * config.d_model))
+        nn.init.normal_(backbone.embedding.weight, std=std)
+        if backbone.positions is not None:
+            backbone.positions.reset_parameters()
+        for layer in backbone.layers:
+            layer.reset_parameters(config)  # type: ignore[operator]
+        if not config.tie_embeddings:
+            nn.init.normal_(self.lm_head.weight, std=std)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -376,7 +416,7 @@ class CausalLM(nn.Module):
         targets: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        state: tuple[MambaState, ...] | None = None,
+        state: State | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:
         """Runs the model over whole sequences, from a state if one is given.
@@ -395,7 +435,7 @@ class CausalLM(nn.Module):
                 a token whose next one is padding is judged. Default: all are real.
             cu_seqlens: (sequences + 1,) int32 or int64, from 0 to length, where packed sequences start; batch is 1. The
                 last token of a sequence is not judged. Default: each row is one sequence.
-            state: one `MambaState` a layer, from `init_state` or an earlier output, one row a sequence. Default: none.
+            state: one entry a layer, from `init_state` or an earlier output, one row a sequence. Default: none.
             logits_to_keep: give logits of the last so many positions. Default 0: of all, or of none where there are
                 labels.
 
@@ -436,7 +476,7 @@ class CausalLM(nn.Module):
             logits = self.lm_head(kept[:, -logits_to_keep:] if logits_to_keep else kept)
         return CausalLMOutput(logits, loss, after)
 
-    def step(self, input_ids: Tensor, state: tuple[MambaState, ...]) -> CausalLMOutput:
+    def step(self, input_ids: Tensor, state: State) -> CausalLMOutput:
         """Takes one more token a row; changes nothing in place and is differentiable.
 
         Args:
@@ -451,9 +491,12 @@ class CausalLM(nn.Module):
 
     def init_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[MambaState, ...]:
-        """The state before the first token, one entry a layer; see `statescan.nn.Mamba.init_state`."""
-        return tuple(layer.mixer.init_state(batch, device, dtype) for layer in self.backbone.layers)  # type: ignore
+    ) -> State:
+        """The state before the first token, one entry a layer; see the layers' own `init_state` in `statescan.nn`."""
+        return tuple(
+            layer.mixer.init_state(batch, device=device, dtype=dtype)  # type: ignore[union-attr, operator]
+            for layer in self.backbone.layers
+        )
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = self.lm_head
@@ -472,24 +515,27 @@ class CausalLM(nn.Module):
         return F.cross_entropy(logits, targets.long(), ignore_index=_IGNORED, reduction="sum")
 
     def undecayed_parameters(self) -> frozenset[str]:
-        """Names of the parameters that weight decay must leave alone: A_log, D, norms and biases."""
+        """Names of the parameters that weight decay must leave alone: A_log, D, norms, biases, S4's system."""
         return frozenset(
             name
-            for name, _ in self.named_parameters()
-            if name.rsplit(".", 1)[-1] in ("A_log", "D", "bias") or ".norm." in f".{name}" or ".norm_f." in f".{name}"
+            for name, parameter in self.named_parameters()
+            if name.rsplit(".", 1)[-1] in ("A_log", "D", "bias")
+            or any(part in f".{name}" for part in (".norm.", ".norm_mlp.", ".norm_f.", ".rnn.bias_"))
+            or getattr(parameter, "_no_weight_decay", False)
         )
 
     def parameter_count(self) -> int:
         """Number of parameters, a tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def flops_per_token(self) -> counters.Flops:
+    def flops_per_token(self, context: int = 0) -> counters.Flops:
         """Operations a token, forward and training; see `statescan.models.flops_per_token`."""
-        return counters.flops_per_token(self.config)
+        return counters.flops_per_token(self.config, context)
 
-    def state_bytes(self, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the state of `batch` sequences with activations of `dtype` (default: the weights')."""
-        return counters.state_bytes(self.config, batch, dtype or self.backbone.embedding.weight.dtype)
+    def state_bytes(self, batch: int = 1, dtype: torch.dtype | None = None, *, context: int | None = None) -> int:
+        """Bytes of the state of `batch` sequences with activations of `dtype` (default: the weights'), after `context`
+        tokens; see `statescan.models.state_bytes`."""
+        return counters.state_bytes(self.config, batch, dtype or self.backbone.embedding.weight.dtype, context=context)
 
     def save_pretrained(
         self,
@@ -502,8 +548,9 @@ class CausalLM(nn.Module):
 
         Args:
             folder: made where it is missing.
-            layout: "statescan"; "transformers", for its `MambaForCausalLM` or `FalconMambaForCausalLM`; "state-spaces",
-                for the authors' package. Default "statescan".
+            layout: "statescan"; "transformers", for its `MambaForCausalLM`, `FalconMambaForCausalLM`,
+                `GPTNeoXForCausalLM` or `LlamaForCausalLM`; "state-spaces", for the authors' package. Default
+                "statescan".
             shard_bytes: weights beyond so many bytes are split into several files. Default 5 GB.
 
         Raises:
@@ -512,6 +559,9 @@ class CausalLM(nn.Module):
             ConfigError: an unknown layout.
         """
         state = self.state_dict()
+        if isinstance(self.config, BaselineConfig) and layout != "statescan":
+            config, tensors = to_published(self.config, state, layout)
+            return files.save_folder(folder, config, tensors, shard_bytes=shard_bytes)
         # What the layout can't say is refused before anything is written.
         config = files.fields_to(layout, self.config.to_dict(), _dtype_name(self.backbone.embedding.weight.dtype))
         names = [n for n in state if n != _HEAD or files.head_is_written(layout, self.config.tie_embeddings)]
@@ -534,7 +584,8 @@ class CausalLM(nn.Module):
         offline: bool = False,
         backend: str = "auto",
     ) -> CausalLM:
-        """Reads a model: of this package, of the state-spaces authors, or of the transformers package.
+        """Reads a model: of this package, of the state-spaces authors, or of the transformers package (Mamba,
+        FalconMamba, GPT-NeoX, which Pythia is, and Llama, which Transformer++ is).
 
         Args:
             source: a folder with config.json and weights, a file of weights beside its config.json, or "owner/name" on
@@ -553,24 +604,30 @@ class CausalLM(nn.Module):
         opened = files.open_source(source, revision=revision, offline=offline)
         config = config_of(opened)
         model = cls(config, backend=backend, device="meta", dtype=dtype)
-        stored = opened.tensors(model.saved_shapes(), config.tie_embeddings)
+        if isinstance(config, TransformerConfig) and opened.layout == "transformers":
+            stored = published_tensors(opened, config, model.saved_shapes())
+        else:
+            stored = opened.tensors(model.saved_shapes(), config.tie_embeddings)
         state = model.state_dict()
+        marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
         where = device or "cpu"
         # Copies, since the files may change while the model lives.
         tensors = {name: stored[name].to(device=where, dtype=state[name].dtype, copy=True) for name in stored}
         model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
+        for name, parameter in model.named_parameters():
+            vars(parameter).update(marks[name])  # what an optimiser must know of S4's system
         return model
 
 
-def config_of(source: files.Source) -> MambaConfig:
+def config_of(source: files.Source) -> ModelConfig:
     """The configuration of an opened checkpoint.
 
     Raises:
         ConfigError: a field is missing, unknown or out of range; the text names the file.
     """
     try:
-        return MambaConfig.from_dict(source.fields)
+        return config_from_dict(source.fields)
     except ConfigError as error:
         raise ConfigError(f"{source.folder / files.CONFIG_FILE}: {error}") from None
 

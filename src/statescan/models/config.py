@@ -51,6 +51,9 @@ class MambaConfig:
         tie_embeddings: lm_head shares the embedding's weight. Default True.
         initializer_range: standard deviation of the initial embedding. Default 0.02.
         rescale_prenorm_residual: divide each out_proj's initial weight by sqrt(n_layer). Default True.
+        dropout: share of each block's output that is dropped before it joins the residual stream, in training.
+            Default 0.
+        embedding_dropout: the same for the embedding. Default 0.
         recompute: what the backward pass computes again instead of keeping: "none"; "cheap", all that is no large
             matrix product (norms, convolution, small projections, scan); "block", everything but each block's input.
             Gradients are the same to the bit. Default "none".
@@ -84,6 +87,8 @@ class MambaConfig:
     tie_embeddings: bool = True
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
+    dropout: float = 0.0
+    embedding_dropout: float = 0.0
     recompute: str = "none"
 
     def __post_init__(self) -> None:
@@ -117,6 +122,8 @@ class MambaConfig:
             dt_rank=self.dt_rank,
             mixer_rms_eps=self.mixer_rms_eps,
         )
+        for name in ("dropout", "embedding_dropout"):
+            self._want(name, _is_number(self, name) and 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._want("recompute", self.recompute in _RECOMPUTE, f"one of {', '.join(map(repr, _RECOMPUTE))}")
 
     def _want(self, name: str, fits: bool, wanted: str) -> None:

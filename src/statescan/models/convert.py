@@ -14,7 +14,10 @@ from torch import Tensor
 from statescan import checkpoint as files
 from statescan.errors import CheckpointError
 from statescan.files import flush_to_disk, make_folder
+from statescan.models.attention_checkpoints import published_tensors, to_published
+from statescan.models.baseline_config import ModelConfig, TransformerConfig
 from statescan.models.causal_lm import CausalLM, config_of
+from statescan.models.config import MambaConfig
 
 __all__ = ["convert"]
 
@@ -53,6 +56,8 @@ def convert(
     destination = Path(destination)
     opened = files.open_source(source, revision=revision, offline=offline)
     config = config_of(opened)
+    if not isinstance(config, MambaConfig):
+        return _convert_baseline(opened, config, destination, layout, shard_bytes)
     tied = config.tie_embeddings
     tensors = opened.tensors(CausalLM(config, device="meta").saved_shapes(), tied)
     fields = files.fields_to(layout, config.to_dict(), str(tensors.dtype).removeprefix("torch."))
@@ -62,10 +67,34 @@ def convert(
     stored = _Renamed(tensors, names)
     with _new_folder(destination) as folder:
         files.save_folder(folder, fields, stored, binary=layout == "state-spaces", shard_bytes=shard_bytes)
-        for name in files.TOKENIZER_FILES:
-            if (opened.folder / name).is_file():
-                shutil.copyfile(opened.folder / name, folder / name)
+        _copy_tokenizer(opened.folder, folder)
     return destination
+
+
+def _convert_baseline(
+    opened: files.Source, config: ModelConfig, destination: Path, layout: str, shard_bytes: int
+) -> Path:
+    """As `convert`, by way of a model in memory: these layouts' tensors are put together from others."""
+    shapes = CausalLM(config, device="meta").saved_shapes()
+    if isinstance(config, TransformerConfig) and opened.layout == "transformers":
+        stored = published_tensors(opened, config, shapes)
+    else:
+        stored = opened.tensors(shapes, config.tie_embeddings)
+    if layout == "statescan":
+        fields, tensors = files.fields_to(layout, config.to_dict(), ""), stored
+    else:
+        assert not isinstance(config, MambaConfig)
+        fields, tensors = to_published(config, stored, layout)
+    with _new_folder(destination) as folder:
+        files.save_folder(folder, fields, tensors, shard_bytes=shard_bytes)
+        _copy_tokenizer(opened.folder, folder)
+    return destination
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in files.TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 class _Renamed(Mapping[str, Tensor]):

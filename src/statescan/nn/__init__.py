@@ -4,7 +4,7 @@ from statescan.nn.attention import CausalSelfAttention
 from statescan.nn.dilated_conv import DilatedConv
 from statescan.nn.mamba import CausalConv1d, LayerOutput, Mamba, MambaState, StepProjection, over_its_rms
 from statescan.nn.mlp import MLP, GatedMLP
-from statescan.nn.norm import RMSNorm
+from statescan.nn.norm import LayerNorm, RMSNorm
 from statescan.nn.packing import Packing, pack
 from statescan.nn.recurrent import GRU, LSTM
 from statescan.nn.s4 import S4, S4D, LinearLayerOutput
@@ -19,6 +19,7 @@ __all__ = [
     "CausalSelfAttention",
     "DilatedConv",
     "GatedMLP",
+    "LayerNorm",
     "LayerOutput",
     "LinearLayerOutput",
     "Mamba",
