@@ -311,6 +311,31 @@ def test_a_long_prompt_in_parts_and_prompts_together() -> None:
     assert_within_budget(parts.ssm, exact.ssm, plain.ssm, "ssm")
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_prompts_of_a_shape_seen_before_are_read_by_a_graph(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit as without, from zero and from other states; shapes not seen of late are forgotten."""
+    from statescan.generate import graphs
+
+    monkeypatch.setattr(graphs, "_LAUNCH_BOUND", 8192)
+    own, slots = packed("tiny", "bfloat16"), decoder("tiny", "bfloat16", 4)
+    for turn in range(4):
+        ids = torch.randint(0, 256, (rows, 60))
+        state = own.init_state(rows)
+        if turn == 3:
+            state.ssm.normal_()
+            state.conv.normal_()
+        other = state.clone()
+        got = slots.prefill(ids.tolist(), state, 4096)
+        assert (turn == 0) == (slots._prefills[rows, 60] is False)
+        wanted = own.prefill(ids.cuda(), other, together=True, chunk=4096)
+        assert torch.equal(got, wanted)
+        assert torch.equal(state.ssm, other.ssm)
+        assert torch.equal(state.conv, other.conv)
+    for length in range(2, 2 + graphs._PREFILLS):
+        slots.prefill([[1] * length] * rows, own.init_state(rows), 4096)
+    assert (rows, 60) not in slots._prefills
+
+
 @pytest.mark.parametrize("kind", ["model", "packed"])
 def test_a_graph_of_any_models_step(kind: str) -> None:
     """Bit by bit what the step gives that is launched anew for each token; states may be written into between steps."""

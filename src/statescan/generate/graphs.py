@@ -14,7 +14,7 @@ import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ _DRAW_THREADS = 1024
 _SLOT_WORDS = 7  # 64-bit words of `struct Slot` in sample.cu
 _RING = 256  # tokens of a slot kept in the host's memory until they are read
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_LAUNCH_BOUND = 0  # tokens read at once, up to which launches set the time
+_PREFILLS = 8  # shapes of prompts remembered
 _GREEDY, _LOGPROB = 1, 2
 _BROKEN = 0xFFFFFFFF  # in place of a token
 
@@ -110,7 +112,9 @@ class GraphDecoder:
         self._ring_values = self._ring_logprob.numpy()
         self._counts = np.zeros(capacity, dtype=np.int64)  # draws started in each slot, as the device counts them
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
+        # By (rows, length), those used last at the end; False where such prompts were read once.
+        self._prefills: dict[tuple[int, int], _Prefill | Literal[False]] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle()
         self._biases = [
             tuple(
                 None if bias is None else bias.to(self._act) for bias in (block.in_bias, block.x_bias, block.out_bias)
@@ -217,7 +221,19 @@ class GraphDecoder:
     def prefill(self, ids: list[list[int]], state: DecodeState, chunk: int) -> Tensor:
         """Reads tokens of one number into the rows of a state; returns the logits after each, (rows, vocabulary)."""
         tokens = torch.tensor(ids, dtype=torch.int64).to(self.device)
-        return self.packed.prefill(tokens, state, together=True, chunk=chunk)
+        rows, length = tokens.shape
+        if rows * length > min(chunk, _LAUNCH_BOUND):
+            return self.packed.prefill(tokens, state, together=True, chunk=chunk)
+        # Reading so few tokens takes the host longer than the device. The second prompts of one shape are captured.
+        shape = (rows, length)
+        graph = self._prefills.pop(shape, None)
+        if graph is None:
+            self._prefills[shape] = False
+            while len(self._prefills) > _PREFILLS:
+                del self._prefills[next(iter(self._prefills))]
+            return self.packed.prefill(tokens, state, together=True, chunk=chunk)
+        self._prefills[shape] = graph = graph or _Prefill(self.packed, tokens, self._pool)
+        return graph(tokens, state)
 
     def init_state(self, rows: int) -> DecodeState:
         """The state before the first token."""
@@ -254,7 +270,6 @@ class GraphDecoder:
             with torch.cuda.graph(graph, pool=self._pool):
                 self._step_rows(size)
                 self._launch_draw(self.logits, 0, size)
-            self._pool = graph.pool()
         return graph
 
     def _step_rows(self, rows: int) -> None:
@@ -291,6 +306,32 @@ class GraphDecoder:
             logits.copy_(torch.mm(normed, packed.head.data.t(), out_dtype=torch.float32))
         if packed.head_bias is not None:
             logits += packed.head_bias
+
+
+class _Prefill:
+    """Prompts of one shape read by one CUDA graph, bit by bit as `PackedModel.prefill` reads them.
+
+    Args:
+        packed: which has read prompts of this shape before, so that its kernels are ready.
+        tokens: (rows, length) of that shape.
+        pool: of memory shared with graphs that are never run at the same time.
+    """
+
+    def __init__(self, packed: PackedModel, tokens: Tensor, pool: Any) -> None:
+        self._tokens, self._state = tokens.clone(), packed.init_state(tokens.shape[0])
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.device(tokens.device), torch.cuda.graph(self._graph, pool=pool):
+            self._logits = packed.prefill(self._tokens, self._state, together=True, chunk=tokens.numel())
+
+    def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Logits after the last tokens, (rows, vocabulary); the state is moved on in place."""
+        self._tokens.copy_(tokens)
+        self._state.conv.copy_(state.conv)
+        self._state.ssm.copy_(state.ssm)
+        self._graph.replay()
+        state.conv.copy_(self._state.conv)
+        state.ssm.copy_(self._state.ssm)
+        return self._logits.clone()
 
 
 class StepGraph:
