@@ -124,6 +124,7 @@ def job_of(kind: str, name: str, **options: Any) -> dict[str, Any]:
         job_of("block", "statescan, recompute cheap", shape=[1, 30, 32]),
         job_of("block", "statescan, plain PyTorch", shape=[1, 30, 32], mode="forward"),
         job_of("train", "statescan, recompute block", preset="tiny", batch=1, length=16, warmup=1, repeats=2),
+        job_of("train", "statescan, recompute none, captured", preset="tiny", batch=1, length=16, warmup=1, repeats=2),
         job_of("generate", "statescan", preset="tiny", batch=2, length=30, new=3),
         job_of("prefill", "statescan", preset="tiny", batch=2, length=40, repeats=1),
         job_of("read_long", "statescan", preset="tiny", length=3000),

@@ -189,8 +189,12 @@ def _train_jobs(sizes: dict[str, Any], device: str) -> Iterable[DeviceJob]:
             case = f"{name}, {batch} x {length}"
             least = costs.train_cost(preset(name), batch, length, dtype)
             options = {"preset": name, "batch": batch, "length": length}
-            for policy in ("none", "cheap", "block"):
-                ours = f"statescan, recompute {policy}"
+            names = [f"statescan, recompute {policy}" for policy in ("none", "cheap", "block")]
+            if device == "cuda":
+                names = [each for ours in names for each in (ours, f"{ours}, captured")]
+                if (name, batch, length) == sizes["train"][0]:  # where the host decides, and compiling takes minutes
+                    names.append("statescan, recompute none, compiled")
+            for ours in names:
                 yield DeviceJob("train", case, ours, dtype, "train", options, least)
             yield DeviceJob("train", case, "mamba_ssm", dtype, "train", options, least, "mamba_ssm")
 

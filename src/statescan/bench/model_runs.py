@@ -16,6 +16,7 @@ from torch import Tensor
 
 from statescan.bench.subjects import Verdict, autocast, judge, slack
 from statescan.models import CausalLM, MambaConfig, preset
+from statescan.train import CapturedStep
 
 __all__ = ["generate", "prefill", "read_long", "train"]
 
@@ -85,6 +86,31 @@ def _train_verdicts(
     return verdicts
 
 
+def _captured_verdict(config: MambaConfig, job: Mapping[str, Any]) -> Verdict:
+    """Weights of a model with two layers after a few captured steps, against as many steps kernel by kernel."""
+    small = config.replace(n_layer=2)
+    ids = _ids(small.vocab_size, 1, _CHECKED_LENGTH + 1, job["device"])
+    weights = []
+    for capture in (False, None):
+        torch.manual_seed(0)
+        model = CausalLM(small, device=job["device"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        step = _captured(optimizer, lambda ids, model=model: _loss(model, ids), job, capture)
+        for _ in range(6):
+            step.step(ids)
+        weights.append(torch.cat([p.detach().double().flatten() for p in model.parameters()]))
+    eager, captured = weights
+    # They are to be the same bits.
+    return Verdict(float((captured - eager).norm() / eager.norm()), torch.finfo(torch.float32).eps)
+
+
+def _captured(
+    optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], job: Mapping[str, Any], capture: bool | None = None
+) -> CapturedStep:
+    dtype = torch.bfloat16 if job["dtype"] == "bfloat16" else None
+    return CapturedStep(optimizer, loss, autocast=dtype, capture=capture)
+
+
 def _loss(model: Any, ids: Tensor) -> Tensor:
     return model(ids[:, :-1], labels=ids).loss
 
@@ -94,7 +120,7 @@ def _builder(name: str) -> Callable[[CausalLM], tuple[Any, Callable[[Tensor], Te
     if name.startswith("statescan"):
 
         def ours(model: CausalLM) -> tuple[Any, Callable[[Tensor], Tensor]]:
-            run: Any = torch.compile(model) if "compiled" in name else model
+            run: Any = torch.compile(model, fullgraph=True) if "compiled" in name else model
             return model, lambda ids: _loss(run, ids)
 
         return ours
@@ -128,12 +154,17 @@ def _builder(name: str) -> Callable[[CausalLM], tuple[Any, Callable[[Tensor], Te
 
 
 def train(job: Mapping[str, Any]) -> Measured:
-    """Steps of float32 weights with autocast and fused AdamW, no clipping: seconds each, and peak memory."""
+    """Steps of float32 weights with autocast and fused AdamW, no clipping: seconds each, and peak memory.
+
+    With "captured" in the implementation's name a step is `statescan.train.CapturedStep`, guard and counters included.
+    """
     device, name, batch, length = job["device"], job["implementation"], job["batch"], job["length"]
     policy = name.split("recompute ")[1].split(",")[0] if "recompute" in name else "none"
     config = preset(job["preset"], recompute=policy)
     build = _builder(name)
     verdicts = _train_verdicts(build, config, job)
+    if "captured" in name:
+        verdicts["captured steps"] = _captured_verdict(config, job)
     _reset_peak(device)
     torch.manual_seed(0)
     model = CausalLM(config, device=device)
@@ -151,7 +182,12 @@ def train(job: Mapping[str, Any]) -> Measured:
         optimizer.zero_grad()
         return loss.detach()
 
-    losses = [float(step()) for _ in range(job.get("warmup", 3))]
+    warmup = job.get("warmup", 3)
+    if "captured" in name:
+        captured = _captured(optimizer, loss_of, job)
+        step = lambda: captured.step(ids)
+        warmup += 4  # three steps kernel by kernel, and one that is captured
+    losses = [float(step()) for _ in range(warmup)]
     samples, last = [], None
     begin = time.perf_counter()
     while len(samples) < job.get("repeats", 8) and (
@@ -168,6 +204,8 @@ def train(job: Mapping[str, Any]) -> Measured:
         "verdicts": verdicts,
         "tokens": batch * length,
         "peak_memory_bytes": _peak(device),
+        # What a graph holds for itself stays taken, between its steps too.
+        "reserved_memory_bytes": torch.cuda.max_memory_reserved() if device == "cuda" else None,
         "losses": losses,
     }
 
