@@ -135,7 +135,8 @@ class _Streams(NamedTuple):
 
 def _as_complex(pairs: Tensor) -> Tensor:
     """(..., 2) as complex numbers of float32 or float64 parts."""
-    return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)).contiguous())
+    real, imaginary = pairs.to(torch.promote_types(pairs.dtype, torch.float32)).unbind(-1)
+    return torch.complex(real, imaginary)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
