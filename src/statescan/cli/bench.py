@@ -20,7 +20,8 @@ def bench(
             metavar="NAME",
             show_default="all",
             help="scan, conv, norm, attention, block, train, generate, prefill, decode (CPU), or all. "
-            "Or: figures FILE..., which draws the files' figures into the folder --out.",
+            "Or one of these alone: figures FILE..., which draws the files' figures into the folder --out; properties, "
+            "time and memory of each kind of layer over length; s4-kernels, S4's kernel beside plain PyTorch.",
         ),
     ] = None,
     device: Annotated[
@@ -36,15 +37,33 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write everything to this JSON file; figures: the folder.")
     ] = None,
+    peer: Annotated[
+        Path | None,
+        typer.Option("--peer", help="s4-kernels: the file models/s4/s4.py of state-spaces/s4, measured too."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measures ops and models beside the peers, after checking every result against float64."""
     if names and names[0] == "figures":
         _figures(names[1:], out, as_json)
         return
+    console = progress_console()
+    if names == ["s4-kernels"]:
+        from statescan.bench.s4_kernels import run_s4_kernels
+
+        report = run_s4_kernels(
+            device=device,
+            threads=threads,
+            quick=quick,
+            peers=peers,
+            peer=peer,
+            out=out,
+            progress=lambda line: console.print(line, style="dim"),
+        )
+        emit_json(report) if as_json else result_console().print(_s4_table(report))
+        return
     from statescan.bench import run
 
-    console = progress_console()
     report = run(
         names or ["all"],
         device=device,
@@ -73,14 +92,40 @@ def _figures(files: list[str], out: Path | None, as_json: bool) -> None:
             print(path)
 
 
-def _table(report: dict[str, Any]) -> Any:
+def _s4_table(report: dict[str, Any]) -> Any:
+    table = _titled(report["machine"])
+    for heading in ("implementation", "mode"):
+        table.add_column(heading)
+    for heading in ("ms, median", "memory MiB", "error", "ours is faster", "ours of its memory"):
+        table.add_column(heading, justify="right")
+    bars = {(bar["beside"], bar["mode"]): bar for bar in report["bars"]}
+    for row in report["rows"]:
+        cells = [row["implementation"], row["mode"]]
+        if row["failure"]:
+            table.add_row(*cells, "", "", row["failure"])
+            continue
+        bar = bars.get((row["implementation"], row["mode"]))
+        table.add_row(
+            *cells,
+            _milliseconds(row["milliseconds"]),
+            f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+            f"{row['relative_error']:.1e}",
+            *([f"{bar['times_faster']:.1f} x", f"1 / {1 / max(bar['part_of_memory'], 1e-9):.1f}"] if bar else []),
+        )
+    return table
+
+
+def _titled(machine: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    machine = report["machine"]
     titles = ("gpu", "driver", "cuda") if machine.get("device") == "cuda" else ("cpu", "threads")
     facts = [f"{name} {machine[name]}" for name in titles if name in machine]
     facts += [f"torch {machine['versions']['torch']}"] if "versions" in machine else []
-    table = Table(box=None, padding=(0, 2), title=", ".join(facts), title_justify="left", header_style="bold")
+    return Table(box=None, padding=(0, 2), title=", ".join(facts), title_justify="left", header_style="bold")
+
+
+def _table(report: dict[str, Any]) -> Any:
+    table = _titled(report["machine"])
     for heading in ("benchmark", "case", "implementation", "dtype"):
         table.add_column(heading)
     for heading in ("ms, median", "spread", "tokens/s", "peak GiB", "floor ms", "x floor", "error"):
