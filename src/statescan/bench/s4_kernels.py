@@ -130,15 +130,18 @@ def _subject(job: dict[str, Any], problem: dict[str, Tensor]) -> Callable[[], Te
     if name == "naive Cauchy":
         C_end = published_c(problem, length).requires_grad_()
         return lambda: naive_s4_kernel(leaves["Lambda"], leaves["P"], leaves["B"], C_end, leaves["dt"], length)
-    backend = "cauchy" if name == "statescan cauchy" else "auto"
-    return lambda: s4_kernel(**leaves, length=length, backend=backend)
+    return lambda: _ours(leaves, length, "cauchy" if name == "statescan cauchy" else "auto")
+
+
+def _ours(problem: dict[str, Tensor], length: int, backend: str) -> Tensor:
+    return s4_kernel(*(problem[name] for name in _NAMES), length, backend=backend)
 
 
 def _error(found: Tensor, problem: dict[str, Tensor], length: int) -> float:
     """Of some channels against powers of the matrix in float64, one after the other."""
     some = torch.linspace(0, len(problem["dt"]) - 1, _CHANNELS_CHECKED).long()
     wide = {k: v.cpu()[some].to(torch.complex128 if v.is_complex() else torch.float64) for k, v in problem.items()}
-    truth = s4_kernel(**wide, length=length, backend="reference")
+    truth = _ours(wide, length, "reference")
     return float(torch.linalg.norm(found.cpu()[some].double() - truth) / torch.linalg.norm(truth))
 
 
