@@ -26,6 +26,7 @@ def info(
         emit_json(facts)
         return
     flops, state = facts["flops_per_token"], facts["state_bytes"]
+    grows = facts["state_grows"]
     weights = ", ".join(f"{size / 1e6:,.1f} MB ({dtype})" for dtype, size in facts["weight_bytes"].items())
     print_rows(
         ("model", f"{facts['model']} ({facts['source']})"),
@@ -34,7 +35,8 @@ def info(
         ("FLOPs per token", f"{flops['forward']:,} forward, {flops['training']:,} in training"),
         (
             "state of a sequence",
-            f"{state['float32']:,} bytes (float32), {state['bfloat16']:,} (bfloat16), at any length",
+            f"{state['float32']:,} bytes (float32), {state['bfloat16']:,} (bfloat16), "
+            + ("for each token of the context" if grows else "at any length"),
         ),
         *(
             ("" if number else "config", f"{name} = {value}")
@@ -72,9 +74,10 @@ def describe(model: str, overrides: list[str]) -> dict[str, Any]:
         "parameters": parameters,
         "flops_per_token": {"forward": flops.forward, "training": flops.training},
         "state_bytes": {
-            "float32": models.state_bytes(config),
-            "bfloat16": models.state_bytes(config, dtype=torch.bfloat16),
+            "float32": models.state_bytes(config, context=1),
+            "bfloat16": models.state_bytes(config, dtype=torch.bfloat16, context=1),
         },
+        "state_grows": isinstance(config, models.TransformerConfig),
         "weight_bytes": {"float32": 4 * parameters, "bfloat16": 2 * parameters},
         "config": config.to_dict(),
     }

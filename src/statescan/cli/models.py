@@ -1,4 +1,7 @@
-"""Finds and opens the model that a command was given: a folder (a training run's is one), or owner/name on the hub."""
+"""Finds and opens the model that a command was given.
+
+A folder (a training run's is one), owner/name on the hub, or packaged:NAME, which comes with the package.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,22 @@ if TYPE_CHECKING:
     import torch
 
     from statescan.data import Tokenizer
-    from statescan.models import CausalLM, MambaConfig
+    from statescan.models import CausalLM, ModelConfig
 
 __all__ = ["model_folder", "open_model", "read_config"]
 
 
 def model_folder(path: Path) -> Path:
-    """`path`, which holds config.json, or the hub's cache of what `path` names there.
+    """`path`, which holds config.json, or the hub's cache of what `path` names there, or a packaged model's folder.
 
     Raises:
         CheckpointError: it holds none, or the hub has no such thing.
     """
     from statescan.checkpoint import is_hub_id, locate
+    from statescan.recipes.shipped import PACKAGED, shipped_model
 
+    if path.as_posix().startswith(PACKAGED):
+        return shipped_model(path.as_posix())
     if is_hub_id(path.as_posix()):
         path = locate(path.as_posix())
     if (path / "config.json").is_file():
@@ -37,7 +43,7 @@ def model_folder(path: Path) -> Path:
     raise CheckpointError(f"model: wanted the folder of a model or of a training run, got '{path}', {problem}")
 
 
-def read_config(folder: Path) -> MambaConfig:
+def read_config(folder: Path) -> ModelConfig:
     """The configuration in a model's folder, of any layout."""
     from statescan.checkpoint import open_source
     from statescan.models.causal_lm import config_of

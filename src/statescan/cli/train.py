@@ -221,7 +221,7 @@ def _check_agrees(run: RunConfig, origin: str, preset: str | None, tokenizer: st
         named = RunConfig(model_preset(preset), run.data).fit_vocabulary(load_tokenizer(run.data.tokenizer))
         named = named.apply_overrides([text for text in overrides if text.strip().startswith("model.")])
         for entry in fields(run.model):
-            wanted, got = getattr(run.model, entry.name), getattr(named.model, entry.name)
+            wanted, got = getattr(run.model, entry.name), getattr(named.model, entry.name, "none such")
             if entry.name != "recompute" and wanted != got:
                 raise ConfigError(
                     f"train: wanted a --preset with {entry.name} = {wanted}, which the run in '{origin}' has, "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from statescan.errors import ConfigError
 from statescan.models import CausalLM
+from statescan.nn.attention import AttentionState
 
 __all__ = ["ModelDecoder", "RowStates"]
 
@@ -19,6 +20,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 class RowStates:
     """A model's state with one row a sequence: every tensor in it has the rows along its first dimension.
+
+    Rows of attention's cache may have seen different numbers of tokens.
 
     Args:
         layers: what `CausalLM.init_state` gives.
@@ -30,20 +33,28 @@ class RowStates:
     def select(self, rows: Tensor | Sequence[int]) -> RowStates:
         """A new state of the given rows, in that order; a row may come more than once."""
         index = torch.as_tensor(rows, dtype=torch.int64)
-        return RowStates(_map(lambda part: part.index_select(0, index.to(part.device)), self.layers))
+
+        def pick(part: Any) -> Any:
+            if isinstance(part, AttentionState):
+                return part.select(index.tolist())
+            return part.index_select(0, index.to(part.device))
+
+        return RowStates(_map(pick, self.layers))
 
     def assign(self, row: int, other: RowStates, other_row: int = 0) -> None:
         """Overwrites one row by a row of another state of the same model."""
 
-        def write(part: Tensor, source: Tensor) -> Tensor:
+        def write(part: Any, source: Any) -> Any:
+            if isinstance(part, AttentionState):
+                return part.overwrite(row, source, other_row)
             part[row] = source[other_row]
             return part
 
-        _map(write, self.layers, other.layers)
+        self.layers = _map(write, self.layers, other.layers)
 
 
 def _map(change: Any, value: Any, *others: Any) -> Any:
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, AttentionState)):
         return change(value, *others)
     if value is None:
         return None

@@ -113,6 +113,11 @@ class BaselineConfig:
         return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
     @property
+    def is_plain_mamba(self) -> bool:
+        """False: kernels over a whole Mamba layer, and what looks at its selection, have nothing to run here."""
+        return False
+
+    @property
     def mlp_width(self) -> int:
         """Width inside the MLP, 0 where there is none."""
         if self.d_intermediate is not None:

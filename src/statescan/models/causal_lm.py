@@ -344,8 +344,7 @@ class CausalLM(nn.Module):
         device: where parameters are made; "meta" makes none, `reset_parameters` after `to_empty` fills them.
         dtype: of the parameters. Default: torch's.
 
-    Source: Gu and Dao (2023), section 4.2 and appendix E.2; Mamba's names, shapes and initial values as in the published
-    code.
+    Source: Gu and Dao (2023), section 4.2 and appendix E.2; Mamba's names, shapes and initial values as in its code.
     """
 
     def __init__(

@@ -46,15 +46,15 @@ class AttentionState(NamedTuple):
         index = torch.tensor(rows, device=self.keys.device)
         return AttentionState(self.keys[index], self.values[index], lengths, [lengths])
 
-    @staticmethod
-    def join(states: list[AttentionState]) -> AttentionState:
-        """A copy of all rows of several states of one layer."""
-        room = max(state.keys.shape[2] for state in states)
-        keys, values = (
-            torch.cat([F.pad(array, (0, 0, 0, room - array.shape[2])) for array in arrays])
-            for arrays in ([state.keys for state in states], [state.values for state in states])
-        )
-        lengths = tuple(length for state in states for length in state.lengths)
+    def overwrite(self, row: int, other: AttentionState, other_row: int = 0) -> AttentionState:
+        """A state with one row taken from another of the same layer; the arrays of this one are written over, unless
+        they have to grow."""
+        length = other.lengths[other_row]
+        grow = max(0, length - self.keys.shape[2])
+        keys, values = (F.pad(array, (0, 0, 0, grow)) if grow else array for array in (self.keys, self.values))
+        keys[row, :, :length] = other.keys[other_row, :, :length]
+        values[row, :, :length] = other.values[other_row, :, :length]
+        lengths = (*self.lengths[:row], length, *self.lengths[row + 1 :])
         return AttentionState(keys, values, lengths, [lengths])
 
 

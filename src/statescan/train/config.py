@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from statescan.data import Tokenizer
 from statescan.errors import ConfigError
-from statescan.models import MambaConfig
+from statescan.models import MambaConfig, ModelConfig
+from statescan.models.baseline_config import FAMILIES
 
 __all__ = ["DataConfig", "RunConfig", "TrainConfig", "apply_overrides", "build_config"]
 
@@ -140,7 +141,7 @@ class RunConfig:
         train: how it is trained.
     """
 
-    model: MambaConfig
+    model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -356,11 +357,23 @@ def _build(kind: Any, values: Any, prefix: str) -> Any:
     for name, value in values.items():
         if name not in hints:
             raise ConfigError(_unknown(prefix + name, [prefix + known for known in hints]))
-        if dataclasses.is_dataclass(hints[name]):
+        if hints[name] == ModelConfig:
+            made[name] = _build(_model_kind(value), value, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(hints[name]):
             made[name] = _build(hints[name], value, f"{prefix}{name}.")
         else:
             made[name] = _coerce(value, hints[name], prefix + name)
     return _make(lambda: kind(**made))
+
+
+def _model_kind(values: Any) -> type[Any]:
+    """The class of a model's configuration, which its field "family" names; Mamba's has none."""
+    family = values.get("family") if isinstance(values, Mapping) else None
+    if family is None:
+        return MambaConfig
+    if family not in FAMILIES:
+        raise ConfigError(f"config: model.family: wanted {' | '.join(FAMILIES)}, got {family!r}")
+    return FAMILIES[family]
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:

@@ -31,7 +31,7 @@ from statescan.data import PackedSampler, TokenFile, Tokenizer, WindowSampler, b
 from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from statescan.evaluate import evaluate_tokens
 from statescan.files import is_leftover, make_folder
-from statescan.models import CausalLM, MambaConfig
+from statescan.models import CausalLM, ModelConfig
 from statescan.train.capture import CapturedStep
 from statescan.train.checkpoint import (
     Checkpoint,
@@ -245,6 +245,7 @@ def _check_resumable(run: RunConfig, corpus: _Corpus, previous: dict[str, Any] |
     if previous is None:
         return
     before, now = RunConfig.from_dict(previous["config"]), run
+    _want_same("a model of", type(before.model).__name__, type(now.model).__name__)
     for entry in dataclasses.fields(now.model):
         if entry.name != "recompute":
             _want_same(f"model.{entry.name}", getattr(before.model, entry.name), getattr(now.model, entry.name))
@@ -398,7 +399,7 @@ class _Trainer:
         self.interruption = interruption
         self.first = fabric.global_rank == 0
         self.callbacks = list(callbacks) if self.first else []
-        self.model_config: MambaConfig = run.model
+        self.model_config: ModelConfig = run.model
         if self.config.recompute is not None:
             self.model_config = dataclasses.replace(run.model, recompute=self.config.recompute)
 
