@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from statescan.models import CausalLM, MambaConfig
 
 CONFIG = MambaConfig(d_model=16, n_layer=2, vocab_size=32, d_state=4)
-IDS = torch.arange(20).view(2, 10) % 32
+DEVICE = os.environ.get("STATESCAN_TEST_DEVICE", "cpu")
+IDS = torch.arange(20, device=DEVICE).view(2, 10) % 32
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +23,7 @@ def fresh_compiler():
 
 def make(**fields) -> CausalLM:
     torch.manual_seed(0)
-    return CausalLM(CONFIG.replace(**fields))
+    return CausalLM(CONFIG.replace(**fields), device=DEVICE)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -56,7 +59,7 @@ def test_state_and_step_in_one_graph() -> None:
 def test_autocast_in_one_graph() -> None:
     model = make()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         got, wanted = compiled(IDS, labels=IDS).loss, model(IDS, labels=IDS).loss
     assert float((got - wanted).abs().detach()) <= 1e-3
 
@@ -72,5 +75,5 @@ def test_export_at_any_length() -> None:
     shapes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=4096)}}
     program = torch.export.export(model, (IDS,), dynamic_shapes=shapes)
     for shape in ((1, 3), (3, 65)):
-        ids = torch.arange(shape[0] * shape[1]).view(shape) % 32
+        ids = torch.arange(shape[0] * shape[1], device=DEVICE).view(shape) % 32
         assert close(program.module()(ids).logits, model(ids).logits)
