@@ -6,7 +6,6 @@ between them.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +69,7 @@ class Pieces:
         tensors = [t for t in (x, before, stream, weight, normed) if t is not None]
         whole = 0 < chunks <= 2 and all(t.data_ptr() % 16 == 0 for t in tensors)
         run = self._kernel("add_norm", CHUNKS=chunks if whole else 0)
-        run((rows, 1, 1), x, before, stream, weight, normed, i32(d_model), ctypes.c_double(epsilon))
+        run((rows, 1, 1), x, before, stream, weight, normed, i32(d_model), float(epsilon))
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """x W^T + bias with sums in the state's precision; x (rows, in) with contiguous rows."""
