@@ -209,7 +209,7 @@ if hasattr(torch._C, "_cuda_getCurrentRawStream"):
 
 
 # What a kernel's parameter is, by what is handed over: 8 bytes each, of which the kernel reads as many as it declares.
-_FORMATS = {int: "q", float: "d", ctypes.c_int32: "i4x", ctypes.c_float: "f4x"}
+_FORMATS = {int: "q", float: "d", ctypes.c_double: "d", ctypes.c_int32: "i4x", ctypes.c_float: "f4x"}
 
 
 class _Prepared:
