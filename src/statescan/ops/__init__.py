@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from statescan.ops.add_norm.api import AddNormOutput, add_rms_norm
     from statescan.ops.causal_conv1d.api import ConvOutput, ConvUpdateOutput, causal_conv1d, causal_conv1d_update
     from statescan.ops.cross_entropy.api import linear_cross_entropy
+    from statescan.ops.decode_attention.api import decode_attention
     from statescan.ops.fft_conv.api import fft_conv
     from statescan.ops.mamba_step.api import mamba_step
     from statescan.ops.packed_linear.api import PackedWeight, pack_weight, packed_linear
@@ -35,6 +36,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
+    "decode_attention",
     "explain",
     "fft_conv",
     "linear_cross_entropy",
@@ -60,6 +62,7 @@ _HOME = {
     "add_rms_norm": "add_norm",
     "causal_conv1d": "causal_conv1d",
     "causal_conv1d_update": "causal_conv1d",
+    "decode_attention": "decode_attention",
     "fft_conv": "fft_conv",
     "linear_cross_entropy": "cross_entropy",
     "mamba_step": "mamba_step",

@@ -61,6 +61,7 @@ BACKENDS: dict[str, dict[str, str]] = {
     "packed_linear": {"cpu": "cpu", "torch": "torch_linear", "reference": "reference"},
     "linear_cross_entropy": {"cuda": "cuda", "torch": "torch_chunked", "reference": "reference"},
     "mamba_step": {"cpu": "cpu", "cuda": "cuda", "torch": "torch_step", "reference": "reference"},
+    "decode_attention": {"cuda": "cuda", "torch": "torch_attention", "reference": "reference"},
     "fft_conv": {"torch": "torch_fft", "reference": "reference"},
     "s4d_kernel": {"torch": "vandermonde", "reference": "reference"},
     "s4_kernel": {"torch": "doubling", "cauchy": "cauchy", "reference": "reference"},
