@@ -274,7 +274,13 @@ class Kernel:
             ready = _Prepared(self, arguments)
         ready.fill(
             *[
-                a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else getattr(a, "value", a)
+                a
+                if (kind := type(a)) is int or kind is float
+                else a.value
+                if kind is i32 or kind is ctypes.c_float
+                else 0
+                if a is None
+                else a.data_ptr()
                 for a in arguments
             ]
         )
