@@ -16,6 +16,7 @@ from statescan.cli.evaluate import evaluate
 from statescan.cli.generate import generate
 from statescan.cli.info import info
 from statescan.cli.inspect import inspect
+from statescan.cli.reproduce import reproduce
 from statescan.cli.train import train
 
 __all__ = ["app"]
@@ -57,3 +58,4 @@ app.command(epilog="Example: statescan bench scan decode --threads 2")(bench)
 app.command(epilog="Example: statescan convert runs/whale whale-hf --to transformers")(convert)
 app.command(epilog="Example: statescan info 130m --set d_state=32")(info)
 app.command(epilog="Example: statescan demo --out demo-out")(demo)
+app.add_typer(reproduce)

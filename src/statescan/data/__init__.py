@@ -4,7 +4,14 @@ from statescan.data.listops import LISTOPS_VOCABULARY, ListOpsExample, listops, 
 from statescan.data.sampler import PackedSampler, PackedWindows, WindowSampler, permute
 from statescan.data.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying, SyntheticBatch, SyntheticTask
 from statescan.data.text import Chunk, Document, Source, find_sources, packaged_corpus, read_chunks, read_texts
-from statescan.data.tokenizer import ByteTokenizer, JsonTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer, token_dtype
+from statescan.data.tokenizer import (
+    ByteTokenizer,
+    JsonTokenizer,
+    SymbolTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    token_dtype,
+)
 from statescan.data.tokens import TokenFile, build_token_file, default_cache_folder
 
 __all__ = [

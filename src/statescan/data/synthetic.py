@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +40,10 @@ class SyntheticBatch(NamedTuple):
 class SyntheticTask(Protocol):
     """What the recipes ask of a task."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
 
     @property
     def total_length(self) -> int:
@@ -235,7 +238,6 @@ class InductionHeads:
 
     length: int = 256
     vocab_size: int = 16
-    asked: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _want(self, "vocab_size", self.vocab_size >= 3, "at least 3: the trigger and two others")
@@ -245,6 +247,11 @@ class InductionHeads:
     def total_length(self) -> int:
         """Tokens of an example."""
         return self.length
+
+    @property
+    def asked(self) -> int:
+        """One answer."""
+        return 1
 
     @property
     def chance(self) -> float:

@@ -1,0 +1,241 @@
+"""``statescan reproduce``: tables and figures of the paper, each by a command of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, progress, result_console
+
+if TYPE_CHECKING:
+    from statescan.recipes.synthetic import Score
+
+__all__ = ["reproduce"]
+
+reproduce = typer.Typer(
+    name="reproduce",
+    help="Reproduces tables and figures of the Mamba paper, each beside the paper's numbers.",
+    epilog="Example: statescan reproduce induction-heads --evaluate-only",
+    no_args_is_help=True,
+)
+
+# Tokens of a length that --evaluate-only judges, so that two cores judge all lengths up to 2^16 in under a minute.
+_TOKENS, _SHORT = 1 << 19, 2**16
+_COPYING_EXAMPLES = 512
+
+Rows = Annotated[
+    list[str] | None,
+    typer.Option("--row", show_default="the headline", help="Row of the table; several times for several, or 'all'."),
+]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Train each row with the seeds 0 to N - 1.")]
+Device = Annotated[
+    str | None, typer.Option("--device", show_default="cuda where there is one", help="cpu, cuda, cuda:1, ...")
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option("--seconds", min=0, show_default="no end", help="Leave off training after so many; call again."),
+]
+EvaluateOnly = Annotated[
+    bool, typer.Option("--evaluate-only", help="Train nothing: judge the packaged model, or --model.")
+]
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", show_default="the packaged one", help="With --evaluate-only: folder of a trained model."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
+
+
+@command
+def induction_heads(
+    out: Annotated[Path, typer.Option("--out", help="Folder of runs, table and figure; resumable.")] = Path(
+        "reproduce/induction-heads"
+    ),
+    row: Rows = None,
+    seeds: Seeds = 3,
+    device: Device = None,
+    seconds: Seconds = None,
+    evaluate_only: EvaluateOnly = False,
+    model: Model = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --evaluate-only: go on from length 65,536 to 1,048,576.")
+    ] = False,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            "--examples",
+            min=1,
+            show_default="4096; half a million tokens with --evaluate-only",
+            help="Fresh sequences judged of every length.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Table 11: recall the token after a trigger, trained at length 256, judged from 64 to 1,048,576."""
+    from statescan.recipes import induction_heads as recipe
+
+    if evaluate_only:
+        language_model, name = _model(model, "induction-heads", device)
+        lengths = [length for length in recipe.LENGTHS if full or length <= _SHORT]
+        wanted = (lambda length: examples) if examples else recipe.examples_within(_TOKENS)
+        scores = {}
+        with progress("judging", unit="tokens") as bar:
+            for length in lengths:
+                scores |= recipe.evaluate(
+                    language_model, lengths=[length], examples=wanted, progress=lambda _, done, total: bar(done, total)
+                )
+        paper = {length: f"{value:g}" for length, value in zip(recipe.LENGTHS, recipe.PAPER["mamba"][1], strict=True)}
+        _print_scores(name, scores, paper, as_json)
+        return
+    rows = _rows(row, "mamba", recipe.ROWS)
+    judged = (lambda length: examples) if examples else (lambda length: recipe.EXAMPLES)
+    with _going_on():
+        results = recipe.induction_heads(
+            out, rows=rows, seeds=range(seeds), device=_device(device), seconds=seconds, examples=judged, say=note
+        )
+    _print_results(out, results, as_json)
+
+
+@command
+def selective_copying(
+    out: Annotated[Path, typer.Option("--out", help="Folder of runs, table and figure; resumable.")] = Path(
+        "reproduce/selective-copying"
+    ),
+    row: Rows = None,
+    seeds: Seeds = 3,
+    device: Device = None,
+    seconds: Seconds = None,
+    evaluate_only: EvaluateOnly = False,
+    model: Model = None,
+    examples: Annotated[
+        int | None,
+        typer.Option("--examples", min=1, show_default="4096; 512 with --evaluate-only", help="Sequences judged."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Table 1: sixteen tokens among 4,096 of noise, to be said in order; and what S6 must select by for it."""
+    import time
+
+    from statescan.data import SelectiveCopying
+    from statescan.recipes import selective_copying as recipe
+    from statescan.recipes.synthetic import judge, seed_of_tests
+
+    if evaluate_only:
+        language_model, name = _model(model, "selective-copying", device)
+        begun = time.perf_counter()
+        with progress("judging", unit="sequences") as bar:
+            score = judge(
+                language_model,
+                SelectiveCopying(recipe.LENGTH),
+                examples or _COPYING_EXAMPLES,
+                seed=seed_of_tests(recipe.LENGTH),
+                at_once=1 << (19 if language_model.lm_head.weight.is_cuda else 16),
+                progress=bar,
+            )
+        paper = {recipe.LENGTH: f"{recipe.PAPER['mamba-s6']:g}"}
+        _print_scores(name, {recipe.LENGTH: (score, time.perf_counter() - begun)}, paper, as_json)
+        return
+    rows = _rows(row, "mamba-s6", {**recipe.ROWS, **recipe.ABLATION})
+    with _going_on():
+        results = recipe.selective_copying(
+            out, rows=rows, seeds=range(seeds), device=_device(device), seconds=seconds,
+            examples=examples or recipe.EXAMPLES, say=note,
+        )  # fmt: skip
+    _print_results(out, results, as_json)
+
+
+reproduce.command("induction-heads", epilog="Example: statescan reproduce induction-heads --evaluate-only --full")(
+    induction_heads
+)
+reproduce.command("selective-copying", epilog="Example: statescan reproduce selective-copying --row all --seeds 1")(
+    selective_copying
+)
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """Says, where the user interrupts, that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("interrupted; what was trained is kept, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _model(path: Path | None, packaged: str, device: str | None) -> tuple[Any, str]:
+    from statescan.cli.models import open_model
+    from statescan.recipes.shipped import shipped_model
+
+    folder = path or shipped_model(packaged)
+    return open_model(folder, device=_device(device))[0], f"packaged:{packaged}" if path is None else str(path)
+
+
+def _rows(asked: Sequence[str] | None, headline: str, known: Mapping[str, Any]) -> list[str]:
+    from statescan.errors import ConfigError
+
+    if not asked:
+        return [headline]
+    if list(asked) == ["all"]:
+        return list(known)
+    for name in asked:
+        if name not in known:
+            raise ConfigError(f"reproduce: --row must be one of {', '.join(known)}, or 'all', got '{name}'")
+    return list(dict.fromkeys(asked))
+
+
+def _print_scores(
+    model: str, scores: Mapping[int, tuple[Score, float]], paper: Mapping[int, str], as_json: bool
+) -> None:
+    from rich.table import Table
+
+    from statescan.recipes.synthetic import percent, wilson
+
+    if as_json:
+        emit_json(
+            {
+                "model": model,
+                "lengths": {
+                    length: {
+                        **score._asdict(),
+                        "accuracy": score.accuracy,
+                        "interval": wilson(score.correct, score.asked),
+                        "paper": float(paper[length]) / 100,
+                        "seconds": seconds,
+                    }
+                    for length, (score, seconds) in scores.items()
+                },
+            }
+        )
+        return
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for title in ("length", "accuracy, %", "95 % interval", "judged", "paper, %", "tokens/s"):
+        table.add_column(title, justify="right")
+    for length, (score, seconds) in scores.items():
+        low, high = wilson(score.correct, score.asked)
+        table.add_row(
+            f"{length:,}",
+            percent(score.accuracy),
+            f"{100 * low:.2f} to {100 * high:.2f}",
+            f"{score.correct:,} of {score.asked:,}",
+            paper[length],
+            f"{length * score.examples / seconds:,.0f}",
+        )
+    result_console().print(table)
+
+
+def _print_results(out: Path, results: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit_json(results)
+        return
+    print((out / "results.md").read_text(encoding="utf-8"))
+    for path in sorted(out.glob("*.*")):
+        print(f"wrote {path}")

@@ -1,0 +1,249 @@
+"""Selective copying, the paper's table 1, and what of S6 must depend on the input for it.
+
+``statescan reproduce selective-copying`` trains with a curriculum over length, judges at length 4,096 with 16 tokens to
+remember, and leaves a table and a figure beside the paper's numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from statescan.data.synthetic import SelectiveCopying
+from statescan.data.tokenizer import SymbolTokenizer
+from statescan.errors import ConfigError, MissingExtraError
+from statescan.files import atomic_file, make_folder
+from statescan.models import MambaConfig, TransformerConfig
+from statescan.models.baseline_config import RecurrentConfig
+from statescan.recipes.synthetic import (
+    Stage,
+    SyntheticRun,
+    figure,
+    gather_runs,
+    judge,
+    machine_facts,
+    percent,
+    pooled,
+    read_scores,
+    save_figure,
+    score_row,
+    seed_of_tests,
+    train_runs,
+    wilson,
+    write_scores,
+)
+
+__all__ = ["ABLATION", "PAPER", "ROWS", "report", "selective_copying", "selective_copying_run"]
+
+LENGTH = 4096
+EXAMPLES = 4096
+# Token accuracy in per cent; table 1's rows that have one here.
+PAPER: dict[str, float] = {
+    "ungated-s4": 18.3,
+    "ungated-s6": 97.0,
+    "h3-s4": 57.0,
+    "h3-s6": 99.7,
+    "mamba-s4": 56.4,
+    "mamba-s6": 99.8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a table: its title, its model, and the length that it is trained and judged at in place of 4,096."""
+
+    title: str
+    model: Any
+    length: int = LENGTH
+
+
+def _mamba(**fields: Any) -> MambaConfig:
+    return MambaConfig(64, 2, 16, **fields)
+
+
+_BLOCKS = {"mamba": "Mamba", "h3": "H3", "ungated": "no gate"}
+# S4 and S4D at the state size that they were published with.
+_INNER = {"s4": ("S4", {"d_state": 64}), "s4d": ("S4D", {"d_state": 64}), "s6": ("S6", {})}
+
+ROWS: dict[str, Row] = {
+    **{
+        f"{block}-{inner}": Row(f"{_BLOCKS[block]}, {title}", _mamba(block=block, inner=inner, **fields))
+        for block in ("mamba", "h3", "ungated")
+        for inner, (title, fields) in reversed(_INNER.items())
+    },
+    # One position after the other: at 4,096 its steps would take longer than all other rows together.
+    "lstm": Row("LSTM", RecurrentConfig(64, 2, 16, cell="lstm"), length=256),
+    "attention": Row("Transformer, rotary", TransformerConfig(64, 2, 16, n_head=8, positions="rotary")),
+}
+
+# What of S6 depends on the input, and how large its state is.
+ABLATION: dict[str, Row] = {
+    **{
+        f"selective-{parts.replace(',', '-')}": Row(
+            f"selective: {parts.replace(',', ', ').replace('dt', 'Δ')}", _mamba(selective=parts)
+        )
+        for parts in ("none", "B", "C", "dt", "B,C", "B,dt", "C,dt")
+    },
+    **{f"state-{size}": Row(f"d_state {size}", _mamba(d_state=size)) for size in (1, 2, 4, 8, 32, 64)},
+}
+
+
+def selective_copying_run(row: str = "mamba-s6", seed: int = 0) -> SyntheticRun:
+    """How a row of the tables is trained: short sequences first, since most of what is to be learnt is in them.
+
+    Raises:
+        ConfigError: there is no such row.
+    """
+    known = {**ROWS, **ABLATION}
+    if row not in known:
+        raise ConfigError(f"selective copying: row must be one of {', '.join(known)}, got {row!r}")
+    lengths = ((64, 20_000), (512, 5_000), (known[row].length, 4_000))
+    stages = tuple(Stage(SelectiveCopying(length), 64, steps) for length, steps in lengths)
+    return SyntheticRun(row, known[row].model, stages, seed, lr=2e-3, warmup=500, decay=True, clip=1.0)
+
+
+def selective_copying(
+    out: str | os.PathLike[str],
+    *,
+    rows: Sequence[str] = ("mamba-s6",),
+    seeds: Sequence[int] = (0, 1, 2),
+    device: torch.device | str = "cpu",
+    seconds: float | None = None,
+    examples: int = EXAMPLES,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Trains and judges rows of the tables, and goes on where an earlier call stopped.
+
+    Args:
+        out: folder of the runs; `report` is written into it.
+        rows: of `ROWS` and `ABLATION`, all trained side by side.
+        seeds: each row is trained with each.
+        device: where.
+        seconds: leave off training after so many. Default: when it is done.
+        examples: how many are judged.
+        say: called with lines of progress.
+
+    Returns:
+        What results.json holds; see `report`.
+
+    Raises:
+        ConfigError: an unknown row.
+        CheckpointError: the folder holds a run of the same name with other settings.
+    """
+    out = make_folder(out)
+    runs = [selective_copying_run(row, seed) for row in rows for seed in seeds]
+    for trained in train_runs(runs, out, device=device, seconds=seconds, say=say):
+        if not trained.finished:
+            continue
+        folder, task = out / trained.run.name, trained.run.stages[-1].task
+        SymbolTokenizer(task.symbols).save(folder)
+        scores = read_scores(folder)
+        length = task.total_length - task.asked
+        if length in scores:
+            continue
+        begun = time.perf_counter()
+        score = judge(trained.model, task, examples, seed=seed_of_tests(length))
+        scores[length] = score_row(score, time.perf_counter() - begun)
+        write_scores(folder, scores)
+        say(f"{trained.run.name}  length {length:,}  {percent(score.accuracy)} % of {score.asked:,} tokens")
+    return report(out, machine=machine_facts(device))
+
+
+def report(out: str | os.PathLike[str], *, machine: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Writes results.json, results.md and, where matplotlib is installed, figure.svg from the runs in a folder.
+
+    Args:
+        out: folder of finished and judged runs.
+        machine: where this was called.
+
+    Returns:
+        What results.json holds: the runs with their scores, and the paper's numbers.
+    """
+    out = Path(out)
+    runs = gather_runs(out)
+    results = {
+        "recipe": "selective-copying",
+        "machine": dict(machine or {}),
+        "length": LENGTH,
+        "paper": PAPER,
+        "runs": [{**run, "scores": {str(k): v for k, v in run["scores"].items()}} for run in runs],
+    }
+    for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", table(runs))):
+        with atomic_file(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    with contextlib.suppress(MissingExtraError):
+        draw(runs, out / "figure.svg")
+    return results
+
+
+def _accuracies(runs: Sequence[Mapping[str, Any]], row: str, length: int) -> list[float]:
+    scores = [run["scores"][length] for run in runs if run["row"] == row and length in run["scores"]]
+    return [score["correct"] / score["asked"] for score in scores]
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The tables as Markdown, each row beside the paper's."""
+    lines = [
+        "# Selective copying",
+        "",
+        f"Token accuracy in per cent, 16 tokens among {LENGTH:,}; chance is 7.14. The interval is Wilson's, 95 %, over "
+        "the tokens of all seeds' examples; what training's randomness adds to it shows in the seeds' own numbers.",
+        "",
+    ]
+    for rows, heading in ((ROWS, "model"), (ABLATION, "Mamba, S6")):
+        lines += [f"| {heading} | paper | here | interval | each seed | parameters | steps |", "|---" * 7 + "|"]
+        for row, known in rows.items():
+            mine = [run for run in runs if run["row"] == row]
+            paper = f"{PAPER[row]:g}" if row in PAPER else ""
+            title = known.title if known.length == LENGTH else f"{known.title} (at length {known.length:,})"
+            score = pooled(mine, known.length)
+            if score is None:
+                lines.append(f"| {title} | {paper} | not run | | | | |")
+                continue
+            low, high = (100 * end for end in wilson(*score))
+            each = ", ".join(percent(one) for one in _accuracies(runs, row, known.length))
+            lines.append(
+                f"| {title} | {paper} | **{percent(score[0] / score[1])}** | {low:.2f} to {high:.2f} | {each} | "
+                f"{mine[0]['parameters']:,} | {mine[0]['steps']:,} |"
+            )
+        lines.append("")
+    lines += ["| run | tokens | seconds | device |", "|---" * 4 + "|"]
+    for run in runs:
+        shared = f", {run['together']} runs at once" if run["together"] > 1 else ""
+        lines.append(
+            f"| {run['row']}, seed {run['seed']} | {run['tokens'] / 1e6:,.0f} M | {run['seconds']:.0f}{shared} | "
+            f"{run['machine']['device']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Each row's seeds as dots beside the paper's number.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    rows = [(row, known) for row, known in {**ROWS, **ABLATION}.items() if _accuracies(runs, row, known.length)]
+    made, axes = figure(7.5, 0.8 + 0.3 * len(rows))
+    for place, (row, known) in enumerate(rows):
+        for accuracy in _accuracies(runs, row, known.length):
+            axes.plot(100 * accuracy, place, "o", color="#1f5fa8", markersize=6, alpha=0.7)
+        if row in PAPER:
+            axes.plot(PAPER[row], place, "d", color="#c8553d", markersize=8, markerfacecolor="none")
+    axes.plot([], [], "o", color="#1f5fa8", alpha=0.7, label="here, one a seed")
+    axes.plot([], [], "d", color="#c8553d", markerfacecolor="none", label="paper")
+    axes.axvline(100 / 14, color="#b0b6bf", linewidth=0.8)
+    titles = [f"{k.title} (at {k.length:,})" if k.length != LENGTH else k.title for _, k in rows]
+    axes.set_yticks(range(len(rows)), titles)
+    axes.invert_yaxis()
+    axes.set(xlabel="token accuracy, %; the line is chance", xlim=(0, 102))
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    save_figure(made, path)

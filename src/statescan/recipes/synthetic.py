@@ -1,0 +1,606 @@
+"""What the recipes of synthetic tasks share: many small runs trained side by side, resumed, judged and tabled.
+
+Small models are bound by launches, not by arithmetic. So a run's whole step, its data included, is one CUDA graph of
+many steps (`statescan.train.CapturedStep`), and several runs (seeds, rows of a table) are trained at once, each on its
+own stream of one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from statescan import __version__
+from statescan.data.synthetic import InductionHeads, SyntheticBatch, SyntheticTask
+from statescan.errors import CheckpointError, ConfigError, MissingExtraError
+from statescan.files import atomic_file, make_folder
+from statescan.models import CausalLM
+from statescan.train.capture import CapturedStep
+from statescan.train.optim import parameter_groups
+
+__all__ = ["Score", "Stage", "SyntheticRun", "TrainedRun", "judge", "judge_pieces", "train_runs", "wilson"]
+
+_TRAINED = "trained.json"
+_SCORES = "scores.json"
+_CHECKPOINT = "checkpoint.pt"
+_LOG = "log.csv"
+# Seconds between checkpoints, and between two looks at the losses, for which the host waits.
+_SAVE_EVERY, _LOOK_EVERY = 60.0, 2.0
+# Steps in one graph: enough that the host starts each of many runs rarely, few enough to stop at any moment.
+_UNROLLED = 20
+# Rows of a run's log.
+_ROWS = 400
+# Tokens of a row in a piece, where there are rows enough for that.
+_PIECE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a run: `steps` updates on fresh batches of `batch_size` examples of `task`."""
+
+    task: SyntheticTask
+    batch_size: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticRun:
+    """One model trained on one task.
+
+    Args:
+        row: the name of the row of the table that it belongs to.
+        model: what is trained.
+        stages: what it is trained on, in order.
+        seed: of weights and examples.
+        lr: highest learning rate of Adam; there is no weight decay. Default 1e-3.
+        warmup: updates of linear warm-up. Default 0.
+        decay: the rate falls to 0 along a half cosine; False: it stays. Default False.
+        clip: largest global norm of a gradient; 0 for no clipping. Default 0.
+        bf16: train under bfloat16 autocast. Default False.
+    """
+
+    row: str
+    model: Any
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    lr: float = 1e-3
+    warmup: int = 0
+    decay: bool = False
+    clip: float = 0.0
+    bf16: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.row}-seed{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """Updates of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read in all."""
+        return sum(stage.steps * stage.batch_size * stage.task.total_length for stage in self.stages)
+
+    def learning_rate(self, step: int) -> float:
+        """That of an update, from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if not self.decay:
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that decides how it is trained, as JSON takes it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["model"] = {"kind": type(self.model).__name__, **self.model.to_dict()}
+        fields["stages"] = [
+            {
+                "task": {"kind": type(stage.task).__name__, **dataclasses.asdict(cast(Any, stage.task))},
+                "batch_size": stage.batch_size,
+                "steps": stage.steps,
+            }
+            for stage in self.stages
+        ]
+        return fields
+
+
+@dataclass
+class TrainedRun:
+    """What `train_runs` gives: the model, and how it came about.
+
+    Args:
+        run: what was asked for.
+        model: in evaluation mode, on the device; as far as it got where `finished` is False.
+        steps: updates done.
+        seconds: of training, of this and earlier calls; of several runs side by side each counts all of them.
+        finished: all stages are done.
+        log: (step, mean loss since the row before, learning rate).
+    """
+
+    run: SyntheticRun
+    model: CausalLM
+    steps: int
+    seconds: float
+    finished: bool
+    log: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+class Score(NamedTuple):
+    """Answers judged: how many were right, of how many; `examples` they came from."""
+
+    correct: int
+    asked: int
+    examples: int
+
+    @property
+    def accuracy(self) -> float:
+        """The part that was right."""
+        return self.correct / self.asked
+
+
+def wilson(correct: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval for a probability of which `asked` independent trials showed `correct` successes.
+
+    Args:
+        correct: successes.
+        asked: trials, at least 1.
+        z: normal quantile; default: 95 %.
+
+    Returns:
+        (low, high), within [0, 1].
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    p, q = correct / asked, z * z / asked
+    middle = (p + q / 2) / (1 + q)
+    half = z / (1 + q) * math.sqrt(p * (1 - p) / asked + q / (4 * asked))
+    # Exact at the ends, where rounding would leave them by an ulp.
+    return (0.0 if correct == 0 else middle - half, 1.0 if correct == asked else middle + half)
+
+
+def make_model(config: Any, seed: int, device: torch.device | str) -> CausalLM:
+    """A model whose initial values depend on the seed alone, whatever the device; torch's random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CausalLM(config).to(device)
+
+
+class _Course:
+    """One run on its way: model, optimiser, the graph of its stage, the losses not yet looked at."""
+
+    def __init__(self, run: SyntheticRun, folder: Path, device: torch.device) -> None:
+        self.run, self.folder, self.device = run, folder, device
+        self.model = make_model(run.model, run.seed, device).train()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.steps, self.seconds = 0, 0.0
+        self.log: list[tuple[int, float, float]] = []
+        self._row = max(1, run.steps // _ROWS)
+        self._waiting: list[Tensor] = []
+        self._losses: list[float] = []
+        self._last = math.nan
+        self._stage = -1
+        self._optimizer_state: dict[str, Any] | None = None
+        self._load()
+
+    @property
+    def finished(self) -> bool:
+        """All stages are done."""
+        return self.steps >= self.run.steps
+
+    def advance(self) -> None:
+        """Starts the next steps."""
+        number, _, left = self._where()
+        with self._here():
+            if number != self._stage or left < self._unrolled:
+                self._enter(number, min(_UNROLLED, left))
+            self._waiting.append(self._step.step().reshape(-1))
+        self.steps += self._unrolled
+
+    def look(self) -> float:
+        """Waits for the steps that were started, and logs; gives the last loss."""
+        if self._waiting:
+            with self._here():
+                self._losses += torch.cat(self._waiting).tolist()
+            self._waiting.clear()
+            self._last = self._losses[-1]
+        while len(self._losses) >= self._row or (self.finished and self._losses):
+            row, self._losses = self._losses[: self._row], self._losses[self._row :]
+            step = (self.log[-1][0] if self.log else 0) + len(row)
+            self.log.append((step, math.fsum(row) / len(row), self.run.learning_rate(step - 1)))
+        return self._last
+
+    def _here(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def _where(self) -> tuple[int, int, int]:
+        """(stage, number of its first example that is not yet used, steps left in it)."""
+        done, examples = self.steps, 0
+        for number, stage in enumerate(self.run.stages):
+            if done < stage.steps:
+                return number, examples + done * stage.batch_size, stage.steps - done
+            done -= stage.steps
+            examples += stage.steps * stage.batch_size
+        raise AssertionError("a finished run goes no further")
+
+    def _enter(self, number: int, unrolled: int) -> None:
+        """Makes the step of a stage; the optimiser goes on as it was."""
+        run, stage = self.run, self.run.stages[number]
+        if self._stage >= 0:
+            self._optimizer_state = self._step.state_dict()["optimizer"]
+        optimizer = torch.optim.Adam(parameter_groups(self.model, 0.0), lr=run.lr, fused=True)
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
+        position = torch.tensor(self._where()[1], dtype=torch.int64, device=self.device)
+        task, rows, seed, device, model = stage.task, stage.batch_size, run.seed, self.device, self.model
+
+        made: list[SyntheticBatch] = []
+
+        def loss() -> Tensor:
+            if not made:
+                # The batches of all steps of the graph at once: as many kernels as for one.
+                inputs, answers = task.batch(seed, position, rows * unrolled, device)
+                position.add_(rows * unrolled)
+                made.extend(map(SyntheticBatch, inputs.split(rows), answers.split(rows)))
+            batch = made.pop(0)
+            logits = model(batch.inputs, logits_to_keep=task.asked).logits
+            assert logits is not None
+            return F.cross_entropy(logits.float().flatten(0, 1), batch.answers.flatten())
+
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.default_stream(self.device))
+        self._step = CapturedStep(
+            optimizer,
+            loss,
+            clip=run.clip,
+            autocast=torch.bfloat16 if run.bf16 else None,
+            steps_per_replay=unrolled,
+            schedule=run.learning_rate,
+        )
+        self._step.steps = self.steps
+        self._stage, self._unrolled = number, unrolled
+
+    def save(self, seconds: float) -> None:
+        """Writes a checkpoint, whole or not at all."""
+        self.seconds = seconds
+        state = {
+            "run": self.run.to_dict(),
+            "steps": self.steps,
+            "seconds": seconds,
+            "log": self.log,
+            "losses": self._losses,
+            "model": self.model.state_dict(),
+            "optimizer": self._step.state_dict()["optimizer"] if self._stage >= 0 else self._optimizer_state,
+        }
+        with atomic_file(self.folder / _CHECKPOINT) as temporary:
+            torch.save(state, temporary)
+
+    def _load(self) -> None:
+        path = self.folder / _CHECKPOINT
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["run"] != self.run.to_dict():
+            raise CheckpointError(
+                f"reproduce: '{path}' is of a run with other settings; name another folder, or delete this one"
+            )
+        self.model.load_state_dict(state["model"])
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        self.log = [tuple(row) for row in state["log"]]
+        self._losses = state["losses"]
+        self._optimizer_state = state["optimizer"]
+
+    def finish(self, seconds: float, together: int) -> None:
+        """Leaves the model and its log in the folder; the checkpoint, no longer needed, goes.
+
+        Args:
+            seconds: of training.
+            together: how many runs shared the device.
+        """
+        self.seconds = seconds
+        self.model.save_pretrained(self.folder)
+        with atomic_file(self.folder / _LOG) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(("step", "loss", "learning_rate"))
+            rows.writerows((step, f"{loss:.6g}", f"{rate:.6g}") for step, loss, rate in self.log)
+        trained = {
+            "run": self.run.to_dict(),
+            "parameters": self.model.parameter_count(),
+            "steps": self.steps,
+            "tokens": self.run.tokens,
+            "seconds": round(seconds, 1),
+            "together": together,
+            "final_loss": self.log[-1][1],
+            "machine": machine_facts(self.device),
+        }
+        _write(self.folder / _TRAINED, json.dumps(trained, indent=2) + "\n")
+        (self.folder / _CHECKPOINT).unlink(missing_ok=True)
+
+
+def _read_finished(run: SyntheticRun, folder: Path, device: torch.device) -> TrainedRun | None:
+    """The run that lies finished in a folder."""
+    path = folder / _TRAINED
+    if not path.exists():
+        return None
+    trained = json.loads(path.read_text(encoding="utf-8"))
+    if trained["run"] != json.loads(json.dumps(run.to_dict())):
+        raise CheckpointError(
+            f"reproduce: '{path}' is of a run with other settings; name another folder, or delete this one"
+        )
+    with open(folder / _LOG, newline="", encoding="utf-8") as file:
+        rows = [(int(row["step"]), float(row["loss"]), float(row["learning_rate"])) for row in csv.DictReader(file)]
+    model = CausalLM.from_pretrained(folder, device=device).eval()
+    return TrainedRun(run, model, trained["steps"], trained["seconds"], True, rows)
+
+
+def train_runs(
+    runs: Sequence[SyntheticRun],
+    out: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    seconds: float | None = None,
+    say: Callable[[str], object] = print,
+) -> list[TrainedRun]:
+    """Trains several runs side by side, and goes on with those that an earlier call left unfinished.
+
+    Each run has a folder of its name: the model, `trained.json` and `log.csv` when it is done, a checkpoint before. A
+    checkpoint is written every minute, at the end of the time given, and on Ctrl-C; a run that goes on from one ends
+    with the weights that it would have had without the break, where the device's kernels give the same bits twice.
+
+    Args:
+        runs: with distinct names.
+        out: folder of their folders.
+        device: where all of them run, on a stream each where that is a GPU.
+        seconds: stop after so many, between two steps. Default: when all are done.
+        say: called with lines of progress.
+
+    Returns:
+        A `TrainedRun` for each run, in order.
+
+    Raises:
+        CheckpointError: a folder holds a run of that name with other settings.
+        KeyboardInterrupt: interrupted; what was trained is kept.
+    """
+    if len({run.name for run in runs}) != len(runs):
+        raise ConfigError(f"train_runs: wanted runs of distinct names, got {[run.name for run in runs]}")
+    out, device = Path(out), torch.device(device)
+    done: dict[str, TrainedRun] = {}
+    going: list[_Course] = []
+    for run in runs:
+        folder = make_folder(out / run.name)
+        finished = _read_finished(run, folder, device)
+        if finished is None:
+            going.append(_Course(run, folder, device))
+        else:
+            done[run.name] = finished
+    begun = time.perf_counter()
+    before = {course.run.name: course.seconds for course in going}
+    looked = saved = begun
+    under_way = [course for course in going if not course.finished]
+
+    def elapsed(course: _Course) -> float:
+        return before[course.run.name] + time.perf_counter() - begun
+
+    try:
+        while under_way:
+            for course in under_way:
+                course.advance()
+            now = time.perf_counter()
+            ended = [course for course in under_way if course.finished]
+            if not ended and now - looked < _LOOK_EVERY:
+                continue
+            losses = [(course, course.look()) for course in under_way]
+            looked = time.perf_counter()
+            for course, loss in losses:
+                say(
+                    f"{elapsed(course):7.1f} s  {course.run.name}  step {course.steps:,} of {course.run.steps:,}  "
+                    f"loss {loss:.5f}"
+                )
+            for course in ended:
+                course.finish(elapsed(course), len(going))
+                under_way.remove(course)
+            if seconds is not None and looked - begun >= seconds:
+                break
+            if looked - saved >= _SAVE_EVERY:
+                for course in under_way:
+                    course.save(elapsed(course))
+                saved = looked
+    finally:
+        for course in under_way:
+            course.look()
+            course.save(elapsed(course))
+    for course in going:
+        model = course.model.eval()
+        done[course.run.name] = TrainedRun(course.run, model, course.steps, course.seconds, course.finished, course.log)
+    return [done[run.name] for run in runs]
+
+
+@torch.no_grad()
+def judge(
+    model: CausalLM,
+    task: SyntheticTask,
+    examples: int,
+    *,
+    seed: int,
+    at_once: int = 1 << 19,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """How many answers a model gives right, on examples 0 to examples - 1 of a seed, whole sequences at a time.
+
+    Args:
+        model: gives one answer a judged position: the likeliest of all tokens.
+        task: of any length.
+        examples: how many.
+        seed: none that the model was trained on.
+        at_once: tokens of a batch, at least one example.
+        progress: called with (examples done, examples).
+
+    Returns:
+        Score.
+    """
+    device = model.lm_head.weight.device
+    rows = max(1, min(examples, at_once // task.total_length))
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    for first in range(0, examples, rows):
+        batch = task.batch(seed, first, min(rows, examples - first), device)
+        logits = model(batch.inputs, logits_to_keep=task.asked).logits
+        assert logits is not None
+        correct += (logits.argmax(-1) == batch.answers).sum()
+        if progress is not None:
+            progress(min(first + rows, examples), examples)
+    return Score(int(correct), examples * task.asked, examples)
+
+
+@torch.no_grad()
+def judge_pieces(
+    model: CausalLM,
+    task: InductionHeads,
+    examples: int,
+    *,
+    seed: int,
+    at_once: int = 1 << 19,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """As `judge`, with memory that doesn't grow with the length: piece after piece, the state carried from each to the
+    next.
+
+    Args:
+        model: one whose state has a fixed size.
+        task, examples, seed, progress: as in `judge`; progress counts tokens.
+        at_once: tokens of a piece of all rows.
+
+    Returns:
+        Score.
+    """
+    device = model.lm_head.weight.device
+    # Rows first: many short pieces of many rows keep all of a GPU busy, and one row is cut into long ones.
+    rows = max(1, min(examples, at_once // min(task.length, _PIECE)))
+    piece = max(1, at_once // rows)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    done = 0
+    for first in range(0, examples, rows):
+        count = min(rows, examples - first)
+        pieces, answers = task.pieces(seed, first, count, piece, device)
+        state = model.init_state(count)
+        logits = None
+        for inputs in pieces:
+            output = model(inputs, state=state, logits_to_keep=1)
+            state, logits = output.state, output.logits
+            done += inputs.numel()
+            if progress is not None:
+                progress(done, examples * task.length)
+        assert logits is not None
+        correct += (logits.argmax(-1) == answers).sum()
+    return Score(int(correct), examples, examples)
+
+
+def seed_of_tests(length: int) -> int:
+    """The seed of the test examples of a length: no training run has such a one."""
+    return 1_000_000_007 + length
+
+
+def read_scores(folder: Path) -> dict[int, dict[str, float]]:
+    """What `write_scores` left in a run's folder."""
+    path = folder / _SCORES
+    if not path.exists():
+        return {}
+    return {int(length): score for length, score in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def write_scores(folder: Path, scores: Mapping[int, Mapping[str, float]]) -> None:
+    """Writes the scores of each length into a run's folder."""
+    _write(folder / _SCORES, json.dumps({str(length): scores[length] for length in sorted(scores)}, indent=2) + "\n")
+
+
+def score_row(score: Score, seconds: float) -> dict[str, float]:
+    """A score as it stands in a file."""
+    return {**score._asdict(), "seconds": round(seconds, 3)}
+
+
+def machine_facts(device: torch.device | str) -> dict[str, Any]:
+    """What a figure was measured on."""
+    device = torch.device(device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "statescan": __version__,
+    }
+
+
+def gather_runs(out: Path) -> list[dict[str, Any]]:
+    """All finished and judged runs that lie in a folder, by name: what a report is made of."""
+    found = []
+    for path in sorted(out.glob(f"*/{_TRAINED}")):
+        trained = json.loads(path.read_text(encoding="utf-8"))
+        scores = read_scores(path.parent)
+        if not scores:
+            continue
+        run = trained.pop("run")
+        found.append({"row": run["row"], "seed": run["seed"], "run": run, **trained, "scores": scores})
+    return found
+
+
+def pooled(runs: Iterable[Mapping[str, Any]], length: int) -> tuple[int, int] | None:
+    """(correct, asked) of several runs at a length together; None where none was judged there."""
+    scores = [run["scores"][length] for run in runs if length in run["scores"]]
+    if not scores:
+        return None
+    return sum(int(score["correct"]) for score in scores), sum(int(score["asked"]) for score in scores)
+
+
+def percent(accuracy: float) -> str:
+    """An accuracy as the tables show it: rounded down near 100, so that only what is perfect says 100."""
+    value = 100 * accuracy
+    if value == 100:
+        return "100"
+    places = 1 if value < 99.9 else 3 if value < 99.99 else 4
+    return f"{math.floor(value * 10**places) / 10**places:.{places}f}"
+
+
+def figure(width: float, height: float) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, with nothing global touched.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("drawing", "matplotlib", "plot") from None
+    made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = made.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4")
+    axes.set_axisbelow(True)
+    return made, axes
+
+
+def save_figure(made: Any, path: Path) -> None:
+    """Writes a figure as SVG, the same file from the same numbers."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "statescan", "svg.fonttype": "none"}), atomic_file(path) as temporary:
+        made.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
