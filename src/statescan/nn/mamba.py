@@ -293,9 +293,10 @@ class Mamba(nn.Module):
         self.conv1d = CausalConv1d(self.d_inner, d_conv, bias=conv_bias, backend=backend, **where)
         if inner == "s6":
             widths = {"dt": self.dt_rank, "B": d_state, "C": d_state}
-            self._widths = {name: width for name, width in widths.items() if name in self.selected}
+            self._names = [name for name in widths if name in self.selected]  # of x_proj's parts, in their order
+            self._widths = [widths[name] for name in self._names]
             if self.selected:
-                self.x_proj = nn.Linear(self.d_inner, sum(self._widths.values()), bias=False, **where)
+                self.x_proj = nn.Linear(self.d_inner, sum(self._widths), bias=False, **where)
             if "dt" in self.selected:
                 self.dt_proj = StepProjection(self.dt_rank, self.d_inner, bias=True, **where)
             else:
@@ -432,7 +433,7 @@ class Mamba(nn.Module):
             # Any other dtype but these two goes on to the ops, which name it.
             cu_seqlens = cu_seqlens.to(torch.int32) if cu_seqlens.dtype == torch.int64 else cu_seqlens
             rows = cu_seqlens.shape[0] - 1
-        self._check_state("Mamba.forward", state, rows)
+        self._check_state("Mamba.forward", state, rows, x.device)
         policy = recompute if isinstance(recompute, str) else "cheap" if recompute else "none"
         if self.runs_as_one(x, state):
             # Traced or named, the kernels are there or the call fails; "auto" goes on op by op.
@@ -514,7 +515,7 @@ class Mamba(nn.Module):
             LayerOutput(output, state): output (batch, d_model), and the state after this token.
         """
         self._check("Mamba.step", x, 2)
-        self._check_state("Mamba.step", state, x.shape[0])
+        self._check_state("Mamba.step", state, x.shape[0], x.device)
         streams = self._split(self.in_proj(x))
         conv = self.conv1d.step(streams.x, state.conv.to(streams.x.dtype), activation=self._activation)
         u = conv.y if streams.v is None else conv.y * streams.v
@@ -548,7 +549,7 @@ class Mamba(nn.Module):
             dt_softplus=True,
             backend=self.backend,
         )
-        return update.y.to(dtype), update.state
+        return update.y if update.y.dtype == dtype else update.y.to(dtype), update.state
 
     def _a_row(self, matrix: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         """B or C of a step as (batch, d_inner, d_state) where it is fixed, where batch is d_inner."""
@@ -619,7 +620,7 @@ class Mamba(nn.Module):
         (B and C fixed, a step that is its bias alone) as what they are for every input."""
         made: dict[str, Tensor] = {}
         if self.selected:
-            made = dict(zip(self._widths, self.x_proj(u).split(list(self._widths.values()), dim=-1), strict=True))
+            made = dict(zip(self._names, self.x_proj(u).split(self._widths, dim=-1), strict=True))
         if self.mixer_rms_eps is not None:
             made = {name: over_its_rms(part, self.mixer_rms_eps) for name, part in made.items()}
         dt = self.dt_proj(made["dt"]) if "dt" in made else torch.zeros_like(u)
@@ -664,11 +665,10 @@ class Mamba(nn.Module):
                 f"{caller}: x must be on {where}, where the layer is, got {x.device}; pass x.to('{where}')"
             )
 
-    def _check_state(self, caller: str, state: MambaState | None, rows: int) -> None:
+    def _check_state(self, caller: str, state: MambaState | None, rows: int, where: torch.device) -> None:
         if state is None:
             return
         wanted = (("conv", (rows, self.d_conv - 1, self.d_inner)), ("ssm", (rows, self.d_inner, self._states)))
-        where = self.conv1d.weight.device
         for (name, shape), tensor in zip(wanted, state, strict=True):
             if tuple(tensor.shape) != shape:
                 raise ShapeError(
