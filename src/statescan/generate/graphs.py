@@ -9,44 +9,22 @@ device and writes it where the next step reads it, and into the host's memory wh
 
 from __future__ import annotations
 
-import math
-import struct
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure
 
 from statescan.errors import BackendUnavailableError, ConfigError
+from statescan.generate.drawing import DrawingSlots, bucket
 from statescan.generate.packed import DecodeState, PackedModel
-from statescan.generate.sampling import SamplingParams
 from statescan.ops import _cuda
-from statescan.ops._cuda import i32
 
 __all__ = ["GraphDecoder", "StepGraph", "bucket", "refuses"]
 
-_DRAW = Path(__file__).with_name("sample.cu")
-_DRAW_THREADS = 1024
-_SLOT_WORDS = 7  # 64-bit words of `struct Slot` in sample.cu
-_RING = 256  # tokens of a slot kept in the host's memory until they are read
-_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _LAUNCH_BOUND = 0  # tokens read at once, up to which launches set the time
 _PREFILLS = 8  # shapes of prompts remembered
-_GREEDY, _LOGPROB = 1, 2
-_BROKEN = 0xFFFFFFFF  # in place of a token
-
-
-def bucket(rows: int, capacity: int) -> int:
-    """Rows that the graph runs which takes `rows`: a few sizes, so that there are few graphs."""
-    for size in _BUCKETS:
-        if size >= rows:
-            return min(size, capacity)
-    return min(math.ceil(rows / 64) * 64, capacity)
 
 
 def refuses(packed: PackedModel) -> str | None:
@@ -62,7 +40,7 @@ def refuses(packed: PackedModel) -> str | None:
     return _cuda.unavailable_reason()
 
 
-class GraphDecoder:
+class GraphDecoder(DrawingSlots):
     """Slots for rows on the device, and graphs that take all rows of the first so many slots one token further.
 
     Nothing here waits for the device but `read`. `statescan.generate.ahead` decides what runs in which slot.
@@ -80,16 +58,12 @@ class GraphDecoder:
         reason = refuses(packed)
         if reason is not None:
             raise BackendUnavailableError(f"GraphDecoder: {reason}")
-        if not 1 <= vocabulary <= packed.vocab_size:
-            raise ConfigError(
-                f"GraphDecoder: vocabulary must be from 1 to the model's {packed.vocab_size}, got {vocabulary}; "
-                "use the model's own tokenizer"
-            )
         from statescan.ops.mamba_step.cuda import Pieces
         from statescan.ops.mamba_step.decode import Stack, refuses_stack
 
         device = packed.device
-        self.packed, self.capacity, self.vocabulary, self.device = packed, capacity, vocabulary, device
+        super().__init__(device, capacity, vocabulary, packed.vocab_size)
+        self.packed = packed
         self._act = packed.head.data.dtype
         self._pieces = Pieces(self._act, device)
         self.one_launch_refusal = refuses_stack(packed.blocks, packed.head, device)
@@ -99,22 +73,8 @@ class GraphDecoder:
                 packed.blocks, packed.embedding, packed.norm_f, packed.epsilon, packed.head, packed.head_bias
             )
         self.state = packed.init_state(capacity)
-        self.logits = torch.zeros(capacity, packed.vocab_size, device=device)
-        self.tokens = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self._slots = torch.zeros(capacity, _SLOT_WORDS, dtype=torch.int64, device=device)
-        self._draws = torch.zeros(capacity, dtype=torch.int32, device=device)
-        # Eight blocks draw for a row; a vocabulary of bytes fits one.
-        self._draw_blocks = 8 if vocabulary > 4 * _DRAW_THREADS else 1
-        self._seen = torch.zeros(capacity, vocabulary, dtype=torch.uint8, device=device)
-        self._ring = torch.zeros(capacity, _RING, dtype=torch.int64).pin_memory()
-        self._ring_logprob = torch.zeros(capacity, _RING).pin_memory()
-        self._ring_words = self._ring.numpy()
-        self._ring_values = self._ring_logprob.numpy()
-        self._counts = np.zeros(capacity, dtype=np.int64)  # draws started in each slot, as the device counts them
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # By (rows, length), those used last at the end; False where such prompts were read once.
         self._prefills: dict[tuple[int, int], _Prefill | Literal[False]] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle()
         self._biases = [
             tuple(
                 None if bias is None else bias.to(self._act) for bias in (block.in_bias, block.x_bias, block.out_bias)
@@ -124,35 +84,6 @@ class GraphDecoder:
 
     # What goes into a slot.
 
-    def place(self, slot: int, params: SamplingParams, position: int, before: list[int]) -> None:
-        """Makes a slot ready for a row: how it draws, and what the repetition penalty has seen.
-
-        Args:
-            params: with a seed where they are not greedy.
-            position: number of tokens before the next one, prompt included.
-            before: those tokens.
-        """
-        flags = (_GREEDY if params.greedy else 0) | (_LOGPROB if params.logprobs else 0)
-        log_min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
-        data = struct.pack(
-            "<QQQffffiiQ",
-            params.seed or 0,
-            params.stream,
-            position,
-            params.temperature,
-            params.top_p,
-            log_min_p,
-            params.repetition_penalty,
-            min(params.top_k, 2**31 - 1),
-            flags,
-            0,
-        )
-        self._slots[slot].copy_(torch.frombuffer(bytearray(data), dtype=torch.int64), non_blocking=True)
-        if params.repetition_penalty != 1:
-            self._seen[slot].zero_()
-            ids = torch.tensor([token for token in before if token < self.vocabulary], dtype=torch.int64)
-            self._seen[slot].index_fill_(0, ids.to(self.device), 1)
-
     def assign(self, slot: int, state: DecodeState, row: int = 0) -> None:
         """Copies a row's state into a slot."""
         self.state.assign(slot, state, row)
@@ -161,62 +92,13 @@ class GraphDecoder:
         """Moves all of a row from one slot to another; draws started before are still found under the first."""
         self.state.conv[:, target] = self.state.conv[:, source]
         self.state.ssm[:, target] = self.state.ssm[:, source]
-        for tensor in (self._slots, self.tokens, self._seen):
-            tensor[target] = tensor[source]
+        self._move_drawing(source, target)
 
     def take(self, slot: int) -> DecodeState:
         """A copy of a slot's state."""
         return self.state.select([slot])
 
     # What runs.
-
-    def draw(self, slot: int, logits: Tensor) -> int:
-        """Draws the slot's next token from logits (vocabulary,), as after a prompt; returns the draw's number."""
-        self.logits[slot].copy_(logits)
-        self._launch_draw(self.logits[slot : slot + 1], slot, 1)
-        self._counts[slot] += 1
-        return int(self._counts[slot])
-
-    def step(self, rows: int) -> list[int]:
-        """Takes the first `rows` slots one token further; returns the number of the draw of each."""
-        size = bucket(rows, self.capacity)
-        graph = self._graphs.get(size)
-        if graph is None:
-            graph = self._graphs[size] = self._capture(size)
-        graph.replay()
-        self._counts[:size] += 1
-        return self._counts[:rows].tolist()
-
-    def read(
-        self, slots: Sequence[int], numbers: Sequence[int], wait: bool = True
-    ) -> tuple[list[int], list[float]] | None:
-        """Tokens and log probabilities of one draw a slot, by their numbers; None where not all of them are there yet
-        and `wait` is off. Log probabilities that were not asked for are junk.
-
-        Raises:
-            ConfigError: the logits of one were no numbers to draw from.
-        """
-        count = np.asarray(numbers)
-        at = (np.asarray(slots), count % _RING)
-        looks = 0
-        while True:
-            words = self._ring_words[at]
-            if ((words >> 32) == count).all():
-                tokens = words & 0xFFFFFFFF
-                if (tokens == _BROKEN).any():
-                    raise ConfigError(
-                        "GraphDecoder: logits must be finite or minus infinity, one of them finite, got others (the "
-                        "model's output is not finite); look at its weights, or decode them in float32"
-                    )
-                return tokens.tolist(), self._ring_values[at].tolist()
-            if not wait:
-                return None
-            looks += 1
-            if looks % 1024 == 0:
-                # Nothing for milliseconds: a failed kernel would never write, and says so here.
-                torch.cuda.current_stream(self.device).synchronize()
-            elif looks > 16:
-                time.sleep(0)
 
     def prefill(self, ids: list[list[int]], state: DecodeState, chunk: int) -> Tensor:
         """Reads tokens of one number into the rows of a state; returns the logits after each, (rows, vocabulary)."""
@@ -239,38 +121,12 @@ class GraphDecoder:
         """The state before the first token."""
         return self.packed.init_state(rows)
 
-    def _launch_draw(self, logits: Tensor, first: int, rows: int) -> None:
-        blocks = self._draw_blocks
-        options = {"IN": 0, "CL": blocks, "ITEMS": math.ceil(self.vocabulary / (blocks * _DRAW_THREADS))}
-        run = _cuda.kernel(_DRAW, "draw", options, _DRAW_THREADS, self.device.index or 0, cluster=blocks)
-        run(
-            (rows, 1, 1),
-            logits,
-            logits.stride(0),
-            self._seen,
-            i32(self.vocabulary),
-            i32(first),
-            self._slots,
-            self.tokens,
-            self._draws,
-            self._ring,
-            self._ring_logprob,
-            i32(_RING),
-        )
-
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        # Kernels are compiled and cuBLAS is set up by a run that is undone: its states go to a scratch copy.
+    def _rehearse(self, rows: int) -> None:
+        """A run whose states go to a scratch copy."""
         saved = self.state
-        with torch.no_grad(), torch.cuda.device(self.device):
-            self.state = DecodeState(saved.conv[:, :size].clone(), saved.ssm[:, :size].clone())
-            self._step_rows(size)
-            self.state = saved
-            torch.cuda.current_stream(self.device).synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._step_rows(size)
-                self._launch_draw(self.logits, 0, size)
-        return graph
+        self.state = DecodeState(saved.conv[:, :rows].clone(), saved.ssm[:, :rows].clone())
+        self._step_rows(rows)
+        self.state = saved
 
     def _step_rows(self, rows: int) -> None:
         """Launches the step of the first `rows` slots up to their logits."""
