@@ -514,11 +514,11 @@ class CausalLM(nn.Module):
         return F.cross_entropy(logits, targets.long(), ignore_index=_IGNORED, reduction="sum")
 
     def undecayed_parameters(self) -> frozenset[str]:
-        """Names of the parameters that weight decay must leave alone: A_log, D, norms, biases, S4's system."""
+        """Names of the parameters that weight decay must leave alone: A, D, norms, biases, S4's system."""
         return frozenset(
             name
             for name, parameter in self.named_parameters()
-            if name.rsplit(".", 1)[-1] in ("A_log", "D", "bias")
+            if name.rsplit(".", 1)[-1] in ("A_log", "A_imag", "D", "bias", "dt_bias")
             or any(part in f".{name}" for part in (".norm.", ".norm_mlp.", ".norm_f.", ".rnn.bias_"))
             or getattr(parameter, "_no_weight_decay", False)
         )

@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """The parameters in groups: with weight decay, without, and those that have a highest learning rate of their own.
 
     Without: A_log, D, biases, and the weights of norms: whatever has fewer than two dimensions, is marked
-    ``_no_weight_decay``, or is called A_log. With: every matrix, the convolutions' kernels and the embedding, which is
+    ``_no_weight_decay``, or is called A_log or A_imag. With: every matrix, the convolutions' kernels and the embedding, which is
     the head's matrix too where the two are tied.
 
     Args:
@@ -61,7 +61,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         if not parameter.requires_grad:
             continue
         exempt = (
-            parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False) or name.rpartition(".")[2] == "A_log"
+            parameter.ndim < 2
+            or getattr(parameter, "_no_weight_decay", False)
+            or name.rpartition(".")[2] in ("A_log", "A_imag")
         )
         highest = getattr(parameter, "_max_lr", None)
         if highest is not None:
