@@ -41,8 +41,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """The parameters in groups: with weight decay, without, and those that have a highest learning rate of their own.
 
     Without: A_log, D, biases, and the weights of norms: whatever has fewer than two dimensions, is marked
-    ``_no_weight_decay``, or is called A_log or A_imag. With: every matrix, the convolutions' kernels and the embedding, which is
-    the head's matrix too where the two are tied.
+    ``_no_weight_decay``, or is called A_log or A_imag. With: every matrix, the convolutions' kernels and the embedding,
+    which is the head's matrix too where the two are tied.
 
     Args:
         model: the model; a parameter that two names share is taken once.
