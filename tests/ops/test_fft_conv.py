@@ -52,9 +52,20 @@ def test_sums(backend: str, length: int, kernel_length: int, reverse: bool) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients(backend: str) -> None:
     inputs = [x.requires_grad_() for x in _case(6, 9) if x is not None]
-    assert torch.autograd.gradcheck(
-        lambda u, k, r, D: fft_conv(u, k, reverse_kernel=r, D=D, backend=backend), tuple(inputs)
-    )
+    run = lambda u, k, r, D: fft_conv(u, k, reverse_kernel=r, D=D, backend=backend)
+    assert torch.autograd.gradcheck(run, tuple(inputs))
+    assert torch.autograd.gradgradcheck(run, tuple(inputs))
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (3,), (1, 2, 3)])
+def test_gradients_of_some_are_those_of_all(frozen: tuple[int, ...]) -> None:
+    inputs = [x.requires_grad_() for x in _case(6, 9) if x is not None]
+    run = lambda u, k, r, D: fft_conv(u, k, reverse_kernel=r, D=D).sin().sum()
+    every = torch.autograd.grad(run(*inputs), inputs)
+    some = [x.detach() if i in frozen else x for i, x in enumerate(inputs)]
+    asked = [i for i in range(4) if i not in frozen]
+    found = torch.autograd.grad(run(*some), [some[i] for i in asked])
+    assert all(torch.equal(a, every[i]) for a, i in zip(found, asked, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -78,7 +78,7 @@ def fft_conv(
         kernel = kernel[:, : u.shape[1]].to(wide)
         if reverse_kernel is not None:
             reverse_kernel = reverse_kernel[:, : u.shape[1]].to(wide)
-        y = module.fft_conv(u.to(wide), kernel, reverse_kernel)
         if D is not None:
-            y = y + u.to(wide) * D.to(wide)
-        return y.to(u.dtype)
+            # The skip is a weight of lag 0 like any other: no pass of its own over u and y.
+            kernel = torch.cat([kernel[:, :1] + D.to(wide).unsqueeze(-1), kernel[:, 1:]], 1)
+        return module.fft_conv(u.to(wide), kernel, reverse_kernel).to(u.dtype)

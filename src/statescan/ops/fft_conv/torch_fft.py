@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,16 +35,61 @@ def fast_length(least: int) -> int:
 
 def fft_conv(u: Tensor, kernel: Tensor, reverse_kernel: Tensor | None) -> Tensor:
     """See the public function; u ``(batch, length, d_model)``, kernels ``(d_model, <= length)``, of one float dtype."""
-    length = u.shape[1]
-    ahead_lags = 0 if reverse_kernel is None else min(reverse_kernel.shape[1], max(length - 1, 1))
-    # A circle long enough that the end doesn't reach round to the start, nor the start to the end.
-    circle = fast_length(length + max(kernel.shape[1] - 1, ahead_lags))
-    spectrum = torch.fft.rfft(kernel, n=circle)
     if reverse_kernel is not None:
-        # weight s of the future sits at lag -1 - s: reversed it ends the circle, which is one rotation of a spectrum
-        ahead = torch.fft.rfft(reverse_kernel[:, :ahead_lags], n=circle).conj()
-        turn = torch.arange(ahead.shape[1], device=u.device, dtype=u.dtype) * (2 * torch.pi / circle)
-        spectrum = spectrum + ahead * torch.polar(torch.ones_like(turn), turn)
+        reverse_kernel = reverse_kernel[:, : max(u.shape[1] - 1, 1)]
+    return _Convolution.apply(u, kernel, reverse_kernel)  # pyright: ignore[reportReturnType]
+
+
+def _circle(length: int, kernel: Tensor, reverse_kernel: Tensor | None) -> int:
+    """Points of a circle long enough that the end doesn't reach round to the start, nor the start to the end."""
+    return fast_length(length + max(kernel.shape[1] - 1, 0 if reverse_kernel is None else reverse_kernel.shape[1]))
+
+
+def _kernel_spectrum(kernel: Tensor, reverse_kernel: Tensor | None, circle: int) -> Tensor:
+    spectrum = torch.fft.rfft(kernel, n=circle)
+    if reverse_kernel is None:
+        return spectrum
+    # weight s of the future sits at lag -1 - s: reversed it ends the circle, which is one rotation of a spectrum
+    ahead = torch.fft.rfft(reverse_kernel, n=circle).conj()
+    turn = torch.arange(ahead.shape[1], device=kernel.device, dtype=kernel.dtype) * (2 * torch.pi / circle)
+    return spectrum + ahead * torch.polar(torch.ones_like(turn), turn)
+
+
+def _input_spectrum(u: Tensor, circle: int) -> Tensor:
     # Padding, which copies anyway, brings each channel's positions next to each other.
-    product = torch.fft.rfft(F.pad(u.transpose(1, 2), (0, circle - length))) * spectrum
-    return torch.fft.irfft(product, n=circle)[..., :length].transpose(1, 2)
+    return torch.fft.rfft(F.pad(u.transpose(1, 2), (0, circle - u.shape[1])))
+
+
+class _Convolution(torch.autograd.Function):
+    """The product of spectra with its gradients, which are products too.
+
+    ``dU = conj(K) dY`` and ``dK = sum over the batch of conj(U) dY``. Autograd's own formula for a real transform goes
+    by a complex one of the whole circle, and keeps the spectra; here u is kept and transformed again.
+    """
+
+    @staticmethod
+    def forward(u: Tensor, kernel: Tensor, reverse_kernel: Tensor | None) -> Tensor:
+        circle = _circle(u.shape[1], kernel, reverse_kernel)
+        product = _input_spectrum(u, circle) * _kernel_spectrum(kernel, reverse_kernel, circle)
+        return torch.fft.irfft(product, n=circle)[..., : u.shape[1]].transpose(1, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        u, kernel, reverse_kernel = ctx.saved_tensors
+        length, circle = u.shape[1], _circle(u.shape[1], kernel, reverse_kernel)
+        dy_spectrum = _input_spectrum(dy, circle)
+        du = dkernel = dreverse = None
+        if ctx.needs_input_grad[0]:
+            product = dy_spectrum * _kernel_spectrum(kernel, reverse_kernel, circle).conj()
+            du = torch.fft.irfft(product, n=circle)[..., :length].transpose(1, 2)
+        if any(ctx.needs_input_grad[1:]):
+            by_lag = torch.fft.irfft((dy_spectrum * _input_spectrum(u, circle).conj()).sum(0), n=circle)
+            dkernel = by_lag[:, : kernel.shape[1]]
+            if reverse_kernel is not None:
+                dreverse = by_lag[:, circle - reverse_kernel.shape[1] :].flip(1)
+        return du, dkernel, dreverse
