@@ -8,7 +8,7 @@ from torch import nn
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.nn import S4, S4D
-from statescan.nn.s4 import s4d_init
+from statescan.nn.s4 import joint_kernels, s4d_init
 from statescan.ops.discretization import discretize
 from statescan.ops.hippo import HIPPO_MEASURES, hippo
 from statescan.ops.linear_ssm import ssm_kernel
@@ -203,3 +203,27 @@ def test_bad_input() -> None:
         S4(6, 8, measure="legq")
     with pytest.raises(ConfigError, match="step sizes must satisfy"):
         S4(6, 8, dt_min=0.1, dt_max=0.01)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_kernels_made_together_are_those_made_alone(kind: str, bidirectional: bool) -> None:
+    layers = [_layer(kind, bidirectional=bidirectional) for _ in range(3)]
+    with torch.no_grad():
+        for number, layer in enumerate(layers):
+            for parameter in layer.parameters():
+                parameter.add_(0.01 * number)
+    u = _input(21)
+    for layer, kernels in zip(layers, joint_kernels(layers, 21), strict=True):
+        assert len(kernels) == 1 + bidirectional
+        for direction, kernel in enumerate(kernels):
+            assert (kernel - layer.kernel(21, direction=direction)).abs().max() < 1e-12
+        assert (layer(u, kernels=kernels).output - layer(u).output).abs().max() < 1e-12
+
+
+def test_joint_kernels_wants_layers_that_are_alike() -> None:
+    for others in ([S4D(6, 8)], [S4(6, 4)], [S4(6, 8, discretization="zoh")], [S4(6, 8, bidirectional=True)]):
+        with pytest.raises(ConfigError, match="layers must be alike, got 2 kinds"):
+            joint_kernels([S4(6, 8), *others], 5)
+    with pytest.raises(ConfigError, match="layers must be S4 or S4D, got Linear"):
+        joint_kernels([nn.Linear(2, 2)], 5)

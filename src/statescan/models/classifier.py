@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from statescan import checkpoint as files
 from statescan.errors import CheckpointError, ConfigError, DTypeError, ShapeError
 from statescan.nn import GRU, LSTM, MLP, S4, S4D, CausalSelfAttention, DilatedConv, Mamba
+from statescan.nn.s4 import joint_kernels
 
 __all__ = ["MIXERS", "ClassifierConfig", "ClassifierOutput", "SequenceClassifier"]
 
@@ -155,8 +156,11 @@ class SequenceClassifier(nn.Module):
             raise ShapeError(
                 f"SequenceClassifier: mask must be (batch, length) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}"
             )
+        given = [{}] * len(self.mixers)
+        if self.config.mixer in _TWO_WAYS:
+            given = [{"kernels": kernels} for kernels in joint_kernels(list(self.mixers), x.shape[1])]
         for layer, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
-            x = x + self.dropout(mixer(norm(x)).output)
+            x = x + self.dropout(mixer(norm(x), **given[layer]).output)
             if self.config.d_mlp:
                 x = x + self.dropout(self.mlps[layer](self.mlp_norms[layer](x)))
         x = self._pool(self.norm_f(x), mask)

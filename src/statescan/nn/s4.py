@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from statescan.ops.discretization import DISCRETIZATIONS, discretize
 from statescan.ops.hippo import HIPPO_MEASURES, hippo_nplr
 from statescan.ops.ssm_kernel.real_form import real_form
 
-__all__ = ["S4", "S4D", "S4D_INITS", "LinearLayerOutput", "s4d_init"]
+__all__ = ["S4", "S4D", "S4D_INITS", "LinearLayerOutput", "joint_kernels", "s4d_init"]
 
 S4D_INITS = ("lin", "inv", "legs", "real")
 
@@ -57,9 +58,38 @@ def s4d_init(init: str, d_state: int) -> Tensor:
     return torch.complex(torch.full_like(frequency, -0.5), frequency)
 
 
-def _side_by_side(systems: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Systems of the same kind as the channels of one."""
-    return systems[0] if len(systems) == 1 else {name: torch.cat([s[name] for s in systems]) for name in systems[0]}
+def joint_kernels(layers: Sequence[nn.Module], length: int, *, rate: float = 1.0) -> list[tuple[Tensor, ...]]:
+    """The kernels of several layers of one kind, made in one computation: all their channels as those of one system.
+
+    What a kernel costs on a GPU are the many small operations that make it, not the channels in them.
+
+    Args:
+        layers: `S4` or `S4D` layers that differ in nothing but their parameters.
+        length: number of lags.
+        rate: as in the layers' `forward`.
+
+    Returns:
+        For each layer what its `forward` takes as `kernels`: ``(d_model, length)`` of the past, and of the future where
+        it is bidirectional.
+
+    Raises:
+        ConfigError: layers that are not alike.
+    """
+    systems, kinds = [], set()
+    for layer in layers:
+        if not isinstance(layer, _StateSpaceLayer):
+            raise ConfigError(f"joint_kernels: layers must be S4 or S4D, got {type(layer).__name__}")
+        sizes = (*layer.C.shape, *getattr(layer, "P", layer.C).shape)
+        kinds.add((type(layer), sizes, layer.discretization, layer.backend))
+        systems += [layer._system(direction, rate) for direction in range(2 if layer.bidirectional else 1)]
+    if len(kinds) != 1:
+        raise ConfigError(f"joint_kernels: layers must be alike, got {len(kinds)} kinds; call it for each kind")
+    first = layers[0]
+    assert isinstance(first, _StateSpaceLayer)
+    joined = {name: torch.cat([system[name] for system in systems]) for name in systems[0]}
+    kernels = first._kernel_of(joined if len(systems) > 1 else systems[0], length).split(first.d_model)
+    each = len(systems) // len(layers)
+    return [tuple(kernels[at : at + each]) for at in range(0, len(kernels), each)]
 
 
 class _StateSpaceLayer(nn.Module):
@@ -150,13 +180,21 @@ class _StateSpaceLayer(nn.Module):
         assert like is not None
         return torch.zeros(batch, *like.shape, dtype=like.dtype, device=device or like.device)
 
-    def forward(self, u: Tensor, state: Tensor | None = None, *, rate: float = 1.0) -> LinearLayerOutput:
+    def forward(
+        self,
+        u: Tensor,
+        state: Tensor | None = None,
+        *,
+        rate: float = 1.0,
+        kernels: tuple[Tensor, ...] | None = None,
+    ) -> LinearLayerOutput:
         """Runs a whole sequence.
 
         Args:
             u: ``(batch, length, d_model)``.
             state: what `init_state`, `forward` or `step` gave. Default None: zeros, and no state comes out.
             rate: step between samples in units of that in training.
+            kernels: this layer's, as `joint_kernels` gave them. Default: made here.
 
         Returns:
             `LinearLayerOutput`.
@@ -169,9 +207,7 @@ class _StateSpaceLayer(nn.Module):
         self._check(name, u, 3, rate)
         if state is not None and self.bidirectional:
             raise ConfigError(f"{name}: a bidirectional layer takes no state; it must see the whole input")
-        # Both directions' systems as channels of one, so that there is one computation for a device to start.
-        directions = [self._system(direction, rate) for direction in range(2 if self.bidirectional else 1)]
-        past, *future = self._kernel_of(_side_by_side(directions), u.shape[1]).split(self.d_model)
+        past, *future = kernels or joint_kernels([self], u.shape[1], rate=rate)[0]
         y = fft_conv(u, past, reverse_kernel=future[0] if future else None, D=self.D)
         final = None
         if state is not None:
