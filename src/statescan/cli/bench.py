@@ -48,6 +48,18 @@ def bench(
         _figures(names[1:], out, as_json)
         return
     console = progress_console()
+    if names == ["properties"]:
+        from statescan.bench.properties import run_properties
+
+        report = run_properties(
+            device=device,
+            threads=threads,
+            quick=quick,
+            out=out,
+            progress=lambda line: console.print(line, style="dim"),
+        )
+        emit_json(report) if as_json else result_console().print(_properties_table(report))
+        return
     if names == ["s4-kernels"]:
         from statescan.bench.s4_kernels import run_s4_kernels
 
@@ -83,13 +95,47 @@ def bench(
 
 def _figures(files: list[str], out: Path | None, as_json: bool) -> None:
     from statescan.bench.figures import draw
+    from statescan.bench.properties import draw_properties, read_properties
 
-    drawn = draw([Path(file) for file in files], out or Path("figures"))
+    folder, drawn, others = out or Path("figures"), [], []
+    for file in map(Path, files):
+        report = read_properties(file)
+        if report is None:
+            others.append(file)
+        else:
+            drawn.append(draw_properties(report, folder / file.with_suffix(".svg").name))
+    if others or not files:
+        drawn += draw(others, folder)
     if as_json:
         emit_json({"figures": drawn})
     else:
         for path in drawn:
             print(path)
+
+
+def _properties_table(report: dict[str, Any]) -> Any:
+    table = _titled(report["machine"])
+    table.add_column("layer")
+    for heading in ("length", "training us a token", "training KiB a token", "inference ms a step", "state MiB"):
+        table.add_column(heading, justify="right")
+    rows = {(row["kind"], row["use"], row["length"]): row for row in report["rows"]}
+    for kind, length in dict.fromkeys((row["kind"], row["length"]) for row in report["rows"]):
+        train, infer = (rows[kind, use, length] for use in ("training", "inference"))
+        table.add_row(
+            kind,
+            f"{length:,}",
+            *(("-", "-") if train["failure"] else (f"{1e6 * train['seconds_per_token']:.3f}", _kib(train["bytes"]))),
+            *(("-", "-") if infer["failure"] else (_milliseconds(1e3 * infer["seconds"]), _mib(infer["bytes"]))),
+        )
+    return table
+
+
+def _kib(size: float) -> str:
+    return f"{size / 2**10:,.1f}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.3f}"
 
 
 def _s4_table(report: dict[str, Any]) -> Any:
