@@ -81,8 +81,9 @@ def launches(run: Callable[[], Any]) -> dict[str, int]:
         {"autocast": torch.bfloat16, "recompute": "block"},
         {"clip": 1.0, "noise": True, "steps_per_replay": 2, "schedule": lambda n: 1e-3 / (n + 1)},
         {"warmup": 1},
+        {"autocast": torch.bfloat16, "clip": 0.1, "noise": True, "accumulate": 3},
     ],
-    ids=["plain", "autocast", "cheap", "block", "several", "early"],
+    ids=["plain", "autocast", "cheap", "block", "several", "early", "accumulated"],
 )
 def test_captured_steps_are_eager_steps(options: dict[str, Any]) -> None:
     data = windows(8)
@@ -283,7 +284,11 @@ def left_by(out: Path) -> dict[str, Any]:
     return {name: (out / name).read_bytes() for name in files} | {"trainer": json.dumps(checkpoint.trainer_state())}
 
 
-def test_a_captured_run_is_the_eager_run(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_captured_run_is_the_eager_run(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    run = run.apply_overrides([f"train.accumulate={accumulate}"])
     replays: list[int] = []
     real = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: replays.append(1) or real(self))

@@ -70,6 +70,25 @@ def test_several_steps_of_a_call_are_as_many_calls():
     assert same(one, three)
 
 
+@pytest.mark.parametrize("each", [1, 2])
+def test_passes_accumulate_to_the_gradient_of_their_mean(each):
+    model, _, step = made(clip=0.1, accumulate=2, steps_per_replay=each)
+    twin, optimizer, _ = made()
+    data, losses = batches(4, rows=6), []
+    for x in data:
+        loss = (twin(x[:3]).square().mean() + twin(x[3:]).square().mean()) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    parts = data if each == 1 else [torch.stack(data[i : i + 2]) for i in (0, 2)]
+    got = torch.cat([step.step(part).flatten() for part in parts])
+    torch.testing.assert_close(got, torch.stack(losses), rtol=1e-5, atol=0)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-2 * 4 * 2**-20)
+
+
 def test_without_a_batch_the_loss_makes_its_own():
     model, optimizer, _ = made()
     generator = torch.Generator().manual_seed(3)
@@ -227,6 +246,9 @@ def test_refuses_another_batch():
     _, _, free = made(capture=False)
     free.step(torch.randn(4, 5))
     free.step(torch.randn(3, 5))
+    _, _, halves = made(accumulate=2)
+    with pytest.raises(ShapeError, match="a multiple of accumulate = 2 rows, got 3"):
+        halves.step(torch.randn(3, 5))
     _, _, double = made(steps_per_replay=2)
     with pytest.raises(ShapeError, match=r"first axis of steps_per_replay = 2, got shape \(4, 5\)"):
         double.step(torch.randn(4, 5))
@@ -238,6 +260,7 @@ def test_refuses_what_it_can_not_run():
     with pytest.raises(ConfigError, match="fused=True"):
         CapturedStep(torch.optim.AdamW(model.parameters(), fused=False), loss)
     for options, match in [
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"warmup": 0}, "warmup must be at least 1, got 0"),
         ({"steps_per_replay": 0}, "steps_per_replay must be at least 1"),
         ({"clip": -1.0}, "clip must be finite"),

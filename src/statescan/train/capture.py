@@ -37,6 +37,8 @@ class CapturedStep:
         parameters: over whose gradients the norm goes; None for all of the optimiser's.
         clip: the largest global norm of a gradient; 0 for no clipping.
         autocast: dtype of `torch.autocast` around `loss`; None for none.
+        accumulate: passes whose gradients make one step: each batch is cut along its first axis into so many equal
+            parts, and the step is that of the mean of their losses.
         warmup: steps before the capture, at least 1.
         steps_per_replay: steps unrolled in one graph, so that a call starts so many. Batches then have an axis more.
         schedule: from the number of a step, from 0, to its learning rate; None keeps the optimiser's until `set_lr`.
@@ -62,6 +64,7 @@ class CapturedStep:
         parameters: Sequence[Tensor] | None = None,
         clip: float = 0.0,
         autocast: torch.dtype | None = None,
+        accumulate: int = 1,
         warmup: int = 3,
         steps_per_replay: int = 1,
         schedule: Callable[[int], float] | None = None,
@@ -83,7 +86,7 @@ class CapturedStep:
                 "it with fused=True, so that a gradient that is not finite is left out on the device"
             )
         self.device = devices.pop()
-        for name, value in (("warmup", warmup), ("steps_per_replay", steps_per_replay)):
+        for name, value in (("accumulate", accumulate), ("warmup", warmup), ("steps_per_replay", steps_per_replay)):
             if value < 1:
                 raise ConfigError(f"CapturedStep: {name} must be at least 1, got {value}")
         if not 0 <= clip < float("inf"):
@@ -95,7 +98,7 @@ class CapturedStep:
                 "it None"
             )
         self._optimizer, self._loss, self._clip, self._autocast = optimizer, loss, clip, autocast
-        self._warmup, self._count, self._schedule = warmup, steps_per_replay, schedule
+        self._warmup, self._count, self._schedule, self._passes = warmup, steps_per_replay, schedule, accumulate
         self._generators = list(generators)
         self.captures = on_cuda and capture is not False
         self._any_shape = capture is False
@@ -203,6 +206,12 @@ class CapturedStep:
                     f"CapturedStep.step: batch[{number}] must have a first axis of steps_per_replay = {self._count}, "
                     f"got shape {tuple(tensor.shape)}; stack the batches of the steps"
                 )
+            rows = tensor.shape[int(self._count > 1)] if tensor.ndim > (self._count > 1) else 1
+            if rows % self._passes:
+                raise ShapeError(
+                    f"CapturedStep.step: batch[{number}] must have a multiple of accumulate = {self._passes} rows, got "
+                    f"{rows}; take as many more or another accumulate"
+                )
         if self._any_shape:
             return [tensor.to(self.device, non_blocking=True) for tensor in batch]
         if self._batch is None:
@@ -223,16 +232,20 @@ class CapturedStep:
         for i in range(self._count):
             for number, group in enumerate(self._optimizer.param_groups):
                 group["lr"] = self._rates[i, number]
-            parts = batch if self._count == 1 else [tensor[i] for tensor in batch]
-            with self._cast():
-                loss = self._loss(*parts)
-            if loss.ndim:
-                raise ShapeError(
-                    f"CapturedStep: loss must return one number, got shape {tuple(loss.shape)}; take its mean"
-                )
-            loss.backward()
-            self._losses[i].copy_(loss.detach())
-            del loss
+            chosen = batch if self._count == 1 else [tensor[i] for tensor in batch]
+            cut = zip(*(tensor.chunk(self._passes) for tensor in chosen), strict=True)
+            for number, part in enumerate(cut if chosen else [()] * self._passes):
+                with self._cast():
+                    loss = self._loss(*part)
+                if loss.ndim:
+                    raise ShapeError(
+                        f"CapturedStep: loss must return one number, got shape {tuple(loss.shape)}; take its mean"
+                    )
+                if self._passes > 1:
+                    loss = loss / self._passes
+                loss.backward()
+                self._losses[i].copy_(loss.detach()) if number == 0 else self._losses[i].add_(loss.detach())
+                del loss
             norm, bad = guarded_update(self._optimizer, self._parameters, self._clip, True)
             self.norm.copy_(norm)
             self.skipped.add_(bad)

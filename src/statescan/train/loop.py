@@ -454,8 +454,6 @@ class _Trainer:
             return f"a CUDA device, it runs on '{self.device.type}'"
         if self.fabric.world_size > 1:
             return f"one process, there are {self.fabric.world_size}"
-        if config.accumulate > 1:
-            return f"train.accumulate=1, got {config.accumulate}"
         if config.compile:
             return "train.compile=false, it is true"
         if isinstance(self.sampler, PackedSampler):
@@ -475,6 +473,7 @@ class _Trainer:
             lambda windows: self.raw(windows[:, :-1], labels=windows).loss,
             parameters=self.guarded.parameters,
             clip=config.clip,
+            accumulate=config.accumulate,
             autocast=torch.bfloat16 if config.precision == "bf16" else None,
         )
         step.skipped, step.skipped_in_row = self.guarded.skipped, self.guarded.skipped_in_row
