@@ -68,8 +68,10 @@ class SyntheticRun:
         seed: of weights and examples.
         lr: highest learning rate of Adam; there is no weight decay. Default 1e-3.
         warmup: updates of linear warm-up. Default 0.
-        decay: the rate falls to 0 along a half cosine; False: it stays. Default False.
+        decay: share of the updates, the last ones, over which the rate falls to 0 along a line. Default 0: it stays.
         clip: largest global norm of a gradient; 0 for no clipping. Default 0.
+        beta2: of Adam's second moment. Once nearly all answers are right, gradients are tiny but for the rare example
+            that fails; with 0.999 such a one then moves every weight by some thirty times the rate. Default 0.999.
         bf16: train under bfloat16 autocast. Default False.
     """
 
@@ -79,8 +81,9 @@ class SyntheticRun:
     seed: int = 0
     lr: float = 1e-3
     warmup: int = 0
-    decay: bool = False
+    decay: float = 0.0
     clip: float = 0.0
+    beta2: float = 0.999
     bf16: bool = False
 
     @property
@@ -100,11 +103,8 @@ class SyntheticRun:
 
     def learning_rate(self, step: int) -> float:
         """That of an update, from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if not self.decay:
-            return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+        rate = self.lr * min(1.0, (step + 1) / max(1, self.warmup))
+        return rate * min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
 
     def to_dict(self) -> dict[str, Any]:
         """All that decides how it is trained, as JSON takes it."""
@@ -244,7 +244,7 @@ class _Course:
         run, stage = self.run, self.run.stages[number]
         if self._stage >= 0:
             self._optimizer_state = self._step.state_dict()["optimizer"]
-        optimizer = torch.optim.Adam(parameter_groups(self.model, 0.0), lr=run.lr, fused=True)
+        optimizer = torch.optim.Adam(parameter_groups(self.model, 0.0), lr=run.lr, betas=(0.9, run.beta2), fused=True)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
         position = torch.tensor(self._where()[1], dtype=torch.int64, device=self.device)
