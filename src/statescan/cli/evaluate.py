@@ -1,7 +1,8 @@
-"""``statescan evaluate``: bits per byte of a text under a model, also over the position in the context."""
+"""``statescan evaluate``: bits per byte of a text under a model, over the position in the context; zero-shot tasks."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +19,47 @@ def evaluate(
         Path, typer.Option("--model", help="Folder of a model or of a training run, or owner/name on the hub.")
     ],
     data: Annotated[
-        list[str], typer.Option("--data", help="File, folder, glob or packaged:NAME; may be given several times.")
-    ],
+        list[str] | None,
+        typer.Option("--data", help="File, folder, glob or packaged:NAME; may be given several times."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="Instead of --data, zero-shot tasks with commas between: lambada, hellaswag, piqa, arc_easy, "
+            "arc_challenge, winogrande, blimp.",
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir", show_default="lm-eval fetches them", help="Folder of the tasks' files, NAME.jsonl or .xz."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, show_default="all", help="Judge the first N questions of a task.")
+    ] = None,
+    runs_on: Annotated[
+        str, typer.Option("--runs-on", help="For tasks: statescan, transformers (any causal model), or auto.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="For tasks, of the weights: float32, bfloat16 or float16.")
+    ] = "float32",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="For tasks: write the report here, question by question.")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", show_default="the model's own", help="'bytes' or a tokenizer JSON.")
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of a window, or of a chunk.")] = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=1,
+            show_default="1024; 2048 for tasks",
+            help="Tokens of a window or chunk; of tasks, the last tokens that are read.",
+        ),
+    ] = None,
     carry_state: Annotated[
         bool, typer.Option("--carry-state", help="Carry the state through the whole text instead of windows.")
     ] = False,
@@ -36,10 +72,29 @@ def evaluate(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Judges a model on a text: bits per byte and perplexity, and how they fall with the context."""
+    """Judges a model on a text (bits per byte and perplexity, and how they fall with the context) or on tasks."""
+    from statescan.errors import ConfigError
+
+    if (data is None) == (tasks is None):
+        both = "both" if data else "neither"
+        raise ConfigError(f"evaluate: exactly one of --data and --tasks must be given, got {both}; pass one")
+    if tasks is not None:
+        of_texts = {"--carry-state": carry_state, "--last": last != 1.0, "--max-tokens": max_tokens, "--png": png}
+        if unfit := [name for name, given in {**of_texts, "--batch-size": batch_size}.items() if given]:
+            raise ConfigError(f"evaluate: {', '.join(unfit)} is for --data, got it with --tasks; leave it out")
+        _evaluate_tasks(
+            model, tasks, data_dir, limit=limit, out=out, as_json=as_json, device=device, dtype=dtype,
+            tokenizer=tokenizer, runs_on=runs_on, max_length=context or 2048,
+        )  # fmt: skip
+        return
+    assert data is not None
+    context = context or 1024
+    of_tasks = {"--data-dir": data_dir, "--limit": limit, "--out": out}
+    of_tasks |= {"--runs-on": runs_on != "auto", "--dtype": dtype != "float32"}
+    if unfit := [name for name, given in of_tasks.items() if given]:
+        raise ConfigError(f"evaluate: {', '.join(unfit)} is for --tasks, got it with --data; leave it out")
     from statescan.cli.models import open_model
     from statescan.data import build_token_file
-    from statescan.errors import ConfigError
     from statescan.evaluate import evaluate_tokens
     from statescan.files import want_folder
 
@@ -83,6 +138,59 @@ def evaluate(
     )
     print()
     result_console().print(position_table(result.to_dict()["by_position"]))
+
+
+def _evaluate_tasks(
+    model: Path,
+    tasks: str,
+    data_dir: Path | None,
+    *,
+    limit: int | None,
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    from statescan.cli.zero_shot import print_table, split_names
+    from statescan.evaluate import evaluate_tasks
+    from statescan.evaluate.tasks import named_tasks
+    from statescan.files import atomic_file, want_folder
+    from statescan.integrations.language_models import open_judged
+    from statescan.recipes.zero_shot import beside_paper, report
+
+    names = [task.name for task in named_tasks(split_names(tasks))]
+    if out is not None:
+        want_folder(out)
+    judged = open_judged(model.as_posix(), **options)
+    if data_dir is None:
+        from statescan.integrations.lm_eval import evaluate_online
+
+        results = evaluate_online(judged, names, limit=limit)
+    else:
+        with progress("judging", unit="tokens") as bar:
+            results = evaluate_tasks(
+                judged.reader,
+                judged.tokenizer,
+                names,
+                data_dir,
+                limit=limit,
+                progress=lambda _, done, total: bar(done, total),
+            )
+    if out is not None:
+        with atomic_file(out) as temporary:
+            text = json.dumps(report(judged, results, items=True), indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
+    told = report(judged, results)
+    if as_json:
+        emit_json(told)
+        return
+    print_table([told], beside_paper(judged.parameters))
+    for result in results:
+        if result.parts:
+            worst = sorted(result.parts.items(), key=lambda pair: pair[1].value)
+            shown = ", ".join(f"{name} {100 * metric.value:.1f}" for name, metric in (worst[0], worst[-1]))
+            print(f"{result.task}: {len(result.parts)} parts, from {shown} (all with --json)")
+    if out is not None:
+        print(f"wrote {out}")
 
 
 def position_table(buckets: list[dict[str, Any]]) -> Any:

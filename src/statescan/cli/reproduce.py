@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, progress, result_console
+from statescan.cli.zero_shot import zero_shot
 
 if TYPE_CHECKING:
     from statescan.recipes.synthetic import Score
@@ -152,6 +153,9 @@ reproduce.command("induction-heads", epilog="Example: statescan reproduce induct
 )
 reproduce.command("selective-copying", epilog="Example: statescan reproduce selective-copying --row all --seeds 1")(
     selective_copying
+)
+reproduce.command("zero-shot", epilog="Example: statescan reproduce zero-shot --models a,b --data-dir questions")(
+    zero_shot
 )
 
 

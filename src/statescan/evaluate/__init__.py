@@ -1,16 +1,38 @@
-"""Judging a model: bits per byte of held-out text, over the position in the context, beside honest yardsticks."""
+"""Judging a model: bits per byte of held-out text beside honest yardsticks, and zero-shot tasks."""
 
 from __future__ import annotations
 
+from statescan.evaluate.continuations import (
+    Likelihood,
+    LogitsReader,
+    Reader,
+    Request,
+    StateReader,
+    encode_pairs,
+)
 from statescan.evaluate.likelihood import Evaluation, PositionBucket, draw_by_position, evaluate_tokens
+from statescan.evaluate.tasks import TASKS, Metric, Question, Task, TaskResult, evaluate_tasks, read_questions
 from statescan.evaluate.yardsticks import NGramModel, ngram_bits_per_byte, xz_bits_per_byte
 
 __all__ = [
+    "TASKS",
     "Evaluation",
+    "Likelihood",
+    "LogitsReader",
+    "Metric",
     "NGramModel",
     "PositionBucket",
+    "Question",
+    "Reader",
+    "Request",
+    "StateReader",
+    "Task",
+    "TaskResult",
     "draw_by_position",
+    "encode_pairs",
+    "evaluate_tasks",
     "evaluate_tokens",
     "ngram_bits_per_byte",
+    "read_questions",
     "xz_bits_per_byte",
 ]
