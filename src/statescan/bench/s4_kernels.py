@@ -134,7 +134,8 @@ def _subject(job: dict[str, Any], problem: dict[str, Tensor]) -> Callable[[], Te
 
 
 def _ours(problem: dict[str, Tensor], length: int, backend: str) -> Tensor:
-    return s4_kernel(*(problem[name] for name in _NAMES), length, backend=backend)
+    Lambda, P, B, C, dt = (problem[name] for name in _NAMES)
+    return s4_kernel(Lambda, P, B, C, dt, length, backend=backend)
 
 
 def _error(found: Tensor, problem: dict[str, Tensor], length: int) -> float:
