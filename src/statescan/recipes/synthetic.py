@@ -403,7 +403,8 @@ def train_runs(
                 course.advance()
             now = time.perf_counter()
             ended = [course for course in under_way if course.finished]
-            if not ended and now - looked < _LOOK_EVERY:
+            late = seconds is not None and now - begun >= seconds
+            if not (ended or late or now - looked >= _LOOK_EVERY):
                 continue
             losses = [(course, course.look()) for course in under_way]
             looked = time.perf_counter()
@@ -415,7 +416,7 @@ def train_runs(
             for course in ended:
                 course.finish(elapsed(course), len(going))
                 under_way.remove(course)
-            if seconds is not None and looked - begun >= seconds:
+            if late:
                 break
             if looked - saved >= _SAVE_EVERY:
                 for course in under_way:
