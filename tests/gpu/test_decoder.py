@@ -18,6 +18,7 @@ from statescan.generate import Engine, SamplingParams, generate_naive, sample
 from statescan.generate.packed import DecodeState, PackedModel
 from statescan.models import CausalLM, MambaConfig, preset
 from statescan.ops import _cuda, mamba_step
+from statescan.ops.mamba_step.validation import BlockWeights
 from statescan.ops.packed_linear.validation import PackedWeight
 from statescan.testing import assert_within_budget
 
@@ -34,13 +35,14 @@ def _kernels() -> None:
         pytest.skip(reason)
 
 
-# One launch takes the first three (whole and cut tiles of rows, several rows a block, biases); the last has odd sizes
-# everywhere and goes in pieces.
+# One launch takes the first three for one row (whole and cut tiles of rows, several rows a block, biases). Several rows
+# in 16 bits have one launch between the large products at widths 2048 and 768; one has odd sizes everywhere: in pieces.
 CONFIGS = {
     "tiny": preset("tiny"),
     "wide": MambaConfig(d_model=736, n_layer=2, vocab_size=1003, dt_rank=48, bias=True, tie_embeddings=False),
     "d_model 2048": MambaConfig(d_model=2048, n_layer=2, vocab_size=5003),
     "odd": MambaConfig(d_model=45, n_layer=3, vocab_size=203, d_state=11, bias=True),
+    "d_model 768": MambaConfig(d_model=768, n_layer=3, vocab_size=1003, bias=True),
 }
 ONE_LAUNCH = ["tiny", "wide", "d_model 2048"]
 
@@ -128,12 +130,13 @@ def test_one_launch_is_float32_arithmetic_whatever_the_weights_are(name: str, dt
     assert all(torch.equal(a, b) for a, b in zip(*again, strict=True)), "two runs differ"
 
 
-@pytest.mark.parametrize("rows", [2, 3, 16, 37])
+@pytest.mark.parametrize("rows", [2, 3, 16, 37, 100])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_several_rows(name: str, dtype: str, rows: int) -> None:
     """float32 within the float32 budget, bfloat16 within that of a bfloat16 model; the states of other slots stay."""
-    own, slots = packed(name, dtype), decoder(name, dtype, 40)
+    own, slots = packed(name, dtype), decoder(name, dtype, rows + 3)
+    assert (slots.middle_refusal is None) == (name.startswith("d_model") and dtype == "bfloat16")
     exact, plain = wide_state(own, rows), own.init_state(rows)
     slots.state.ssm.normal_()
     slots.state.ssm[:, :rows] = 0
@@ -156,6 +159,98 @@ def test_several_rows(name: str, dtype: str, rows: int) -> None:
             usual = low.eval()(ids.T).logits.transpose(0, 1).flatten(0, 1)
         assert_within_budget(torch.cat(got).bfloat16(), wanted, usual, "logits")
     assert torch.equal(slots.state.ssm[:, rows:], before[:, rows:])
+
+
+def random_block(d_model: int, d_inner: int, rank: int, dtype: torch.dtype, bare: bool) -> BlockWeights:
+    g = torch.Generator("cuda").manual_seed(d_inner)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=g, device="cuda")
+
+    def weight(out: int, columns: int) -> PackedWeight:
+        return PackedWeight(draw(out, columns, scale=columns**-0.5).to(dtype))
+
+    return BlockWeights(
+        norm=1 + draw(d_model, scale=0.1),
+        in_proj=weight(2 * d_inner, d_model),
+        conv_weight=draw(d_inner, 4, scale=0.5),
+        x_proj=weight(rank + 32, d_inner),
+        dt_proj=weight(d_inner, rank),
+        A=-0.1 - 16 * draw(d_inner, 16).abs(),
+        out_proj=weight(d_model, d_inner),
+        conv_bias=None if bare else draw(d_inner, scale=0.1),
+        dt_bias=None if bare else draw(d_inner) - 3,
+        D=None if bare else draw(d_inner),
+        x_bias=None if bare else draw(rank + 32, scale=0.1),
+    )
+
+
+def between_products(w: BlockWeights, uz: Tensor, conv: Tensor, ssm: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """[y, convolution's state, state] by torch's ops, sums and states in `dtype`; where that is float32, what goes
+    between launches is rounded as it is there."""
+    given = w.x_proj.data.dtype
+    between = (lambda x: x.to(given).to(dtype)) if dtype == torch.float32 else (lambda x: x)
+
+    def wide(x: Tensor | None) -> Tensor | float:
+        return 0.0 if x is None else x.to(dtype)
+
+    u, z = uz.to(dtype).chunk(2, 1)
+    window = torch.cat([conv.to(dtype), u.unsqueeze(1)], 1)
+    u = between(torch.nn.functional.silu(torch.einsum("bwd,dw->bd", window, wide(w.conv_weight)) + wide(w.conv_bias)))
+    selected = u @ w.x_proj.data.to(dtype).T + wide(w.x_bias)
+    low, B, C = between(selected).split([w.dt_rank, 16, 16], 1)
+    dt = torch.nn.functional.softplus(between(low @ w.dt_proj.data.to(dtype).T) + wide(w.dt_bias))
+    h = torch.exp(dt.unsqueeze(-1) * w.A.to(dtype)) * ssm.to(dtype) + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
+    y = (h * C.unsqueeze(1)).sum(-1) + wide(w.D) * u
+    return [between(y * torch.nn.functional.silu(z)), window[:, 1:], h]
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64, 128])
+@pytest.mark.parametrize(("dtype", "bare"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)])
+@pytest.mark.parametrize("sizes", [(2048, 4096, 128), (768, 1536, 48), (2560, 5120, 160), (256, 512, 16)])
+def test_the_middle_of_a_block(sizes: tuple[int, int, int], dtype: torch.dtype, bare: bool, rows: int) -> None:
+    """Within the budget; equal run by run; and for a row alone what it is among others."""
+    from statescan.ops.mamba_step.middle import Middle, refuses_middle
+
+    w = random_block(*sizes, dtype, bare)
+    d_inner = w.d_inner
+    assert refuses_middle(w, torch.device("cuda")) is None
+    run = Middle(w, torch.device("cuda"))
+    g = torch.Generator("cuda").manual_seed(rows)
+    uz = torch.randn(rows, 2 * d_inner, generator=g, device="cuda").to(dtype)
+    conv = torch.randn(rows, 3, d_inner, generator=g, device="cuda")
+    ssm = torch.randn(rows, d_inner, 16, generator=g, device="cuda")
+
+    def launch(first: int) -> list[Tensor]:
+        y = torch.full((first, d_inner), float("nan"), dtype=dtype, device="cuda")
+        states = conv[:first].clone(), ssm[:first].clone()
+        run(uz[:first], *states, w, y, w.out_proj.data)
+        return [y, *states]
+
+    got = launch(rows)
+    exact, usual = (between_products(w, uz, conv, ssm, precision) for precision in (torch.float64, torch.float32))
+    assert torch.equal(got[1], exact[1].float())
+    assert_within_budget(got[0], exact[0], usual[0].to(dtype), "y")
+    assert_within_budget(got[2], exact[2], usual[2], "ssm")
+    assert all(torch.equal(a, b) for a, b in zip(launch(rows), got, strict=True)), "two runs differ"
+    alone = launch(max(1, rows // 2))
+    assert all(torch.equal(a, b[: max(1, rows // 2)]) for a, b in zip(alone, got, strict=True))
+
+
+def test_what_the_middle_refuses() -> None:
+    from statescan.ops.mamba_step.middle import refuses_middle
+
+    device, good = torch.device("cuda"), random_block(256, 512, 16, torch.bfloat16, False)
+    for block, text in (
+        (random_block(256, 512, 16, torch.float32, False), "take bfloat16 or float16, the weights are float32"),
+        (random_block(256, 512, 24, torch.bfloat16, False), "they are 512 and 24"),
+        (random_block(256, 768, 16, torch.bfloat16, False), "they are 768 and 16"),
+        (replace(good, A=good.A[:, :8]), "d_state is 8"),
+    ):
+        reason = refuses_middle(block, device)
+        assert reason is not None
+        assert text in reason
+    assert "'cpu'" in str(refuses_middle(good, torch.device("cpu")))
 
 
 def read(slots: Any, slot: int, number: int) -> tuple[int, float]:

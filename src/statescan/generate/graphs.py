@@ -3,8 +3,9 @@
 `GraphDecoder` does so for packed Mamba models, `StepGraph` for the `step` of any other model, without drawing.
 
 One row runs on `statescan.ops.mamba_step.decode.Stack`, a single launch that streams the weights once. More rows run
-cuBLAS's products with the pieces of mamba_step between them. After either, `sample.cu` draws every row's token on the
-device and writes it where the next step reads it, and into the host's memory where the host finds it in its own time.
+cuBLAS's two large products of a block with `mamba_step.middle.Middle` between them, or all its products with the pieces
+of mamba_step. Then `sample.cu` draws every row's token on the device and writes it where the next step reads it, and
+into the host's memory where the host finds it in its own time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from statescan.ops import _cuda
 
 __all__ = ["GraphDecoder", "StepGraph", "bucket", "refuses"]
 
-_LAUNCH_BOUND = 0  # tokens read at once, up to which launches set the time
+_LAUNCH_BOUND = 8192  # tokens read at once, up to which launches set the time
 _PREFILLS = 8  # shapes of prompts remembered
 
 
@@ -60,6 +61,7 @@ class GraphDecoder(DrawingSlots):
             raise BackendUnavailableError(f"GraphDecoder: {reason}")
         from statescan.ops.mamba_step.cuda import Pieces
         from statescan.ops.mamba_step.decode import Stack, refuses_stack
+        from statescan.ops.mamba_step.middle import Middle, refuses_middle
 
         device = packed.device
         super().__init__(device, capacity, vocabulary, packed.vocab_size)
@@ -72,6 +74,8 @@ class GraphDecoder(DrawingSlots):
             self._stack = Stack(
                 packed.blocks, packed.embedding, packed.norm_f, packed.epsilon, packed.head, packed.head_bias
             )
+        self.middle_refusal = refuses_middle(packed.blocks[0], device)
+        self._middle = None if self.middle_refusal else Middle(packed.blocks[0], device)
         self.state = packed.init_state(capacity)
         # By (rows, length), those used last at the end; False where such prompts were read once.
         self._prefills: dict[tuple[int, int], _Prefill | Literal[False]] = {}
@@ -141,25 +145,29 @@ class GraphDecoder(DrawingSlots):
         stream = torch.empty(rows, first.d_model, device=device)
         normed = torch.empty(rows, first.d_model, dtype=act, device=device)
         u, y = (torch.empty(rows, d_inner, dtype=act, device=device) for _ in range(2))
+        middle = self._middle if self._middle is not None and rows <= self._middle.most_rows else None
         before = None
         for i, block in enumerate(packed.blocks):
             in_bias, x_bias, out_bias = self._biases[i]
-            pieces.add_norm(x, before, stream, block.norm, block.epsilon, normed)
+            pieces.add_norm(x, before, stream, block.norm, block.epsilon, normed, block.in_proj.data)
             before = stream
             uz = F.linear(normed, block.in_proj.data, in_bias)
-            pieces.conv_step(uz[:, :d_inner], state.conv[i], block.conv_weight, block.conv_bias, u)
-            selected = F.linear(u, block.x_proj.data, x_bias)
-            low, B, C = selected.split([rank, d_state, d_state], dim=1)
-            dt = F.linear(low, block.dt_proj.data)
-            z = uz[:, d_inner:]
-            pieces.state_step(state.ssm[i], u, z, dt, block.A, B, C, block.D, block.dt_bias, y)
+            if middle is not None:
+                middle(uz, state.conv[i], state.ssm[i], block, y, block.out_proj.data)
+            else:
+                pieces.conv_step(uz[:, :d_inner], state.conv[i], block.conv_weight, block.conv_bias, u)
+                selected = F.linear(u, block.x_proj.data, x_bias)
+                low, B, C = selected.split([rank, d_state, d_state], dim=1)
+                dt = F.linear(low, block.dt_proj.data)
+                z = uz[:, d_inner:]
+                pieces.state_step(state.ssm[i], u, z, dt, block.A, B, C, block.D, block.dt_bias, y)
             x = F.linear(y, block.out_proj.data, out_bias)
-        pieces.add_norm(x, before, stream, packed.norm_f, packed.epsilon, normed)
+        pieces.add_norm(x, before, stream, packed.norm_f, packed.epsilon, normed, packed.head.data)
         logits = self.logits[:rows]
         if act == torch.float32:
             torch.mm(normed, packed.head.data.t(), out=logits)
         else:
-            logits.copy_(torch.mm(normed, packed.head.data.t(), out_dtype=torch.float32))
+            torch.mm(normed, packed.head.data.t(), out_dtype=torch.float32, out=logits)
         if packed.head_bias is not None:
             logits += packed.head_bias
 

@@ -28,9 +28,13 @@ DEV real warp_sum(real s) {
 }
 
 // stream = x + stream; normed = stream / rms * weight. One block of 256 threads a row; CHUNKS > 0: rows of up to 2048 CHUNKS
-// numbers, a multiple of eight, stay in registers between the two passes.
+// numbers, a multiple of eight, stay in registers between the two passes. `next`: what the following product reads, brought
+// into the second-level cache meanwhile, when the memory has nothing else to do.
 #ifndef CHUNKS
 #define CHUNKS 0
+#endif
+#ifndef EARLY
+#define EARLY 0
 #endif
 DEV real inverse_rms(real square, int d_model, double epsilon, real* parts) {
   square = warp_sum(square);
@@ -47,8 +51,16 @@ DEV real inverse_rms(real square, int d_model, double epsilon, real* parts) {
 }
 extern "C" __global__ void __launch_bounds__(256) add_norm(
     const act* __restrict__ x, const real* before, real* stream, const real* __restrict__ weight, act* __restrict__ normed,
-    int d_model, double epsilon) {
+    int d_model, double epsilon, const char* next, i64 next_bytes) {
   __shared__ real parts[8];
+#if __CUDA_ARCH__ >= 900
+  const i64 share = next_bytes / gridDim.x / 16 * 16;
+  for (i64 at = threadIdx.x * 4096; at < share; at += 256 * 4096)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(next + blockIdx.x * share + at), "r"((u32)min((i64)4096, share - at)) : "memory");
+#if EARLY
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // the launch began before its inputs were there
+#endif
+#endif
   const i64 row = (i64)blockIdx.x * d_model;
   real square = real(0);
 #if CHUNKS > 0

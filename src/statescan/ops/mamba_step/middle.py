@@ -1,0 +1,149 @@
+"""Convolution, x_proj, dt_proj, state and gate of a decoding step of several rows in one launch: see middle.cu."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from statescan.ops import _cuda
+from statescan.ops._cuda import i32
+from statescan.ops.mamba_step.validation import BlockWeights
+
+__all__ = ["Middle", "refuses_middle"]
+
+_SOURCE = Path(__file__).with_name("middle.cu")
+_WARPS = 16
+_THREADS = 32 * (_WARPS + 1)
+_SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block can have on compute capability 9.0
+_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+_MOST_ROWS = 128
+
+
+def _channels(d_inner: int, device: torch.device) -> int | None:
+    """Channels of a block: the fewest, in eights, with which all blocks run at once; None where that can't be."""
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    for channels in (8, 16, 24, 32, 40, 48, 64):
+        if d_inner % channels == 0 and d_inner // channels <= blocks:
+            return channels
+    return None
+
+
+def refuses_middle(block: BlockWeights, device: torch.device) -> str | None:
+    """Why the one-launch middle does not take blocks of this kind on this device; None if it does."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, the weights are on '{device.type}'"
+    reason = _cuda.unavailable_reason()
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        return "its states stream by bulk copies, which need compute capability 9.0"
+    if block.x_proj.data.dtype not in _TYPES:
+        return f"its products take bfloat16 or float16, the weights are {block.x_proj.dtype}"
+    if block.d_state != 16:
+        return f"it holds 16 states a channel, d_state is {block.d_state}"
+    if block.d_inner % 512 or block.dt_rank % 16 or block.dt_rank > 256:
+        return (
+            "d_inner must be a multiple of 512 and dt_rank one of 16 up to 256, they are "
+            f"{block.d_inner} and {block.dt_rank}"
+        )
+    if _channels(block.d_inner, device) is None:
+        return f"d_inner {block.d_inner} does not divide among the multiprocessors"
+    tensors = [block.x_proj.data, block.dt_proj.data, block.conv_weight, block.A]
+    if any(tensor.data_ptr() % 16 for tensor in tensors):
+        return "its loads begin at multiples of 16 bytes, and one of the weights does not; pass clones of them"
+    return None
+
+
+class Middle:
+    """What lies between in_proj and out_proj for up to 128 rows, one launch a block of the model.
+
+    Launches of one object must follow each other on one stream: they share their buffers.
+
+    Args:
+        block: any block of the model; all have its sizes.
+        device: a CUDA device.
+    """
+
+    most_rows = _MOST_ROWS
+
+    def __init__(self, block: BlockWeights, device: torch.device, **options: int) -> None:
+        channels = _channels(block.d_inner, device)
+        assert channels is not None
+        self._channels, self._rank, self._inner, self._width = channels, block.dt_rank, block.d_inner, block.width
+        self._dtype = block.x_proj.data.dtype
+        self._device = device.index or 0
+        self._options = options
+        rows = self.most_rows
+        self._u = torch.empty(rows, block.d_inner, dtype=self._dtype, device=device)
+        self._low = torch.empty(rows, block.dt_rank, dtype=self._dtype, device=device)
+        self._bc = torch.empty(rows, 2 * block.d_state, device=device)
+        self._counters = torch.zeros(3 * 32, dtype=torch.int32, device=device)
+
+    def _kernel(self, rows: int) -> _cuda.Kernel:
+        most = min(max(16, 1 << math.ceil(math.log2(rows))), self.most_rows)
+        tiles = 1 if most <= 64 else 2  # of eight outputs: as many blocks as there are take part
+        together = _WARPS // (self._channels // 8)
+        slot = together * self._channels * 64
+        numbers = most * self._channels
+        rest = 4 * (numbers + max(numbers, _WARPS * 128 * tiles) + most * 32) + self._channels * (self._rank + 8) * 2
+        slots = min((_SHARED_LIMIT - rest - 128) // (slot + 16), math.ceil(most / together))
+        options = {
+            "IN": _TYPES[self._dtype],
+            "E": self._inner,
+            "R": self._rank,
+            "W": self._width,
+            "CE": self._channels,
+            "ROWS": most,
+            "NX": tiles,
+            "SLOTS": slots,
+            "FLIGHT": 6,
+            **self._options,
+        }
+        shared = options["SLOTS"] * (slot + 16) + rest + 128
+        return _cuda.kernel(_SOURCE, "middle_step", options, _THREADS, self._device, shared=shared, cooperative=True)
+
+    def __call__(
+        self,
+        uz: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        weights: BlockWeights,
+        y: Tensor,
+        following: Tensor | None = None,
+    ) -> None:
+        """y = what out_proj takes; both states are moved on in place.
+
+        Args:
+            uz: (rows, 2 d_inner), what in_proj gave.
+            conv_state: (rows, width - 1, d_inner) float32.
+            ssm_state: (rows, d_inner, d_state) float32.
+            weights: of the block.
+            y: (rows, d_inner).
+            following: weights that the next launch reads; they come into the cache at the end.
+        """
+        w, rows = weights, uz.shape[0]
+        self._kernel(rows)(
+            (self._inner // self._channels, 1, 1),
+            uz,
+            conv_state,
+            ssm_state,
+            w.conv_weight,
+            w.conv_bias,
+            w.x_proj.data,
+            w.x_bias,
+            w.dt_proj.data,
+            w.dt_bias,
+            w.A,
+            w.D,
+            self._u,
+            self._low,
+            self._bc,
+            y,
+            self._counters,
+            i32(rows),
+            following,
+            0 if following is None or following.data_ptr() % 16 else following.nbytes,
+        )
