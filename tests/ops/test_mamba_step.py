@@ -206,6 +206,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("change", "error", "text"), WRONG)
 def test_errors(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    moved = {k: v.to(TEST_DEVICE) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
     with pytest.raises(error, match=text) as caught:
-        mamba_step(**{**GOOD, **change})  # type: ignore[arg-type]
+        mamba_step(**{**GOOD, **moved})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

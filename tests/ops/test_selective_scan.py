@@ -450,7 +450,7 @@ def test_only_some_inputs_need_gradients(backend: str, require_backend: Callable
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_gradient_into_one_output_alone(backend: str, require_backend: Callable[..., None]) -> None:
-    require_backend("selective_scan", backend)
+    require_backend("selective_scan", backend, dtype=torch.float64)
     problem = scan_problem(EVERY_OPTION, torch.float64)
     for name in OUTPUTS:
         cotangents = {name: truth_and_reference(EVERY_OPTION, torch.float64, 0)[0][name]}

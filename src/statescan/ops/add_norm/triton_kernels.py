@@ -17,6 +17,7 @@ def norm_forward(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     square = tl.full((BF,), 0.0, tl.float32)
+    value = square  # what a loop makes is known behind it only if it was there before
     for p in range(PIECES):
         c = p * BF + tl.arange(0, BF)
         live = c < features
