@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from statescan.models.baseline_config import ModelConfig, TransformerConfig
 from statescan.models.config import MambaConfig
 from statescan.models.counters import flops_per_token, parameter_count, state_bytes
 
@@ -25,6 +28,7 @@ __all__ = [
     "train_cost",
 ]
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WIDTH = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -148,7 +152,7 @@ def block_cost(config: MambaConfig, batch: int, length: int, dtype: str, mode: s
     )
 
 
-def train_cost(config: MambaConfig, batch: int, length: int, dtype: str) -> Cost:
+def train_cost(config: ModelConfig, batch: int, length: int, dtype: str) -> Cost:
     """A training step: every block forward and backward, the head three times, AdamW over float32 weights.
 
     AdamW reads weight, gradient and two moments and writes all but the gradient: 28 bytes a weight. What `recompute`
@@ -156,6 +160,9 @@ def train_cost(config: MambaConfig, batch: int, length: int, dtype: str) -> Cost
     """
     d, rows = config.d_model, float(batch * length)
     size = _WIDTH[dtype]
+    if not isinstance(config, MambaConfig):
+        flops = rows * flops_per_token(config, length // 2).training
+        return Cost(bytes=28.0 * parameter_count(config), flops=flops)
     head = Cost(
         bytes=3 * rows * d * size,
         flops=6 * rows * d * config.padded_vocab_size,
@@ -165,15 +172,29 @@ def train_cost(config: MambaConfig, batch: int, length: int, dtype: str) -> Cost
     return block_cost(config, batch, length, dtype, "forward+backward") * config.n_layer + head + optimizer
 
 
-def prefill_cost(config: MambaConfig, batch: int, length: int, dtype: str) -> Cost:
+def prefill_cost(config: ModelConfig, batch: int, length: int, dtype: str) -> Cost:
     """Reading prompts, the last position's logits only."""
     head = 2.0 * batch * config.d_model * config.padded_vocab_size
+    if not isinstance(config, MambaConfig):
+        every = float(flops_per_token(config, length // 2).forward - 2 * config.d_model * config.padded_vocab_size)
+        return Cost(flops=batch * length * every + head)
     return block_cost(config, batch, length, dtype, "forward") * config.n_layer + Cost(flops=head)
 
 
-def decode_cost(config: MambaConfig, batch: int, dtype: str) -> Cost:
-    """One token a row: every weight read once for all rows, every row's float32 state read and written."""
+def decode_cost(config: ModelConfig, batch: int, dtype: str, context: int = 0) -> Cost:
+    """One token a row: every weight read once for all rows, every row's float32 state read and written; of attention's
+    cache the `context` positions that are filled, read once, and one written."""
     weights = float(parameter_count(config) * _WIDTH[dtype])
+    if not isinstance(config, MambaConfig):
+        # Of a table that is not the head's too, a row is read for each token.
+        table = 0 if config.tie_embeddings else config.padded_vocab_size * config.d_model * _WIDTH[dtype]
+        held = _DTYPES[dtype]
+        state = state_bytes(config, batch, held, context=context)
+        moved = state + state_bytes(config, batch, held, context=1)
+        if not isinstance(config, TransformerConfig):
+            moved = 2 * state
+        flops = float(batch * flops_per_token(config, context).forward)
+        return Cost(bytes=weights - table + moved, flops=flops)
     return Cost(bytes=weights + 2 * state_bytes(config, batch), flops=float(batch * flops_per_token(config).forward))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from statescan.bench import costs
 from statescan.bench.costs import Cost
+from statescan.errors import ConfigError
 
 __all__ = ["FULL", "QUICK", "DeviceJob", "device_jobs"]
 
@@ -51,7 +52,7 @@ FULL: dict[str, dict[str, Any]] = {
         "block": [([8, 2048, 1024], "bfloat16"), ([8, 2048, 2048], "bfloat16")],
         "train": [("130m", 8, 2048), ("130m", 32, 2048), ("370m", 16, 2048)],
         "train_dtypes": ["bfloat16"],
-        "generate": [(name, batch) for name in ("130m", "1.4b") for batch in (1, 16, 64, 128)],
+        "generate": [(name, batch) for name in ("130m", "1.4b", "pythia-1.4b") for batch in (1, 16, 64, 128)],
         "generate_lengths": (2048, 128),
         "generate_dtypes": ["bfloat16"],
         "prefill": ("1.4b", 16, 2048),
@@ -200,16 +201,18 @@ def _train_jobs(sizes: dict[str, Any], device: str) -> Iterable[DeviceJob]:
 
 
 def _generate_jobs(sizes: dict[str, Any], device: str) -> Iterable[DeviceJob]:
-    from statescan.models import preset
+    from statescan.models import MambaConfig, preset
 
     length, new = sizes["generate_lengths"]
     for name, batch in sizes["generate"]:
         case = f"{name}, {batch} x ({length} + {new})"
         for dtype in sizes["generate_dtypes"]:
             options = {"preset": name, "batch": batch, "length": length, "new": new}
-            least = costs.decode_cost(preset(name), batch, dtype)
+            config = preset(name)
+            # Of attention's cache, what is filled at the middle of the tokens that are written.
+            least = costs.decode_cost(config, batch, dtype, length + new // 2)
             yield DeviceJob("generate", case, "statescan", dtype, "generate", options, least)
-            if device == "cuda":
+            if device == "cuda" and isinstance(config, MambaConfig):
                 yield DeviceJob("generate", case, "mamba_ssm", dtype, "generate", options, least, "mamba_ssm")
             if name == sizes["peer_model"] and batch == 1 and dtype != "int8":
                 fewer = {**options, "new": min(new, 32)}
@@ -265,6 +268,12 @@ _JOBS: dict[str, Callable[[dict[str, Any], str], Iterable[DeviceJob]]] = {
 DEVICE_BENCHMARKS = {"cuda": tuple(_JOBS), "cpu": ("attention", "block", "generate")}
 
 
-def device_jobs(bench: str, device: str, quick: bool) -> list[DeviceJob]:
-    """The measurements of one benchmark on ``"cuda"`` or ``"cpu"``."""
-    return list(_JOBS[bench]((QUICK if quick else FULL)[device], device))
+def device_jobs(bench: str, device: str, quick: bool, model: str | None = None) -> list[DeviceJob]:
+    """The measurements of one benchmark on ``"cuda"`` or ``"cpu"``; `model`: a preset for "generate" alone."""
+    sizes = (QUICK if quick else FULL)[device]
+    if model is not None:
+        if bench != "generate":
+            raise ConfigError(f"bench: a model is named for 'generate' alone, got it for {bench!r}; leave it out")
+        batches = dict.fromkeys(batch for _, batch in sizes["generate"])
+        sizes = {**sizes, "generate": [(model, batch) for batch in batches]}
+    return list(_JOBS[bench](sizes, device))

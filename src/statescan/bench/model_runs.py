@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statescan.bench.subjects import Verdict, autocast, judge, slack
-from statescan.models import CausalLM, MambaConfig, preset
+from statescan.models import CausalLM, ModelConfig, preset
 from statescan.train import CapturedStep
 
 __all__ = ["generate", "prefill", "read_long", "train"]
@@ -50,7 +50,7 @@ _CHECKED_LENGTH = 192
 
 
 def _train_verdicts(
-    build: Callable[[CausalLM], Any], config: MambaConfig, job: Mapping[str, Any]
+    build: Callable[[CausalLM], Any], config: ModelConfig, job: Mapping[str, Any]
 ) -> dict[str, Verdict]:
     """Loss and gradients of the same model with two layers, on one short row, against float64."""
     device, context = job["device"], autocast(job["device"], job["dtype"])
@@ -86,7 +86,7 @@ def _train_verdicts(
     return verdicts
 
 
-def _captured_verdict(config: MambaConfig, job: Mapping[str, Any]) -> Verdict:
+def _captured_verdict(config: ModelConfig, job: Mapping[str, Any]) -> Verdict:
     """Weights of a model with two layers after a few captured steps, against as many steps kernel by kernel."""
     small = config.replace(n_layer=2)
     ids = _ids(small.vocab_size, 1, _CHECKED_LENGTH + 1, job["device"])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from statescan.models import CausalLM
+from statescan.models.baseline_config import mamba_config
 
 __all__ = ["GgmlScan", "LlamaCpp", "mamba_ssm_model", "mambapy_model", "transformers_model", "write_gguf"]
 
@@ -28,7 +29,7 @@ def transformers_model(model: CausalLM, *, associative_scan: bool = True, mambap
     """transformers' MambaForCausalLM with the weights of `model`, in its dtype."""
     from transformers import MambaConfig, MambaForCausalLM
 
-    c = model.config
+    c = mamba_config("peer", model.config)
     weights = {k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in model.state_dict().items()}
     config = MambaConfig(
         vocab_size=model.backbone.embedding.weight.shape[0],
@@ -60,7 +61,7 @@ class _MambapyLM(torch.nn.Module):
         super().__init__()
         from mambapy.mamba import Mamba, MambaConfig
 
-        c = model.config
+        c = mamba_config("peer", model.config)
         self.layers = Mamba(
             MambaConfig(
                 d_model=c.d_model,
@@ -108,7 +109,7 @@ def write_gguf(model: CausalLM, path: Path, kind: str) -> None:
     """
     import gguf
 
-    c = model.config
+    c = mamba_config("peer", model.config)
     kinds = gguf.GGMLQuantizationType
     wanted = {"f32": kinds.F32, "f16": kinds.F16, "bf16": kinds.BF16, "q8_0": kinds.Q8_0}[kind]
     writer = gguf.GGUFWriter(path, "mamba")
@@ -288,7 +289,7 @@ def mamba_ssm_model(model: CausalLM) -> Any:
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-    c = model.config
+    c = mamba_config("peer", model.config)
     parameter = next(model.parameters())
     config = MambaConfig(
         d_model=c.d_model,

@@ -424,6 +424,7 @@ def run(
     out: Path | None = None,
     only: str | None = None,
     case: str | None = None,
+    model: str | None = None,
     max_seconds: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -438,6 +439,7 @@ def run(
         out: JSON file to write.
         only: measure just the implementations whose name contains this.
         case: measure just the cases (shape and mode, as the table shows them) that contain this.
+        model: a preset in place of those that "generate" measures.
         max_seconds: of repetitions of one implementation (CPU: of each round); default 15 on a CPU, 1 on a GPU.
         progress: called with a line before each measurement.
 
@@ -482,7 +484,7 @@ def run(
         jobs = [job for name in chosen if name in BENCHMARKS for job in BENCHMARKS[name](options) if wanted(job)]
         found += _process_rows(jobs, options, threads, quick, limits, say, keep)
     those = [name for name in chosen if name in DEVICE_BENCHMARKS[device]]
-    jobs_here = [job for name in those for job in device_jobs(name, device, quick) if wanted(job)]
+    jobs_here = [job for name in those for job in device_jobs(name, device, quick, model) if wanted(job)]
     found += _device_rows(jobs_here, device, threads, seconds, limits, machine, say, keep)
     keep([])
     return _report(machine, limits, found)

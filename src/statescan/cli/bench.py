@@ -34,6 +34,9 @@ def bench(
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the installed peers too.")] = True,
     only: Annotated[str | None, typer.Option("--only", help="Only implementations whose name contains this.")] = None,
     case: Annotated[str | None, typer.Option("--case", help="Only cases, as the table names them, with this.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="generate: this preset in place of the usual ones, e.g. pythia-1.4b.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write everything to this JSON file; figures: the folder.")
     ] = None,
@@ -84,6 +87,7 @@ def bench(
         peers=peers,
         only=only,
         case=case,
+        model=model,
         out=out,
         progress=lambda line: console.print(line, style="dim"),
     )

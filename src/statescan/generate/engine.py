@@ -142,7 +142,8 @@ class Engine:
     row alike whatever stands beside it (on the C++ kernels; torch's own products may round otherwise in another batch),
     and its random numbers belong to it. A row that has ended leaves the batch, and a waiting prompt takes its place.
 
-    On an NVIDIA GPU a step is one CUDA graph, drawing included, and the host starts steps ahead of what it has read.
+    On an NVIDIA GPU a step of Mamba and of a Transformer is one CUDA graph, drawing included, and the host starts steps
+    ahead of what it has read.
     There prompts of one length are read together, one row computes in float32 and several rows with activations in the
     weights' dtype, so that a row's last bits may depend on its company; its random numbers never do.
 
@@ -183,9 +184,14 @@ class Engine:
         on_gpu = self.device is not None and torch.device(self.device).type == "cuda"
         self.prefill_chunk = prefill_chunk or (_CHUNK_ON_GPU if on_gpu else _CHUNK)
         self.max_batch = max_batch
-        # Slots and graphs, where the decoder is a packed model on a GPU with kernels.
+        # Slots and graphs, where the decoder is a packed model or a Transformer on a GPU with kernels.
         self._slots: Any = None
-        if on_gpu and isinstance(model, nn.Module) and has_packed_form(model):
+        if on_gpu and isinstance(model, nn.Module) and not has_packed_form(model):
+            from statescan.generate import attention_graphs
+
+            if attention_graphs.refuses(self.decoder) is None:
+                self._slots = attention_graphs.AttentionGraphDecoder(self.decoder, max_batch, self.tokenizer.vocab_size)
+        elif on_gpu and isinstance(model, nn.Module):
             from statescan.generate import graphs
 
             if self.decoder.dtype == "int8":

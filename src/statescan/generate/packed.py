@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.models import CausalLM
+from statescan.models.baseline_config import mamba_config
 from statescan.nn import StepProjection, over_its_rms
 from statescan.ops import (
     PackedWeight,
@@ -198,7 +199,7 @@ class PackedModel:
                 "PackedModel: model must have the published Mamba layer, got one with another block, inner map or "
                 "selection; Engine and generate run it by its own forward and step"
             )
-        self.config = model.config
+        self.config = mamba_config("PackedModel", model.config)
         self.dtype: DecodeDType = dtype
         backbone: Any = model.backbone
         where = backbone.norm_f.weight.device if device is None else torch.device(device)

@@ -88,6 +88,16 @@ class ModelDecoder:
         self._model = _ready(model, _DTYPES[dtype], where)
 
     @property
+    def model(self) -> CausalLM:
+        """What runs: in evaluation mode, with parameters of the wanted dtype."""
+        return self._model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, a tied table counted once."""
+        return sum(parameter.nbytes for parameter in self._model.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._model.backbone.embedding.weight.device

@@ -21,6 +21,7 @@ __all__ = [
     "S4Config",
     "TransformerConfig",
     "config_from_dict",
+    "mamba_config",
 ]
 
 _Own = TypeVar("_Own", bound="BaselineConfig")
@@ -340,6 +341,17 @@ FAMILIES: dict[str, type[BaselineConfig]] = {
     "conv": ConvConfig,
     "s4": S4Config,
 }
+
+
+def mamba_config(caller: str, config: ModelConfig) -> MambaConfig:
+    """The configuration, where it is Mamba's.
+
+    Raises:
+        ConfigError: another family's.
+    """
+    if not isinstance(config, MambaConfig):
+        raise ConfigError(f"{caller}: model must be a Mamba, got one of {type(config).__name__}; take another preset")
+    return config
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> ModelConfig:

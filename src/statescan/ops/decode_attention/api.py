@@ -34,7 +34,7 @@ def decode_attention(
     device, so a CUDA graph of the call goes on being right while it grows. Not differentiable.
 
     Args:
-        q: queries, (batch, heads, d_head); float32, bfloat16, float16 or float64; the last two axes contiguous or copied.
+        q: queries, (batch, heads, d_head); float32, bfloat16, float16 or float64.
         k: keys, (batch, kv_heads, d_head), dtype of q. Query head h looks at key head h // (heads / kv_heads).
         v: values, as k.
         keys: the cache, (batch, kv_heads, capacity, d_head), any float dtype; changed in place.

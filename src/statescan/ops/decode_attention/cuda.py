@@ -104,12 +104,15 @@ def _attend(
     parts = spans(batch, keys.shape[1], keys.shape[2], size)
     with torch.cuda.device(q.device):
         partial = torch.empty(parts * batch * heads * (size + 2), dtype=torch.float32, device=q.device)
-        stream = torch.cuda.current_stream().cuda_stream
-        ended = _ended(q.device.index or 0, stream, batch * keys.shape[1])
+        places = batch * keys.shape[1]
+        if torch.cuda.is_current_stream_capturing():
+            # A graph has its own, and sets them to zero each time.
+            ended = torch.zeros(places, dtype=torch.int32, device=q.device)
+        else:
+            ended = _ended(q.device.index or 0, torch.cuda.current_stream().cuda_stream, places)
         table = None if rotary is None else rotary.float().contiguous()
-        launch(
-            *(_dense(x) for x in (q, k, v)), *used, lengths.contiguous(), table, out=out, partial=partial, ended=ended
-        )
+        q, k, v = _dense(q), _dense(k), _dense(v)
+        launch(q, k, v, used[0], used[1], lengths.contiguous(), table, out, partial, ended)
         for cache, copy in zip((keys, values), used, strict=True):
             if copy is not cache:
                 cache.copy_(copy)
