@@ -172,7 +172,6 @@ def test_a_captured_update_is_the_update(make_run, tmp_path, monkeypatch, saved_
     [
         ({}, "a CUDA device, it runs on 'cpu'"),
         ({"compile": True}, "train.compile=false, it is true"),
-        ({"data__packing": True, "length": 8}, "windows that are all alike, data.packing is true"),
     ],
 )
 def test_what_a_captured_update_lacks_is_named(make_run, tmp_path, fields, wanted, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from statescan.data import PackedSampler, build_token_file
 from statescan.errors import CheckpointError, ConfigError, DataError, DTypeError, ShapeError
 from statescan.models import CausalLM, MambaConfig
-from statescan.train import Callback, train
+from statescan.train import Callback, CapturedStep, loop, train
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,10 @@ class StopAt(Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_packed_run_resumes_to_the_same_bits(packed_run, tmp_path, assert_same_run):
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_packed_run_resumes_to_the_same_bits(packed_run, tmp_path, assert_same_run, monkeypatch, captured):
+    if captured:  # as on a GPU; a graph's parts run here one after the other
+        monkeypatch.setattr(loop._Trainer, "_capture_lacks", lambda self: None)
     run = packed_run(steps=30, accumulate=2, checkpoint_every=8)
     whole = train(run, tmp_path / "whole", progress=False)
     assert whole.evaluations[-1][1] < whole.evaluations[0][1] - 1, "it learns"
@@ -133,3 +136,27 @@ def test_targets_are_checked():
     ignoring = torch.tensor([[1, 2, 3, -100]])
     assert torch.equal(model(ids, targets=ignoring).loss, model(ids, labels=ids).loss)
     assert model(ids, targets=ignoring).logits is None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_captured_update_of_packed_windows_is_the_update(packed_run, tmp_path, monkeypatch, accumulate):
+    """With room for a power of two of documents, so that few graphs do for all batches."""
+    run = packed_run(accumulate=accumulate, batch_size=8)
+    plain = train(run, tmp_path / "plain", progress=False)
+    monkeypatch.setattr(loop._Trainer, "_capture_lacks", lambda self: None)
+    shapes, steps = [], []
+    real = CapturedStep.step
+
+    def step(self, inputs, targets, offsets):
+        shapes.append((tuple(inputs.shape), tuple(targets.shape), tuple(offsets.shape)))
+        steps.append(self)
+        return real(self, inputs, targets, offsets)
+
+    monkeypatch.setattr(CapturedStep, "step", step)
+    captured = train(run, tmp_path / "captured", progress=False)
+    assert captured.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
+    assert len(shapes) == 12
+    assert {shape[:2] for shape in shapes} == {((accumulate, 256 // accumulate),) * 2}
+    rooms = {shape[2] for shape in shapes}
+    assert all(rows == accumulate and room & (room - 1) == 0 for rows, room in rooms)
+    assert len(set(map(id, steps))) == len(rooms) <= 2, "one for each room, and few of them"

@@ -87,7 +87,8 @@ def check_device(op: str, argument: str, value: Tensor, like: Tensor, like_name:
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> None:
     """Checks the boundaries of packed sequences: int32 or int64, from 0 to the length, never falling, batch 1.
 
-    The values are read on the host (one copy from the device), and only outside of torch.compile and torch.export.
+    The values are read on the host (one copy from the device), and only outside of torch.compile and torch.export, and
+    of a CUDA graph's capture, whose kernels check them in every replay.
     """
     check_tensor(op, "cu_seqlens", cu_seqlens)
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
@@ -101,7 +102,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
             f"{op}: with cu_seqlens the batch must be 1, got {batch}; "
             "put all sequences one after the other along the length"
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:

@@ -43,6 +43,8 @@ class CapturedStep:
         steps_per_replay: steps unrolled in one graph, so that a call starts so many. Batches then have an axis more.
         schedule: from the number of a step, from 0, to its learning rate; None keeps the optimiser's until `set_lr`.
         generators: of the device, besides torch's own, that `loss` draws from.
+        beside: one whose graph never runs at the same time, as for another shape of the same training: its memory
+            serves this one's graph too.
         capture: False runs every step kernel by kernel, and takes batches of changing shape; True insists on a graph;
             None captures where the parameters are on a CUDA device.
 
@@ -69,6 +71,7 @@ class CapturedStep:
         steps_per_replay: int = 1,
         schedule: Callable[[int], float] | None = None,
         generators: Sequence[torch.Generator] = (),
+        beside: CapturedStep | None = None,
         capture: bool | None = None,
     ) -> None:
         groups = optimizer.param_groups
@@ -110,7 +113,11 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: list[int] = []
         self._warm = 0
-        self._stream = torch.cuda.Stream(self.device) if self.captures else None
+        self._beside = beside
+        self._stream = None
+        if self.captures:
+            # Graphs share memory where they were captured on one stream.
+            self._stream = torch.cuda.Stream(self.device) if beside is None else beside._stream
         self._adopt()
         weak = weakref.ref(self)
 
@@ -271,6 +278,8 @@ class CapturedStep:
 
     def _capture(self, batch: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        other = None if self._beside is None else self._beside._graph
+        pool = None if other is None else other.pool()
         for generator in self._generators:
             graph.register_generator_state(generator)
         self._optimizer.zero_grad(set_to_none=True)
@@ -282,7 +291,7 @@ class CapturedStep:
         gc.disable()
         try:
             # The other threads of the process (a loader that pins memory) may go on with what they do.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 self._run(batch)
         except RuntimeError as problem:
             # What ends a capture early is told first; that it ended early is raised on top of it.

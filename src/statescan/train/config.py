@@ -85,7 +85,7 @@ class TrainConfig:
         threads: CPU threads per process; 0 leaves it to torch.
         compile: compile the model with torch.compile.
         capture: run the whole update as one CUDA graph (see `CapturedStep`): "auto" where that can be, which is on one
-            CUDA device without `compile` and data.packing; True insists on it, False never does.
+            CUDA device without `compile`; True insists on it, False never does.
     """
 
     steps: int = 1000

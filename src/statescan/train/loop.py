@@ -157,7 +157,7 @@ def train(
     if first_here:
         # Before any process is launched: what is wrong with the settings, the folder or the texts shows at once, and
         # the other processes find the token files built.
-        previous = _check_folder(out, resume)
+        previous = check_folder(out, resume)
         corpus = _read_corpus(run)
         _check_resumable(run, corpus, previous)
     if config.threads:
@@ -169,11 +169,11 @@ def train(
     fabric.barrier()
     if corpus is None:
         corpus = _read_corpus(run)
-    with _Interruption(fabric) as interruption:
+    with Interruption(fabric.world_size) as interruption:
         return _Trainer(run, out, corpus, fabric, resume, progress, callbacks, interruption).run()
 
 
-def _check_folder(out: Path, resume: bool) -> dict[str, Any] | None:
+def check_folder(out: Path, resume: bool) -> dict[str, Any] | None:
     """The run.json that stands in the folder; refuses what would harm it."""
     path = out / RUN_FILE
     if path.exists():
@@ -323,18 +323,18 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-class _Interruption:
+class Interruption:
     """SIGINT and SIGTERM as a wish to stop, which all processes learn of at the same update."""
 
-    def __init__(self, fabric: Any) -> None:
+    def __init__(self, world_size: int = 1) -> None:
         self._wished = False
         self._before: dict[int, Any] = {}
         self._group = None
-        if fabric.world_size > 1:
+        if world_size > 1:
             # By way of the CPUs, so that asking never waits for the devices.
             self._group = torch.distributed.new_group(backend="gloo")
 
-    def __enter__(self) -> _Interruption:
+    def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._wish)
@@ -389,7 +389,7 @@ class _Trainer:
         resume: bool,
         progress: bool,
         callbacks: Sequence[Callback],
-        interruption: _Interruption,
+        interruption: Interruption,
     ) -> None:
         self.run_config = run
         self.config = run.train
@@ -440,7 +440,8 @@ class _Trainer:
                     f"{self.config.steps}; raise train.steps to go on"
                 )
             self._restore(checkpoint)
-        self.captured = self._captured_step()
+        self.captures = self._captures()
+        self.captured: dict[int, CapturedStep] = {}
         self.started_at = self.done
         self.progress = Progress(self.config.steps, self.done, progress and self.first)
         if self.first:
@@ -456,25 +457,35 @@ class _Trainer:
             return f"one process, there are {self.fabric.world_size}"
         if config.compile:
             return "train.compile=false, it is true"
-        if isinstance(self.sampler, PackedSampler):
-            return "windows that are all alike, data.packing is true"
         return None
 
-    def _captured_step(self) -> CapturedStep | None:
-        """The update as one CUDA graph, None where it runs kernel by kernel."""
-        config, lacking = self.config, self._capture_lacks()
-        if config.capture is True and lacking is not None:
+    def _captures(self) -> bool:
+        """Whether an update is one CUDA graph."""
+        lacking = self._capture_lacks()
+        if self.config.capture is True and lacking is not None:
             raise ConfigError(f"train: train.capture=true wants {lacking}; set train.capture=auto")
-        if config.capture is False or lacking is not None:
-            return None
-        # Without Fabric's wrapper, which does nothing on one device but the autocast.
-        step = CapturedStep(
+        return self.config.capture is not False and lacking is None
+
+    def _captured_for(self, room: int) -> CapturedStep:
+        """The captured update for batches with room for so many offsets of packed documents, 0 for plain windows."""
+        if room in self.captured:
+            return self.captured[room]
+
+        def loss(inputs: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+            # Without Fabric's wrapper, which does nothing on one device but the autocast.
+            if not packed:
+                return self.raw(inputs[:, :-1], labels=inputs).loss
+            targets, offsets = packed
+            return self.raw(inputs, targets=targets, cu_seqlens=offsets[0]).loss
+
+        step = self.captured[room] = CapturedStep(
             self.guarded.optimizer,
-            lambda windows: self.raw(windows[:, :-1], labels=windows).loss,
+            loss,
             parameters=self.guarded.parameters,
-            clip=config.clip,
-            accumulate=config.accumulate,
-            autocast=torch.bfloat16 if config.precision == "bf16" else None,
+            clip=self.config.clip,
+            accumulate=self.config.accumulate,
+            autocast=torch.bfloat16 if self.config.precision == "bf16" else None,
+            beside=next(iter(self.captured.values()), None),
         )
         step.skipped, step.skipped_in_row = self.guarded.skipped, self.guarded.skipped_in_row
         return step
@@ -562,11 +573,8 @@ class _Trainer:
     def _update(self) -> None:
         """One update: `accumulate` passes forward and backward, then a guarded step."""
         config = self.config
-        if self.captured is not None:
-            self.captured.set_lr(learning_rate(self.done, config))
-            windows = self._pinned(self.sampler.next_batch(config.batch_size))  # type: ignore[arg-type]
-            self.loss_sum += self.captured.step(windows)
-            self.norm = self.captured.norm
+        if self.captures:
+            self.loss_sum += self._captured_update()
             self.in_window += 1
             self.done += 1
             return
@@ -581,6 +589,24 @@ class _Trainer:
         self.loss_sum += loss_sum
         self.in_window += 1
         self.done += 1
+
+    def _captured_update(self) -> torch.Tensor:
+        """The same as one graph; returns the loss."""
+        config, room = self.config, 0
+        if isinstance(self.sampler, PackedSampler):
+            packed = self.sampler.next_batch(config.batch_size, config.accumulate)
+            # Every graph has room for a power of two of offsets, so that there are few; empty sequences fill it.
+            room = 1 << (max(len(part.cu_seqlens) for part in packed) - 1).bit_length()
+            offsets = [np.pad(part.cu_seqlens, (0, room - len(part.cu_seqlens)), mode="edge") for part in packed]
+            inputs, targets = (np.concatenate(ids) for ids in zip(*(part[:2] for part in packed), strict=True))
+            batch = [inputs, targets, np.stack(offsets)]
+        else:
+            batch = [self.sampler.next_batch(config.batch_size)]
+        step = self._captured_for(room)
+        step.set_lr(learning_rate(self.done, config))
+        loss = step.step(*(self._pinned(array) for array in batch))
+        self.norm = step.norm
+        return loss
 
     def _passes(self) -> list[dict[str, torch.Tensor]]:
         """What the model is given in each pass of an update, on the device; all of them judge as many tokens."""
