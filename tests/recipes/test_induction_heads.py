@@ -1,0 +1,157 @@
+"""The induction heads recipe: what it writes comes from its runs, beside the paper's numbers as transcribed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from statescan.data import InductionHeads, load_tokenizer
+from statescan.errors import ConfigError
+from statescan.models import CausalLM
+from statescan.recipes import induction_heads as recipe
+from statescan.recipes.synthetic import Stage, SyntheticRun, read_scores, wilson
+
+FACTS = Path(__file__).parents[3] / "shared" / "facts" / "paper.md"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a moment in place of the recipe's own."""
+
+    def run(row: str = "mamba", seed: int = 0) -> SyntheticRun:
+        model = recipe.ROWS[row].model.replace(d_model=16)
+        return SyntheticRun(row, model, (Stage(InductionHeads(16), 4, 40),), seed)
+
+    monkeypatch.setattr(recipe, "induction_run", run)
+
+
+def _table(markdown: str) -> dict[str, list[str]]:
+    lines = [line.strip().strip("|").split("|") for line in markdown.splitlines() if line.startswith("|")]
+    return {cells[0].strip(" *"): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_a_run_leaves_models_scores_table_and_figure(small: None, tmp_path: Path) -> None:
+    told: list[str] = []
+    results = recipe.induction_heads(
+        tmp_path, rows=["mamba", "attention-rotary"], seeds=(0, 1), examples=lambda length: 4, longest=128,
+        say=told.append,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert [(run["row"], run["seed"]) for run in results["runs"]] == [
+        ("attention-rotary", 0),
+        ("attention-rotary", 1),
+        ("mamba", 0),
+        ("mamba", 1),
+    ]
+    for run in results["runs"]:
+        assert set(run["scores"]) == {"64", "128"}
+        assert run["scores"]["64"]["asked"] == 4
+    # The table's numbers are the scores', pooled over seeds.
+    rows = _table((tmp_path / "results.md").read_text())
+    mine = [run["scores"]["64"]["correct"] for run in results["runs"] if run["row"] == "mamba"]
+    low, high = (100 * end for end in wilson(sum(mine), 8))
+    assert rows["Mamba"][2] == f"{100 * sum(mine) / 8:.1f} [{low:.2f}, {high:.2f}]"
+    assert rows["Mamba"][1] == "2"
+    assert rows["Mamba"][4] == "not run"
+    assert set(rows["LSTM"][2:]) == {"not run"}
+    assert rows["MHA, rotary, paper"][2:8] == ["100", "100", "100", "83.6", "31.3", "18.4"]
+    assert (tmp_path / "mamba-seed0" / "statescan_tokenizer.json").exists()
+    assert load_tokenizer(tmp_path / "mamba-seed0").decode([0, 15]) == "a*"
+
+    # A second call trains and judges nothing again.
+    del told[:]
+    again = recipe.induction_heads(
+        tmp_path, rows=["mamba"], seeds=(0, 1), examples=lambda length: 4, longest=128, say=told.append
+    )
+    assert told == []
+    assert again["runs"] == results["runs"]
+
+
+def test_the_figure_is_drawn_and_is_the_same_again(small: None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    recipe.induction_heads(
+        tmp_path, rows=["mamba"], seeds=(0,), examples=lambda length: 4, longest=128, say=lambda line: None
+    )
+    first = (tmp_path / "figure.svg").read_bytes()
+    assert b"<svg" in first
+    recipe.report(tmp_path)
+    assert (tmp_path / "figure.svg").read_bytes() == first
+
+
+def test_judging_goes_on_where_it_was_broken_off(small: None, tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        if "length 64" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe.induction_heads(tmp_path, seeds=(0,), examples=lambda length: 2, longest=128, say=stop)
+    before = read_scores(tmp_path / "mamba-seed0")
+    assert set(before) == {64}
+    recipe.induction_heads(tmp_path, seeds=(0,), examples=lambda length: 2, longest=128, say=lambda line: None)
+    after = read_scores(tmp_path / "mamba-seed0")
+    assert set(after) == {64, 128}
+    assert after[64] == before[64]
+
+
+def test_the_recipe_trains_at_one_length_which_no_test_example_comes_from() -> None:
+    for row in recipe.ROWS:
+        run = recipe.induction_run(row, 2)
+        assert {stage.task for stage in run.stages} == {InductionHeads(256)}
+        assert run.seed == 2
+        assert run.model == recipe.ROWS[row].model
+        assert run.steps == recipe.induction_run().steps
+    seeds = {recipe.seed_of_tests(length) for length in recipe.LENGTHS}
+    assert len(seeds) == len(recipe.LENGTHS) == 15
+    assert min(seeds) > 10**9
+    with pytest.raises(ConfigError, match="row must be one of mamba, "):
+        recipe.induction_run("mamba2")
+
+
+def test_evaluate_gives_each_length_its_score() -> None:
+    torch.manual_seed(0)
+    model = CausalLM(dataclasses.replace(recipe.ROWS["mamba"].model, d_model=16, tie_embeddings=False)).eval()
+    told: list[int] = []
+    scores = recipe.evaluate(
+        model,
+        lengths=[8, 300],
+        examples=lambda length: 5,
+        at_once=256,
+        progress=lambda length, done, total: told.append(length),
+    )
+    assert list(scores) == [8, 300]
+    assert set(told) == {8, 300}
+    whole = recipe.evaluate(model, lengths=[8, 300], examples=lambda length: 5, bounded=False)
+    assert [score for score, _ in scores.values()] == [score for score, _ in whole.values()]
+
+
+def test_examples_within_a_budget_of_tokens() -> None:
+    count = recipe.examples_within(2**20)
+    assert [count(2**k) for k in (6, 8, 10, 19, 20)] == [4096, 4096, 1024, 2, 2]
+
+
+def test_the_papers_numbers_are_those_of_its_table() -> None:
+    if not FACTS.exists():
+        pytest.skip("the facts are not beside this checkout")
+    rows = {
+        "MHA-Abs": "attention-absolute",
+        "MHA-RoPE": "attention-rotary",
+        "MHA-xPos": "attention-xpos",
+        "H3": "h3",
+        "Hyena": "hyena",
+        "Mamba": "mamba",
+    }
+    section = FACTS.read_text().partition("### Induction heads")[2].partition("###")[0]
+    found = 0
+    for name, row in rows.items():
+        cells = re.search(rf"^\| {name} \|(.*)\|$", section, re.MULTILINE)
+        assert cells is not None
+        values = [cell.strip() for cell in cells[1].split("|")][1:]
+        as_ours = ["v" if v == 100 else "x" if v is None else f"{v:.1f}" for v in recipe.PAPER[row][1]]
+        assert ["v" if value == "100" else value for value in values] == as_ours
+        found += 1
+    assert found == len(recipe.PAPER)

@@ -1,0 +1,103 @@
+"""The selective copying recipe: its tables come from its runs, beside the paper's numbers as transcribed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from statescan.data import SelectiveCopying, load_tokenizer
+from statescan.errors import ConfigError
+from statescan.models import CausalLM
+from statescan.recipes import selective_copying as recipe
+from statescan.recipes.synthetic import Stage, SyntheticRun, judge, seed_of_tests, wilson
+
+FACTS = Path(__file__).parents[3] / "shared" / "facts" / "paper.md"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a moment in place of the recipe's own."""
+
+    def run(row: str = "mamba-s6", seed: int = 0) -> SyntheticRun:
+        known = {**recipe.ROWS, **recipe.ABLATION}[row]
+        stages = (Stage(SelectiveCopying(32), 4, 20), Stage(SelectiveCopying(known.length), 1, 2))
+        return SyntheticRun(row, known.model.replace(d_model=16), stages, seed)
+
+    monkeypatch.setattr(recipe, "selective_copying_run", run)
+
+
+def test_a_run_leaves_models_scores_tables_and_figure(small: None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = ["mamba-s6", "lstm", "selective-B"]
+    results = recipe.selective_copying(tmp_path, rows=rows, seeds=(0, 1), examples=3, say=lambda line: None)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    runs = {(run["row"], run["seed"]): run for run in results["runs"]}
+    assert set(runs) == {(row, seed) for row in rows for seed in (0, 1)}
+    # Each is judged at the length of its row, on examples of its own seed, all answers of an example.
+    assert {(row, *run["scores"]) for (row, _), run in runs.items()} == {
+        ("mamba-s6", "4096"),
+        ("lstm", "256"),
+        ("selective-B", "4096"),
+    }
+    again = judge(
+        CausalLM.from_pretrained(tmp_path / "lstm-seed1").eval(), SelectiveCopying(256), 3, seed=seed_of_tests(256)
+    )
+    score = runs["lstm", 1]["scores"]["256"]
+    assert (score["correct"], score["asked"], score["examples"]) == again
+    assert score["asked"] == 48
+    markdown = (tmp_path / "results.md").read_text()
+    mine = [runs["mamba-s6", seed]["scores"]["4096"]["correct"] for seed in (0, 1)]
+    low, high = (100 * end for end in wilson(sum(mine), 96))
+    assert f"| {low:.2f} to {high:.2f} |" in markdown
+    assert "| Mamba, S6 | 99.8 | **" in markdown
+    assert "| no gate, S6 | 97 | not run |" in markdown
+    assert "| LSTM (at length 256) |" in markdown
+    assert b"<svg" in (tmp_path / "figure.svg").read_bytes()
+    assert load_tokenizer(tmp_path / "mamba-s6-seed0").decode([0, 1, 15]) == ".A?"
+
+
+def test_every_row_is_trained_as_long_as_the_headline() -> None:
+    headline = recipe.selective_copying_run()
+    for row, known in {**recipe.ROWS, **recipe.ABLATION}.items():
+        run = recipe.selective_copying_run(row, 3)
+        assert run.steps == headline.steps == recipe.STEPS
+        assert run.stages[-1].task == SelectiveCopying(known.length)
+        lengths = [stage.task.total_length for stage in run.stages]
+        assert lengths == sorted(lengths)
+        assert (run.lr, run.beta2, run.decay) == (headline.lr, headline.beta2, headline.decay)
+    with pytest.raises(ConfigError, match="row must be one of mamba-s6, "):
+        recipe.selective_copying_run("mamba")
+
+
+def test_the_rows_are_the_papers() -> None:
+    """Three inner maps in three blocks; what is selective in all combinations, of which 'all' is the headline."""
+    assert {f"{block}-{inner}" for block in ("mamba", "h3", "ungated") for inner in ("s6", "s4", "s4d")} <= set(
+        recipe.ROWS
+    )
+    for row, known in recipe.ROWS.items():
+        if row not in ("lstm", "attention"):
+            assert (known.model.block, known.model.inner) == tuple(row.split("-"))
+    chosen = {
+        frozenset(known.model.selective.split(",")) - {"none"} for known in recipe.ABLATION.values()
+    }  # the sizes of the state select by all
+    assert len(chosen) == 8
+    sizes = [known.model.d_state for row, known in recipe.ABLATION.items() if row.startswith("state-")]
+    assert sorted([*sizes, recipe.ROWS["mamba-s6"].model.d_state]) == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_the_papers_numbers_are_those_of_its_table() -> None:
+    if not FACTS.exists():
+        pytest.skip("the facts are not beside this checkout")
+    section = FACTS.read_text().partition("### Selective copying")[2].partition("###")[0]
+    said = dict(part.strip().rsplit(" ", 1) for part in section.partition("\n")[2].strip().rstrip(".").split(";"))
+    names = {
+        "S4/none": "ungated-s4",
+        "S6/none": "ungated-s6",
+        "H3+S4": "h3-s4",
+        "H3+S6": "h3-s6",
+        "Mamba+S4": "mamba-s4",
+        "Mamba+S6": "mamba-s6",
+    }
+    assert {names[name]: float(said[name]) for name in names} == recipe.PAPER
