@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from pathlib import Path
 
 import pytest
 
 from statescan.data import LISTOPS_VOCABULARY, listops, solve_listops
-from statescan.errors import ConfigError
+from statescan.data.labelled import LabelledSequences
+from statescan.data.listops import listops_splits, read_listops
+from statescan.errors import ConfigError, DataError
 
 
 def _tokens(ids: list[int]) -> list[str]:
@@ -64,3 +67,59 @@ def test_bad_input() -> None:
             solve_listops(text.split())
     with pytest.raises(ConfigError, match="listops: wanted"):
         next(listops(0, min_length=10, max_length=11))
+
+
+def _rows(part: LabelledSequences) -> list[tuple[bytes, int]]:
+    assert part.lengths is not None
+    zipped = zip(part.values, part.lengths, part.labels, strict=True)
+    for row, length, _ in zip(part.values, part.lengths, part.labels, strict=True):
+        assert (row[:length] > 0).all()
+        assert (row[length:] == 0).all()
+    return [(row[:length].tobytes(), int(label)) for row, length, label in zipped]
+
+
+def test_splits_are_distinct_right_and_the_same_whoever_makes_them(tmp_path: Path) -> None:
+    rules = {"min_length": 10, "max_length": 60}
+    parts = listops_splits(3, (4100, 60, 40), workers=2, cache=tmp_path, **rules)
+    assert [len(part) for part in parts] == [4100, 60, 40]
+    rows = [row for part in parts for row in _rows(part)]
+    assert len({ids for ids, _ in rows}) == 4200
+    for ids, answer in rows[::17]:
+        assert solve_listops(_tokens(list(ids))) == answer
+    alone = listops_splits(3, (4100, 60, 40), workers=1, **rules)
+    assert [_rows(part) for part in alone] == [_rows(part) for part in parts]
+    # From the cache: nothing is made, and other counts of the same sum are other cuts.
+    (kept,) = tmp_path.iterdir()
+    stamp = kept.stat().st_mtime_ns
+    again = listops_splits(3, (4000, 100, 100), cache=tmp_path, **rules)
+    assert [row for part in again for row in _rows(part)] == rows
+    assert kept.stat().st_mtime_ns == stamp
+    assert _rows(listops_splits(4, (50, 1, 1), **rules)[0]) != rows[:50]
+
+
+def test_the_arenas_own_files(tmp_path: Path) -> None:
+    lines = {
+        "train": "( ( ( [MAX 3 ) 4 ) ] )\t4\n[MED 1 2 8 9 ]\t5\n",
+        "val": "[SM 9 9 ]\t8\n",
+        "test": "[MIN 7 [MAX 2 3 ] ]\t3\n",
+    }
+    for split, text in lines.items():
+        (tmp_path / f"basic_{split}.tsv").write_text("Source\tTarget\n" + text)
+    train, valid, test = read_listops(tmp_path)
+    assert [len(part) for part in (train, valid, test)] == [2, 1, 1]
+    for part in (train, valid, test):
+        for ids, answer in _rows(part):
+            assert solve_listops(_tokens(list(ids))) == answer
+    assert _tokens(list(_rows(train)[0][0])) == ["[MAX", "3", "4", "]"]
+    (tmp_path / "basic_val.tsv").write_text("Source\tTarget\n[SM 9 nine ]\t8\n")
+    with pytest.raises(DataError, match=r"line 2 of '.*basic_val.tsv' must be an expression, a tab and its value"):
+        read_listops(tmp_path)
+    (tmp_path / "basic_test.tsv").unlink()
+    (tmp_path / "basic_val.tsv").write_text("Source\tTarget\n[SM 9 9 ]\t8\n")
+    with pytest.raises(DataError, match=r"got no '.*basic_test.tsv'"):
+        read_listops(tmp_path)
+
+
+def test_bad_counts() -> None:
+    with pytest.raises(ConfigError, match="every count must be at least 1"):
+        listops_splits(0, (10, 0, 1))
