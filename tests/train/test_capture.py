@@ -89,6 +89,22 @@ def test_passes_accumulate_to_the_gradient_of_their_mean(each):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-2 * 4 * 2**-20)
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"steps_per_replay": 3}])
+def test_a_single_number_goes_to_every_pass(options):
+    model, optimizer, _ = made()
+    seen = []
+
+    def loss(x, factor):
+        seen.append((tuple(x.shape), float(factor)))
+        return model(x).square().mean() * factor
+
+    step = CapturedStep(optimizer, loss, **options)
+    each = options.get("steps_per_replay", 1)
+    x, factor = torch.randn(4, 5), torch.tensor(0.5)
+    step.step(*((x, factor) if each == 1 else (x.expand(3, 4, 5), factor.expand(3))))
+    assert seen == [((4 // options.get("accumulate", 1), 5), 0.5)] * (options.get("accumulate", 1) * each)
+
+
 def test_without_a_batch_the_loss_makes_its_own():
     model, optimizer, _ = made()
     generator = torch.Generator().manual_seed(3)

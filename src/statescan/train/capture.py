@@ -38,7 +38,7 @@ class CapturedStep:
         clip: the largest global norm of a gradient; 0 for no clipping.
         autocast: dtype of `torch.autocast` around `loss`; None for none.
         accumulate: passes whose gradients make one step: each batch is cut along its first axis into so many equal
-            parts, and the step is that of the mean of their losses.
+            parts (a single number goes to all), and the step is that of the mean of their losses.
         warmup: steps before the capture, at least 1.
         steps_per_replay: steps unrolled in one graph, so that a call starts so many. Batches then have an axis more.
         schedule: from the number of a step, from 0, to its learning rate; None keeps the optimiser's until `set_lr`.
@@ -213,11 +213,11 @@ class CapturedStep:
                     f"CapturedStep.step: batch[{number}] must have a first axis of steps_per_replay = {self._count}, "
                     f"got shape {tuple(tensor.shape)}; stack the batches of the steps"
                 )
-            rows = tensor.shape[int(self._count > 1)] if tensor.ndim > (self._count > 1) else 1
-            if rows % self._passes:
+            shape = tensor.shape[int(self._count > 1) :]
+            if shape and shape[0] % self._passes:
                 raise ShapeError(
                     f"CapturedStep.step: batch[{number}] must have a multiple of accumulate = {self._passes} rows, got "
-                    f"{rows}; take as many more or another accumulate"
+                    f"{shape[0]}; take as many more or another accumulate"
                 )
         if self._any_shape:
             return [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -234,13 +234,17 @@ class CapturedStep:
             held.copy_(tensor, non_blocking=True)
         return self._batch
 
+    def _cut(self, tensor: Tensor) -> Sequence[Tensor]:
+        """A step's tensor in equal parts, one for each pass; a single number is the same in all."""
+        return tensor.chunk(self._passes) if tensor.ndim and self._passes > 1 else [tensor] * self._passes
+
     def _run(self, batch: Sequence[Tensor]) -> None:
         """The steps, kernel by kernel, or into the graph that is being captured."""
         for i in range(self._count):
             for number, group in enumerate(self._optimizer.param_groups):
                 group["lr"] = self._rates[i, number]
             chosen = batch if self._count == 1 else [tensor[i] for tensor in batch]
-            cut = zip(*(tensor.chunk(self._passes) for tensor in chosen), strict=True)
+            cut = zip(*(self._cut(tensor) for tensor in chosen), strict=True)
             for number, part in enumerate(cut if chosen else [()] * self._passes):
                 with self._cast():
                     loss = self._loss(*part)
