@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from statescan.train.capture import CapturedStep
 from statescan.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from statescan.train.config import TrainConfig
 from statescan.train.logs import CsvLog, Progress
-from statescan.train.loop import RUN_FILE, _check_folder, _Interruption
+from statescan.train.loop import RUN_FILE, Interruption, check_folder
 from statescan.train.optim import learning_rate, parameter_groups
 
 __all__ = ["ClassifyConfig", "ClassifyResult", "Judgement", "Splits", "judge", "train_classifier"]
@@ -172,11 +171,11 @@ def train_classifier(
         TrainingError: `max_nonfinite` gradients in a row were not finite.
     """
     out = Path(out)
-    previous = _check_folder(out, resume)
+    previous = check_folder(out, resume)
     _check_fits(model, data)
     if train.threads:
         torch.set_num_threads(train.threads)
-    with _Interruption(SimpleNamespace(world_size=1)) as interruption:
+    with Interruption() as interruption:
         trainer = _ClassifierTrainer(model, train, data, out, dict(facts or {}), previous, progress, interruption)
         return trainer.run()
 
@@ -272,7 +271,7 @@ class _ClassifierTrainer:
         facts: dict[str, Any],
         previous: dict[str, Any] | None,
         progress: bool,
-        interruption: _Interruption,
+        interruption: Interruption,
     ) -> None:
         self.config, self.out, self.interruption = config, out, interruption
         self.device = _device(config.accelerator)
@@ -380,6 +379,7 @@ class _ClassifierTrainer:
             loss,
             clip=self.config.clip,
             autocast=self.autocast,
+            beside=next(iter(self.updates.values()), None),
             capture=None if self.config.capture else False,
         )
 
