@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from statescan.compat import mamba_ssm
 from statescan.errors import CheckpointError, ConfigError
 from statescan.models import CausalLM, MambaConfig, convert, flops_per_token, parameter_count, preset, state_bytes
 from statescan.train.optim import parameter_groups
@@ -203,6 +204,24 @@ def test_one_predicate_says_what_is_published() -> None:
     for fields in ({"block": "h3"}, {"inner": "s4"}, {"selective": "B"}, {"dt_rank": "none"}, {"A_init": "s4d-lin"}):
         assert not SMALL.replace(**fields).is_plain_mamba
     assert SMALL.replace(dt_rank="none").dt_rank_size == SMALL.replace(selective="B").dt_rank_size == 0
+
+
+@pytest.mark.parametrize("fields", [{"block": "h3"}, {"inner": "s4"}, {"A_init": "s4d-lin"}], ids=str)
+def test_mamba_ssm_has_no_word_for_them(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="config must have the published Mamba layer, got one with another block"):
+        mamba_ssm.MambaLMHeadModel(SMALL.replace(**fields))
+    assert mamba_ssm.MambaLMHeadModel(SMALL.replace(A_init="random")).config.statescan().A_init == "random"
+
+
+@pytest.mark.parametrize("fields", [f for f in CHOICES if f["block"] == "mamba" or f.get("inner") == "s4"], ids=str)
+def test_compiles_without_a_break(fields: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = CausalLM(SMALL.replace(**fields, n_layer=1))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss, wanted = compiled(IDS, labels=IDS).loss, model(IDS, labels=IDS).loss
+    loss.backward()
+    assert abs(float(loss.detach()) - float(wanted.detach())) <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1231,7 +1231,16 @@ class MambaConfig:
 
     @classmethod
     def from_statescan(cls, config: models.MambaConfig) -> MambaConfig:
-        """mamba_ssm's configuration of one of ours; layer arguments at their defaults are left out of ssm_cfg."""
+        """mamba_ssm's configuration of one of ours; layer arguments at their defaults are left out of ssm_cfg.
+
+        Raises:
+            ConfigError: a layer with another block, inner map or selection, which mamba_ssm has no word for.
+        """
+        if not config.is_plain_mamba:
+            raise ConfigError(
+                "MambaConfig.from_statescan: config must have the published Mamba layer, got one with another block, "
+                "inner map or selection; use statescan.models.CausalLM"
+            )
         defaults = {f.name: f.default for f in dataclasses.fields(models.MambaConfig)}
         fields = config.to_dict()
         layer = {name: fields[name] for name in _LAYER_FIELDS if fields[name] != defaults[name]}
