@@ -62,6 +62,9 @@ def norm_backward(
         limit = tl.where(first + q < rows, features, 0)
         scale = tl.load(rstd + tl.minimum(row, rows - 1))
         dot = tl.full((BF,), 0.0, tl.float32)
+        value = dot
+        g = dot
+        w = dot
         for p in range(PIECES):
             c = p * BF + tl.arange(0, BF)
             live = c < limit
