@@ -168,6 +168,12 @@ class MambaConfig:
         )
 
     @property
+    def packs_on_device(self) -> bool:
+        """Packed sequences are taken without the host's looking at where they start: by all but the convolutions over
+        whole sequences."""
+        return self.inner in ("s6", "none")
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up to a multiple of pad_vocab_size_multiple."""
         return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple

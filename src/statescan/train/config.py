@@ -85,7 +85,8 @@ class TrainConfig:
         threads: CPU threads per process; 0 leaves it to torch.
         compile: compile the model with torch.compile.
         capture: run the whole update as one CUDA graph (see `CapturedStep`): "auto" where that can be, which is on one
-            CUDA device without `compile`; True insists on it, False never does.
+            CUDA device without `compile` (with data.packing where the layers are S6's); True insists on it, False never
+            does.
     """
 
     steps: int = 1000

@@ -457,6 +457,9 @@ class _Trainer:
             return f"one process, there are {self.fabric.world_size}"
         if config.compile:
             return "train.compile=false, it is true"
+        if isinstance(self.sampler, PackedSampler) and not getattr(self.model_config, "packs_on_device", False):
+            # A graph stays right for documents of other lengths only where the host doesn't look at them.
+            return "data.packing=false, or layers that take packed documents without the host's help (S6)"
         return None
 
     def _captures(self) -> bool:
