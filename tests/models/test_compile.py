@@ -73,7 +73,9 @@ def test_export() -> None:
 def test_export_at_any_length() -> None:
     model = make().eval()
     shapes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=4096)}}
-    program = torch.export.export(model, (IDS,), dynamic_shapes=shapes)
+    # As for inference: what a GPU's scan keeps for a backward pass has a number of parts that export would fix.
+    with torch.no_grad():
+        program = torch.export.export(model, (IDS,), dynamic_shapes=shapes)
     for shape in ((1, 3), (3, 65)):
         ids = torch.arange(shape[0] * shape[1], device=DEVICE).view(shape) % 32
         assert close(program.module()(ids).logits, model(ids).logits)
