@@ -201,17 +201,28 @@ attend(const act* q, i64 qb, const act* k, i64 kb, const act* v, i64 vb, cell* k
   if (!closing) return;
   __threadfence();
   if (thread == 0) ended[place] = 0;
-#pragma unroll
+  // Every span's share first, all at once: one after the other they would take longer than the spans themselves.
+  __shared__ float shares[THREADS], masses[THREADS];
+#pragma unroll 1
   for (int g = 0; g < GROUP; g++) {
-    float top = NONE, weight = 0.f, total = 0.f;
     const float* all = partial + (place * spans * GROUP + g) * (D + 2);
     const i64 stride = GROUP * (D + 2);
-    for (int i = 0; i <= last; i++) top = fmaxf(top, load_shared_by_all(all + i * stride + D));
-    for (int i = 0; i <= last; i++) {
-      const float part = ex2(load_shared_by_all(all + i * stride + D) - top);
-      weight = fmaf(part, load_shared_by_all(all + i * stride + D + 1), weight);
-      if (thread < D) total = fmaf(part, load_shared_by_all(all + i * stride + thread), total);
+    const float mine = thread <= last ? load_shared_by_all(all + thread * stride + D) : NONE;
+    const float mass = thread <= last ? load_shared_by_all(all + thread * stride + D + 1) : 0.f;
+    shares[thread] = mine;
+    __syncthreads();
+    float top = NONE, weight = 0.f, total = 0.f;
+    for (int i = 0; i <= last; i++) top = fmaxf(top, shares[i]);
+    __syncthreads();
+    shares[thread] = thread <= last ? ex2(mine - top) : 0.f;
+    masses[thread] = mass;
+    __syncthreads();
+    for (int i = 0; i <= last; i++) weight = fmaf(shares[i], masses[i], weight);
+    if (thread < D) {
+#pragma unroll 16
+      for (int i = 0; i <= last; i++) total = fmaf(shares[i], load_shared_by_all(all + i * stride + thread), total);
+      out[row * ob + (head * GROUP + g) * D + thread] = to_act(total / weight);
     }
-    if (thread < D) out[row * ob + (head * GROUP + g) * D + thread] = to_act(total / weight);
+    __syncthreads();
   }
 }
