@@ -102,16 +102,18 @@ def train(
                 "bits_per_byte": held_out,
                 "evaluations": [{"step": step, "bits_per_byte": bits} for step, bits in result.evaluations],
                 "tokens_per_second": result.tokens_per_second,
+                "model_flop_utilization": result.utilization,
                 "interrupted": result.interrupted,
             }
         )
     else:
+        used = "" if result.utilization is None else f", {100 * result.utilization:.1f} % of the peak"
         print_rows(
             ("run", str(result.out)),
             ("steps", f"{result.steps:,} of {run.train.steps:,}"),
             ("training loss", f"{result.train_loss:.4f} nats per token"),
             ("held out", "not judged" if held_out is None else f"{held_out:.4f} bits per byte"),
-            ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
+            ("speed", f"{result.tokens_per_second:,.0f} tokens/s{used}"),
         )
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)

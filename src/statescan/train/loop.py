@@ -44,6 +44,7 @@ from statescan.train.checkpoint import (
 from statescan.train.config import RunConfig, TrainConfig
 from statescan.train.logs import CsvLog, Progress, TensorBoardLog, draw_curve, read_csv
 from statescan.train.optim import GuardedAdamW, learning_rate
+from statescan.train.utilization import utilization
 
 __all__ = ["Callback", "TrainResult", "load_run", "train"]
 
@@ -68,6 +69,8 @@ class TrainResult:
         interrupted: a signal ended it early.
         resume_command: what goes on from here, where it was interrupted.
         first_process: this process is the one that reports; every process of a distributed run gets a result.
+        utilization: model FLOP utilisation, the part of the devices' peak that went into the model's own operations;
+            None where the peak isn't known.
     """
 
     out: Path
@@ -78,6 +81,7 @@ class TrainResult:
     interrupted: bool
     resume_command: str = ""
     first_process: bool = True
+    utilization: float | None = None
 
 
 class Callback:
@@ -663,14 +667,17 @@ class _Trainer:
                 "skipped": skipped,
             }
             self.log.append(**row)
+            used = self._utilization(speed)
             self.board.add(
                 self.done,
                 train__loss=loss,
                 train__learning_rate=row["learning_rate"],
                 train__gradient_norm=norm,
                 train__tokens_per_second=speed,
+                **({} if used is None else {"train__model_flop_utilization": used}),
             )
-            self.progress.show(loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
+            shown = "" if used is None else f" ({100 * used:.0f} % of the peak)"
+            self.progress.show(loss=f"{loss:.3f}", speed=f"{speed:,.0f}{shown}")
             for callback in self.callbacks:
                 callback.on_log(row)
         if in_row >= self.config.max_nonfinite:
@@ -678,6 +685,12 @@ class _Trainer:
                 f"train: the last {in_row} gradients up to step {self.done} were infinite or no numbers, and were left "
                 "out; lower train.lr, lengthen train.warmup, or look at the data, then go on with resume"
             )
+
+    def _utilization(self, tokens_per_second: float) -> float | None:
+        config = self.config
+        return utilization(
+            self.model_config, config.length, tokens_per_second, self.device, config.precision, self.fabric.world_size
+        )
 
     def _evaluate(self) -> None:
         """Judge the held-out text; every process does, since a sharded model needs all of them."""
@@ -753,7 +766,11 @@ class _Trainer:
         self._export(self.out)
         command = _resume_command(self.out) if interrupted else ""
         if self.first:
-            self._write_run("interrupted" if interrupted else "finished", tokens_per_second=speed)
+            self._write_run(
+                "interrupted" if interrupted else "finished",
+                tokens_per_second=speed,
+                model_flop_utilization=self._utilization(speed),
+            )
             rows = read_csv(self.out / "log.csv")
             if not draw_curve(self.out / "loss.png", rows, self.evaluations, self.corpus.file.bytes_per_token):
                 self.progress.note("note: no loss.png, since matplotlib is not installed (statescan[plot])")
@@ -761,7 +778,15 @@ class _Trainer:
                 self.progress.note(f"interrupted after step {self.done}, which is saved; go on with: {command}")
         self.fabric.barrier()
         return TrainResult(
-            self.out, self.done, self.train_loss, list(self.evaluations), speed, interrupted, command, self.first
+            self.out,
+            self.done,
+            self.train_loss,
+            list(self.evaluations),
+            speed,
+            interrupted,
+            command,
+            self.first,
+            self._utilization(speed),
         )
 
     def _write_run(self, status: str, **results: Any) -> None:
