@@ -91,6 +91,29 @@ def test_the_permutation_is_one_for_all_pictures() -> None:
         assert (one.labels == other.labels).all()
 
 
+@pytest.mark.parametrize("permutation_seed", [None, 7])
+def test_moved_pictures_are_the_pictures_moved(permutation_seed: int | None) -> None:
+    images = _images()
+    train, valid, test = pixel_sequences(images, held_out=6, permutation_seed=permutation_seed, shift=2)
+    assert valid.views is None
+    assert test.views is None
+    assert train.views is not None
+    assert train.views.shape == (25, 20)
+    order = np.arange(20)
+    if permutation_seed is not None:
+        order = np.random.Generator(np.random.PCG64(permutation_seed)).permutation(20)
+    plain = pixel_sequences(images, held_out=6)[0].values.reshape(-1, 4, 5)
+    wanted = set()
+    for down in range(-2, 3):
+        for right in range(-2, 3):
+            moved = np.zeros_like(plain)
+            room = np.pad(plain, ((0, 0), (2, 2), (2, 2)))
+            moved[:] = room[:, 2 - down : 6 - down, 2 - right : 7 - right]
+            wanted.add(moved.reshape(24, 20)[:, order].tobytes())
+    padded = np.pad(train.values, ((0, 0), (0, 1)))
+    assert {padded[:, view].tobytes() for view in train.views} == wanted
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"which does not exist"):
         read_images(tmp_path / "none.npz")

@@ -111,7 +111,7 @@ def test_judging_counts_every_row_once_by_a_loop_of_its_own(data: Splits) -> Non
     assert found.loss == pytest.approx(loss / 50, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["pulses", "ragged"])
+@pytest.mark.parametrize("kind", ["pulses", "ragged", "views"])
 @pytest.mark.parametrize("step", [1, 8, 13])
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(
     data: Splits, stop_after: Any, tmp_path: Path, kind: str, step: int
@@ -120,6 +120,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(
     if kind == "ragged":
         data = Splits(_ragged(130, 0), _ragged(40, 1), _ragged(50, 2))
         model = replace(MODEL, d_input=0, vocab_size=9, bidirectional=True)
+    elif kind == "views":
+        backwards = np.stack([np.arange(18), np.arange(17, -1, -1)]).astype(np.int32)
+        data = data._replace(train=replace(data.train, views=backwards))
     whole = train_classifier(model, TRAIN, data, tmp_path / "whole", progress=False)
     stop_after(step)
     first = train_classifier(model, TRAIN, data, tmp_path / "parts", progress=False)
@@ -159,6 +162,33 @@ def test_a_run_that_was_killed_starts_over_or_from_its_checkpoint(data: Splits, 
     train_classifier(MODEL, TRAIN, data, tmp_path / "parts", resume=True, progress=False)
     for name in ("log.csv", "evaluations.csv", "model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+
+def test_rows_are_read_through_their_views_in_training_alone(data: Splits) -> None:
+    from statescan.train.classify import _Resident
+
+    views = np.stack([np.arange(18), np.full(18, 18)]).astype(np.int32)  # as it is, or nothing but zeros
+    resident = _Resident(replace(data.train, views=views, mean=0.0, deviation=1.0), torch.device("cpu"))
+    rows = torch.arange(100)
+    plain, labels, _ = resident.batch(rows, 18)
+    torch.manual_seed(0)
+    seen, same, _ = resident.batch(rows, 18, vary=True)
+    gone = (seen == 0).all(1).squeeze(-1)
+    assert 25 < int(gone.sum()) < 75
+    assert torch.equal(seen[~gone], plain[~gone])
+    assert torch.equal(labels, same)
+
+
+def test_a_changed_run_says_since_when(data: Splits, tmp_path: Path) -> None:
+    train_classifier(MODEL, replace(TRAIN, epochs=1), data, tmp_path / "run", progress=False, facts={"shift": 0})
+    for epochs, shift in ((2, 0), (2, 0), (3, 1)):
+        config = replace(TRAIN, epochs=epochs)
+        train_classifier(MODEL, config, data, tmp_path / "run", resume=True, progress=False, facts={"shift": shift})
+    history = json.loads((tmp_path / "run" / "run.json").read_text())["history"]
+    assert history == [
+        {"after_step": 8, "changed": {"epochs": [1, 2]}},
+        {"after_step": 16, "changed": {"epochs": [2, 3], "shift": [0, 1]}},
+    ]
 
 
 def test_the_systems_of_s4_learn_at_their_own_rate(data: Splits, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +121,7 @@ def _find(folder: Path, stem: str) -> Path:
 
 
 def pixel_sequences(
-    images: Images, *, held_out: int = 5000, permutation_seed: int | None = None, seed: int = 0
+    images: Images, *, held_out: int = 5000, permutation_seed: int | None = None, shift: int = 0, seed: int = 0
 ) -> tuple[LabelledSequences, LabelledSequences, LabelledSequences]:
     """Pictures as sequences of pixels, row by row: for training, for validation (held out from it), for the test.
 
@@ -128,6 +129,7 @@ def pixel_sequences(
         images: from `read_images`.
         held_out: pictures taken out of those for training, at random.
         permutation_seed: puts the pixels of all pictures into one fixed random order. Default: as they are.
+        shift: in training a picture is seen moved by up to so many pixels, up or down and to the sides.
         seed: of the choice of the held-out pictures.
 
     Raises:
@@ -145,8 +147,22 @@ def pixel_sequences(
 
     order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
     learnt, test = sequences(images.x_train, images.y_train), sequences(images.x_test, images.y_test)
-    parts = learnt.take(order[held_out:]), learnt.take(order[:held_out]), test
+    _, height, width = images.x_train.shape
+    views = _moves(height, width, shift) if shift else None
+    parts = replace(learnt.take(order[held_out:]), views=views), learnt.take(order[:held_out]), test
     if permutation_seed is None:
         return parts
     pixel_order = np.random.Generator(np.random.PCG64(permutation_seed)).permutation(learnt.length)
     return tuple(part.reordered(pixel_order) for part in parts)  # pyright: ignore[reportReturnType]
+
+
+def _moves(height: int, width: int, shift: int) -> NDArray[np.int32]:
+    """For each move of a picture, which pixel comes to stand where; `height` x `width` where one from outside does."""
+    rows, columns = np.mgrid[:height, :width]
+    found = []
+    for down in range(-shift, shift + 1):
+        for right in range(-shift, shift + 1):
+            row, column = rows - down, columns - right
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            found.append(np.where(inside, row * width + column, height * width).ravel())
+    return np.stack(found).astype(np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class LabelledSequences:
         vocab_size: number of token ids; 0 where the values are real numbers.
         mean, deviation: of the values over 255, where they are real: a model reads
             ``(value / 255 - mean) / deviation``.
+        views: (views, length) int32, orders in which a row may be read in training, one at random each time; where it
+            says `length` there stands a 0. None: rows are read as they are.
 
     Raises:
         DataError: shapes that don't go together, a label or an id out of range.
@@ -41,6 +43,7 @@ class LabelledSequences:
     vocab_size: int = 0
     mean: float = 0.0
     deviation: float = 1.0
+    views: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.dtype != np.uint8 or self.values.size == 0:
@@ -74,16 +77,17 @@ class LabelledSequences:
     def take(self, rows: Any) -> LabelledSequences:
         """Some rows, by a slice or an array of indices."""
         lengths = None if self.lengths is None else self.lengths[rows]
-        return LabelledSequences(
-            self.values[rows], self.labels[rows], self.classes, lengths, self.vocab_size, self.mean, self.deviation
-        )
+        return replace(self, values=self.values[rows], labels=self.labels[rows], lengths=lengths)
 
     def reordered(self, order: Sequence[int] | NDArray[Any]) -> LabelledSequences:
         """The positions of every row in another order: pixels by a fixed permutation."""
-        values = np.ascontiguousarray(self.values[:, np.asarray(order)])
-        return LabelledSequences(
-            values, self.labels, self.classes, self.lengths, self.vocab_size, self.mean, self.deviation
-        )
+        order = np.asarray(order)
+        values, views = np.ascontiguousarray(self.values[:, order]), self.views
+        if views is not None:
+            # Where each position has gone; the 0 past the end stays there.
+            place = np.append(np.argsort(order), self.length).astype(np.int32)
+            views = place[views[:, order]]
+        return replace(self, values=values, views=views)
 
 
 class LabelledOrder:

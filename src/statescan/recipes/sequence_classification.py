@@ -35,6 +35,7 @@ class Classification:
         data: file or folder of the data; "" for what is found or made.
         examples: of ListOps, for training, validation and test, where they are made.
         data_seed: of ListOps's examples, and of the pictures held out for validation.
+        shift: pixels by which a picture is moved at random in training.
         model: the classifier.
         train: the schedule.
     """
@@ -45,6 +46,7 @@ class Classification:
     train: ClassifyConfig
     examples: tuple[int, int, int] = (96_000, 2_000, 2_000)
     data_seed: int = 0
+    shift: int = 0
 
 
 # What each mixer has in place of the defaults: four blocks of width 128, of which an LSTM's and a GRU's, that run one
@@ -122,7 +124,9 @@ def task_data(run: Classification) -> Splits:
     permutation = _PERMUTATION_SEED if run.task == "psmnist" else None
     images = read_images(place)
     held_out = min(5000, len(images.x_train) // 4)
-    parts = pixel_sequences(images, held_out=held_out, permutation_seed=permutation, seed=run.data_seed)
+    parts = pixel_sequences(
+        images, held_out=held_out, permutation_seed=permutation, shift=run.shift, seed=run.data_seed
+    )
     return Splits(*parts)
 
 
@@ -131,6 +135,7 @@ def run_classification(
 ) -> ClassifyResult:
     """Trains and judges; see `statescan.train.train_classifier` for what is left in `out`, and for the errors."""
     facts = {"task": run.task, "path": run.data, "examples": list(run.examples), "data_seed": run.data_seed}
+    facts |= {"shift": run.shift}
     return train_classifier(run.model, run.train, task_data(run), out, resume=resume, progress=progress, facts=facts)
 
 
@@ -149,6 +154,7 @@ def load_classification(out: str | os.PathLike[str]) -> Classification:
             "data": facts["path"],
             "examples": facts["examples"],
             "data_seed": facts["data_seed"],
+            "shift": facts.get("shift", 0),
             "model": config["model"],
             "train": config["train"],
         }

@@ -206,10 +206,17 @@ class _Resident:
         self.values = torch.from_numpy(data.values).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
         self.lengths = None if data.lengths is None else torch.from_numpy(data.lengths).to(device)
+        self.views = None if data.views is None else torch.from_numpy(data.views).to(device)
 
-    def batch(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs, labels and mask of some rows, cut at a length: made on the device, without waiting for it."""
+    def batch(self, rows: Tensor, length: int, *, vary: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, labels and mask of some rows, cut at a length: made on the device, without waiting for it.
+
+        With `vary` each row is read through one of the data's views, where it has some.
+        """
         values, labels = self.values[rows, :length], self.labels[rows].long()
+        if vary and self.views is not None:
+            chosen = torch.randint(len(self.views), rows.shape, device=rows.device)
+            values = F.pad(values, (0, 1)).gather(1, self.views[chosen].long())
         if self.data.vocab_size:
             inputs = values.long()
         else:
@@ -279,6 +286,7 @@ class _ClassifierTrainer:
         self.steps = config.epochs * self.order.batches
         self.schedule = TrainConfig(steps=self.steps, warmup=config.warmup, lr=config.lr, min_lr=config.min_lr)
         self.facts = {"data": facts | _describe(data), "config": _plain(model, config)}
+        self.history: list[dict[str, Any]] = []
         if previous is not None:
             _check_same(previous, self.facts)
 
@@ -301,6 +309,8 @@ class _ClassifierTrainer:
         checkpoint = latest_checkpoint(out) if previous is not None else None
         if checkpoint is not None:
             self._restore(checkpoint)
+        if previous is not None:
+            self.history = previous.get("history", []) + _changes(previous, self.facts, self.done)
         # One for each length that batches are padded to. Made after the moments are restored, which they take as such.
         self.updates: dict[int, CapturedStep] = {}
         make_folder(out)
@@ -369,7 +379,7 @@ class _ClassifierTrainer:
 
     def _make_update(self, length: int) -> CapturedStep:
         def loss(rows: Tensor) -> Tensor:
-            inputs, labels, mask = self.train_rows.batch(rows, length)
+            inputs, labels, mask = self.train_rows.batch(rows, length, vary=True)
             found = self.model(inputs, labels, mask=mask).loss
             assert found is not None
             return found
@@ -458,6 +468,7 @@ class _ClassifierTrainer:
             "steps": self.done,
             "steps_an_epoch": self.order.batches,
             **self.facts,
+            "history": self.history,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "evaluations": self.evaluations,
             "seconds": self.seconds,
@@ -497,3 +508,14 @@ def _check_same(previous: dict[str, Any], now: dict[str, Any]) -> None:
                 f"resume: wanted {name} = {before}, with which the run began, got {value}; leave it as it was, or "
                 "start a new run in another folder"
             )
+
+
+def _changes(previous: dict[str, Any], now: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """What a resumed run does otherwise after a step, by the fields' names: [before, after]."""
+    found = {
+        name: [then.get(name), value]
+        for then, here in ((previous["config"]["train"], now["config"]["train"]), (previous["data"], now["data"]))
+        for name, value in here.items()
+        if then.get(name) != value
+    }
+    return [{"after_step": step, "changed": found}] if found else []
