@@ -26,6 +26,7 @@ __all__ = ["GraphDecoder", "StepGraph", "bucket", "refuses"]
 
 _LAUNCH_BOUND = 8192  # tokens read at once, up to which launches set the time
 _PREFILLS = 8  # shapes of prompts remembered
+_OUT_PARTS = 4  # products that out_proj is cut into
 
 
 def refuses(packed: PackedModel) -> str | None:
@@ -149,11 +150,11 @@ class GraphDecoder(DrawingSlots):
         before = None
         for i, block in enumerate(packed.blocks):
             in_bias, x_bias, out_bias = self._biases[i]
-            pieces.add_norm(x, before, stream, block.norm, block.epsilon, normed, block.in_proj.data)
+            pieces.add_norm(x, before, stream, block.norm, block.epsilon, normed)
             before = stream
             uz = F.linear(normed, block.in_proj.data, in_bias)
             if middle is not None:
-                middle(uz, state.conv[i], state.ssm[i], block, y, block.out_proj.data)
+                middle(uz, state.conv[i], state.ssm[i], block, y)
             else:
                 pieces.conv_step(uz[:, :d_inner], state.conv[i], block.conv_weight, block.conv_bias, u)
                 selected = F.linear(u, block.x_proj.data, x_bias)
@@ -161,8 +162,8 @@ class GraphDecoder(DrawingSlots):
                 dt = F.linear(low, block.dt_proj.data)
                 z = uz[:, d_inner:]
                 pieces.state_step(state.ssm[i], u, z, dt, block.A, B, C, block.D, block.dt_bias, y)
-            x = F.linear(y, block.out_proj.data, out_bias)
-        pieces.add_norm(x, before, stream, packed.norm_f, packed.epsilon, normed, packed.head.data)
+            x = self._out_proj(y, block.out_proj.data, out_bias)
+        pieces.add_norm(x, before, stream, packed.norm_f, packed.epsilon, normed)
         logits = self.logits[:rows]
         if act == torch.float32:
             torch.mm(normed, packed.head.data.t(), out=logits)
@@ -170,6 +171,19 @@ class GraphDecoder(DrawingSlots):
             torch.mm(normed, packed.head.data.t(), out_dtype=torch.float32, out=logits)
         if packed.head_bias is not None:
             logits += packed.head_bias
+
+    def _out_proj(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """y W^T + b, (rows, d_model), or parts of it, (parts, rows, d_model), that the norm adds up.
+
+        So few outputs a row leave multiprocessors idle; as products over a quarter of the columns each, all work.
+        """
+        rows, d_inner = y.shape
+        if bias is not None or y.dtype == torch.float32 or d_inner % (8 * _OUT_PARTS):
+            return F.linear(y, weight, bias)
+        parts = d_inner // _OUT_PARTS
+        return torch.bmm(
+            y.view(rows, _OUT_PARTS, parts).transpose(0, 1), weight.view(-1, _OUT_PARTS, parts).permute(1, 2, 0)
+        )
 
 
 class _Prefill:

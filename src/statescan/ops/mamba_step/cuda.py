@@ -68,19 +68,18 @@ class Pieces:
         weight: Tensor,
         epsilon: float,
         normed: Tensor,
-        following: Tensor | None = None,
     ) -> None:
         """stream = x + before; normed = stream / rms(stream) * weight; (rows, d_model), `before` may be `stream`.
 
-        `following`: weights that the next launch reads; they come into the cache meanwhile.
+        x may come as contiguous parts to be added up, (parts, rows, d_model).
         """
-        rows, d_model = x.shape
+        rows, d_model = stream.shape
         chunks = math.ceil(d_model / (8 * _THREADS)) if d_model % 8 == 0 else 0
         tensors = [t for t in (x, before, stream, weight, normed) if t is not None]
         whole = 0 < chunks <= 2 and all(t.data_ptr() % 16 == 0 for t in tensors)
-        run = self._kernel("add_norm", CHUNKS=chunks if whole else 0)
-        size = 0 if following is None or following.data_ptr() % 16 else following.nbytes
-        run((rows, 1, 1), x, before, stream, weight, normed, i32(d_model), float(epsilon), following, size)
+        parts = x.shape[0] if x.dim() == 3 else 1
+        run = self._kernel("add_norm", CHUNKS=chunks if whole else 0, PARTS=parts)
+        run((rows, 1, 1), x, before, stream, weight, normed, i32(d_model), float(epsilon))
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """x W^T + bias with sums in the state's precision; x (rows, in) with contiguous rows."""

@@ -28,13 +28,15 @@ DEV real warp_sum(real s) {
 }
 
 // stream = x + stream; normed = stream / rms * weight. One block of 256 threads a row; CHUNKS > 0: rows of up to 2048 CHUNKS
-// numbers, a multiple of eight, stay in registers between the two passes. `next`: what the following product reads, brought
-// into the second-level cache meanwhile, when the memory has nothing else to do.
+// numbers, a multiple of eight, stay in registers between the two passes. x is the sum of PARTS tensors, one after the other.
 #ifndef CHUNKS
 #define CHUNKS 0
 #endif
+#ifndef PARTS
+#define PARTS 1
+#endif
 #ifndef EARLY
-#define EARLY 0
+#define EARLY 0  // the launch may begin before its inputs are there
 #endif
 DEV real inverse_rms(real square, int d_model, double epsilon, real* parts) {
   square = warp_sum(square);
@@ -51,17 +53,12 @@ DEV real inverse_rms(real square, int d_model, double epsilon, real* parts) {
 }
 extern "C" __global__ void __launch_bounds__(256) add_norm(
     const act* __restrict__ x, const real* before, real* stream, const real* __restrict__ weight, act* __restrict__ normed,
-    int d_model, double epsilon, const char* next, i64 next_bytes) {
+    int d_model, double epsilon) {
   __shared__ real parts[8];
-#if __CUDA_ARCH__ >= 900
-  const i64 share = next_bytes / gridDim.x / 16 * 16;
-  for (i64 at = threadIdx.x * 4096; at < share; at += 256 * 4096)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(next + blockIdx.x * share + at), "r"((u32)min((i64)4096, share - at)) : "memory");
-#if EARLY
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // the launch began before its inputs were there
+#if EARLY && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-#endif
-  const i64 row = (i64)blockIdx.x * d_model;
+  const i64 row = (i64)blockIdx.x * d_model, apart = (i64)gridDim.x * d_model;
   real square = real(0);
 #if CHUNKS > 0
   real v[CHUNKS][8], w[CHUNKS][8];
@@ -69,7 +66,9 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(
   for (int i = 0; i < CHUNKS; i++) {
     const int k = (threadIdx.x + i * 256) * 8;
     if (k >= d_model) continue;
-    const Pack8 p = load8(x + row + k, 8, true);
+    Pack8 p[PARTS];
+#pragma unroll
+    for (int m = 0; m < PARTS; m++) p[m] = load8(x + m * apart + row + k, 8, true);
 #pragma unroll
     for (int j = 0; j < 8; j += 4) {
       const Four f = before ? *reinterpret_cast<const Four*>(before + row + k + j) : Four{};
@@ -79,7 +78,10 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      v[i][j] += part(p, j);
+      real s = part(p[0], j);
+#pragma unroll
+      for (int m = 1; m < PARTS; m++) s += part(p[m], j);
+      v[i][j] += s;
       square = fma_(v[i][j], v[i][j], square);
     }
 #pragma unroll
@@ -97,7 +99,10 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(
   }
 #else
   for (int k = threadIdx.x; k < d_model; k += 256) {
-    const real v = before ? to_real(x[row + k]) + before[row + k] : to_real(x[row + k]);
+    real v = to_real(x[row + k]);
+#pragma unroll
+    for (int m = 1; m < PARTS; m++) v += to_real(x[m * apart + row + k]);
+    if (before) v += before[row + k];
     stream[row + k] = v;
     square = fma_(v, v, square);
   }
