@@ -246,19 +246,20 @@ class Positions(nn.Module):
     def forward(self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None) -> Tensor:
         """x (batch, length, d_model) with its positions added, from where the first layer's state stands."""
         before = (0,) if state is None else state.lengths
+        from_start = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is not None:
             starts = cu_seqlens[:-1] - torch.tensor(before, device=x.device)
-            places = torch.arange(x.shape[1], device=x.device) - torch.repeat_interleave(
-                starts, cu_seqlens.diff(), output_size=x.shape[1]
-            )
+            places = from_start - torch.repeat_interleave(starts, cu_seqlens.diff(), output_size=x.shape[1])
             sizes = cu_seqlens.diff().tolist()
             last = max(size + start for size, start in zip(sizes, before * (len(sizes) // len(before)), strict=True))
         else:
-            places = torch.tensor(before, device=x.device)[:, None] + torch.arange(x.shape[1], device=x.device)
+            # From a number of the host, where all rows have one: a graph can't be captured with a copy in it.
+            first = before[0] if len(set(before)) == 1 else torch.tensor(before, device=x.device)[:, None]
+            places = (from_start + first).view(-1, x.shape[1])
             last = max(before) + x.shape[1]
         if last > self.weight.shape[0]:
             raise ShapeError(
                 f"CausalLM: a model with {self.weight.shape[0]} absolute positions reads no more than so many tokens, "
                 f"got {last}; cut the text, or make the model with a larger max_positions or positions='rotary'"
             )
-        return x + F.embedding(places, self.weight)
+        return x + F.embedding(places if cu_seqlens is None else places[None], self.weight)

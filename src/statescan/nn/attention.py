@@ -231,7 +231,8 @@ class CausalSelfAttention(nn.Module):
         if isinstance(places, Tensor):
             cos, sin = _cos_sin(places, self.turned, self.rotary_base, wide)
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            # A graph must not depend on memory that others let go.
             cos, sin = _cos_sin(
                 torch.arange(places, places + q.shape[2], device=q.device), self.turned, self.rotary_base, wide
             )
@@ -283,7 +284,9 @@ class CausalSelfAttention(nn.Module):
         log_zeta = torch.log((half + _XPOS_GAMMA) / (1 + _XPOS_GAMMA)).repeat(2)
         log_zeta = F.pad(log_zeta, (0, self.d_head - self.turned))
         # Rows of one number of positions share their scales.
-        first = torch.tensor(sorted(set(before)) if len(set(before)) == 1 else before, device=q.device).view(-1, 1, 1)
+        first: Tensor | int = before[0]
+        if len(set(before)) > 1:
+            first = torch.tensor(before, device=q.device).view(-1, 1, 1)
         places = torch.arange(k.shape[2], device=q.device, dtype=torch.float64).unsqueeze(-1)
         parts = []
         for start in range(0, q.shape[2], _XPOS_PIECE):
@@ -291,7 +294,7 @@ class CausalSelfAttention(nn.Module):
             seen = min(max(before) + end, k.shape[2])
             # Keys beyond a row's own queries are seen by none of them, whatever their scale: it must stay finite alone.
             from_here = ((places[:seen] - (first + start)) / _XPOS_BASE).clamp(max=_XPOS_PIECE / _XPOS_BASE)
-            theirs = (k[:, :, :seen] / torch.exp(from_here * log_zeta).to(wide).unsqueeze(1)).to(k.dtype)
+            theirs = (k[:, :, :seen] / torch.exp(from_here * log_zeta).to(wide).unsqueeze(-3)).to(k.dtype)
             ahead = places[: end - start] / _XPOS_BASE
             mine = (q[:, :, start:end] * torch.exp(ahead * log_zeta).to(wide)).to(q.dtype)
             parts.append(self._softmax(mine, theirs, v[:, :, :seen], tuple(length + start for length in before)))
