@@ -15,8 +15,12 @@
 #define THREADS (NT + 32)
 #define BLOCKS (E / CE)
 #define OCTETS (CE / 8)            // a warp takes eight channels of a row, four lanes a channel
-#define TOGETHER (WARPS / OCTETS)  // rows of a slot
-#define SLOT (TOGETHER * CE * N * 4)
+#define TOGETHER (WARPS / OCTETS)  // rows that the block takes at once
+#ifndef PER
+#define PER 2                      // times that, in a slot: what a thread waits for, it waits for together
+#endif
+#define SLOT_ROWS (PER * TOGETHER)
+#define SLOT (SLOT_ROWS * CE * N * 4)
 #define GROUPS 8                   // partial sums over the blocks' parts
 #define UNITS ((ROWS * X / 4 + BLOCKS - 1) / BLOCKS)  // of four sums, that a block adds up, at most
 #define X_ROW (CE + 8)             // of x_proj in shared memory: shifted, so that eight rows lie in different banks
@@ -107,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
   extern __shared__ __align__(128) char memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT);
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, block = blockIdx.x, c0 = block * CE;
-  const int slots = (rows + TOGETHER - 1) / TOGETHER, row_tiles = (rows + 15) / 16;
+  const int slots = (rows + SLOT_ROWS - 1) / SLOT_ROWS, row_tiles = (rows + 15) / 16;
   u32 *given = counters, *summed = counters + 32, *gone = counters + 64;
   if (tid == 0) {
     for (int i = 0; i < SLOTS; i++) {
@@ -127,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
       u64 policy;
       asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
       for (int s = 0; s < slots; s++) {
-        const int slot = s % SLOTS, r0 = s * TOGETHER, n = min(TOGETHER, rows - r0);
+        const int slot = s % SLOTS, r0 = s * SLOT_ROWS, n = min(SLOT_ROWS, rows - r0);
         if (s >= FLIGHT) bar_wait(&sh.full[(s - FLIGHT) % SLOTS], (s - FLIGHT) / SLOTS & 1);
         if (s >= SLOTS) bar_wait(&sh.empty[slot], (s / SLOTS - 1) & 1);
         bar_expect(&sh.full[slot], n * CE * N * 4);
@@ -289,30 +293,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
   a.x *= LOG2E; a.y *= LOG2E; a.z *= LOG2E; a.w *= LOG2E;
   const float by = skip ? skip[c0 + p] : 0.f;
   for (int s = 0; s < slots; s++) {
-    const int slot = s % SLOTS, r = s * TOGETHER + among;
-    const bool mine = among < TOGETHER && r < rows;
+    const int slot = s % SLOTS;
     bar_wait(&sh.full[slot], s / SLOTS & 1);
-    float4 h = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (mine) h = *reinterpret_cast<const float4*>(memory + slot * SLOT + (among * CE + p) * N * 4 + t * 16);
+    float4 h[PER], b[PER], c[PER];
+    float dt[PER], uv[PER], gate[PER], sum[PER];
+    int row[PER];
+    bool mine[PER];
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+      const int in_slot = k * TOGETHER + (TOGETHER * OCTETS == WARPS ? among : min(among, TOGETHER - 1));
+      row[k] = s * SLOT_ROWS + in_slot;
+      mine[k] = among < TOGETHER && row[k] < rows;
+      h[k] = *reinterpret_cast<const float4*>(memory + slot * SLOT + (in_slot * CE + p) * N * 4 + t * 16);
+    }
     __syncwarp();
     if (lane == 0) bar_arrive(&sh.empty[slot]);
-    if (!mine) continue;
-    const float dt = sh.dt[r][p];
-    const u32 word = sh.uz[r][p];
-    const float uv = to_real(act(word)), du = dt * uv;
-    const float4 b = *reinterpret_cast<const float4*>(&sh.bc[r][t * 4]), c = *reinterpret_cast<const float4*>(&sh.bc[r][N + t * 4]);
-    h.x = fmaf(decay(dt, a.x), h.x, du * b.x);
-    h.y = fmaf(decay(dt, a.y), h.y, du * b.y);
-    h.z = fmaf(decay(dt, a.z), h.z, du * b.z);
-    h.w = fmaf(decay(dt, a.w), h.w, du * b.w);
-    float sum = fmaf(h.x, c.x, fmaf(h.y, c.y, fmaf(h.z, c.z, h.w * c.w)));
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+      const int r = min(row[k], rows - 1);
+      const u32 word = sh.uz[r][p];
+      dt[k] = sh.dt[r][p];
+      uv[k] = to_real(act(word));
+      gate[k] = to_real(act(word >> 16));
+      b[k] = *reinterpret_cast<const float4*>(&sh.bc[r][t * 4]);
+      c[k] = *reinterpret_cast<const float4*>(&sh.bc[r][N + t * 4]);
+    }
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+      const float du = dt[k] * uv[k];
+      h[k].x = fmaf(decay(dt[k], a.x), h[k].x, du * b[k].x);
+      h[k].y = fmaf(decay(dt[k], a.y), h[k].y, du * b[k].y);
+      h[k].z = fmaf(decay(dt[k], a.z), h[k].z, du * b[k].z);
+      h[k].w = fmaf(decay(dt[k], a.w), h[k].w, du * b[k].w);
+      sum[k] = fmaf(h[k].x, c[k].x, fmaf(h[k].y, c[k].y, fmaf(h[k].z, c[k].z, h[k].w * c[k].w)));
+    }
+#pragma unroll
+    for (int k = 0; k < PER; k++) sum[k] += __shfl_xor_sync(~0u, sum[k], 1);
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+      sum[k] += __shfl_xor_sync(~0u, sum[k], 2);
+      if (!mine[k]) continue;
+      float4* to = reinterpret_cast<float4*>(state + ((i64)row[k] * E + c0 + p) * N + t * 4);
 #if CS
-    __stcs(reinterpret_cast<float4*>(state + ((i64)r * E + c0 + p) * N + t * 4), h);
+      __stcs(to, h[k]);
 #else
-    *reinterpret_cast<float4*>(state + ((i64)r * E + c0 + p) * N + t * 4) = h;
+      *to = h[k];
 #endif
-    if (t == 0) y[(i64)r * E + c0 + p] = to_act(fmaf(by, uv, sum) * silu(to_real(act(word >> 16))));
+      if (t == 0) y[(i64)row[k] * E + c0 + p] = to_act(fmaf(by, uv[k], sum[k]) * silu(gate[k]));
+    }
   }
 }

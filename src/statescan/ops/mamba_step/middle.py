@@ -85,7 +85,8 @@ class Middle:
 
     def _kernel(self, rows: int) -> _cuda.Kernel:
         most = min(max(16, 1 << math.ceil(math.log2(rows))), self.most_rows)
-        together = _WARPS // (self._channels // 8)
+        per = self._options.get("PER", 2)
+        together = per * (_WARPS // (self._channels // 8))
         slot = together * self._channels * 64
         numbers = most * self._channels
         units = math.ceil(most * self._outputs / 4 / self._blocks)
@@ -100,7 +101,8 @@ class Middle:
             "CE": self._channels,
             "ROWS": most,
             "SLOTS": slots,
-            "FLIGHT": 6,
+            "PER": per,
+            "FLIGHT": 6 // per,
             **self._options,
         }
         options["FLIGHT"] = min(options["FLIGHT"], options["SLOTS"])
