@@ -23,11 +23,14 @@ def refuses(facts: Facts) -> str | None:
 
 def _orbit(power: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """``power^k start`` for k < count as columns, count a power of two; and ``power^count``."""
-    columns = start.unsqueeze(-1)
-    while columns.shape[-1] < count:
-        columns = torch.cat([columns, power @ columns], -1)
-        power = power @ power
-    return columns, power
+    # Columns and power stand side by side, so that one product doubles the first and squares the second.
+    held, columns = torch.cat([start.unsqueeze(-1), power], -1), 1
+    while columns < count:
+        known, power = held.split([columns, power.shape[-1]], -1)
+        held = torch.cat([known, power @ held], -1)
+        columns *= 2
+    known, power = held.split([columns, power.shape[-1]], -1)
+    return known, power
 
 
 def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
