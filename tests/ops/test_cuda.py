@@ -235,13 +235,15 @@ def test_what_a_launch_hands_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> N
     assert (first["shared"], first["stream"], first["attributes"]) == (1024, 1234, [])
 
 
-def test_a_launch_of_clusters_and_a_cooperative_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_of_clusters_a_cooperative_one_and_one_that_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
     made_kernel(monkeypatch, driver, cluster=8)((3, 2, 1))
     assert driver.seen[0]["grid"] == (24, 2, 1), "the grid counts clusters"
     assert driver.seen[0]["attributes"] == [(4, (8, 1, 1))]
     made_kernel(monkeypatch, driver, cooperative=True)((3, 2, 1))
     assert (driver.seen[1]["grid"], driver.seen[1]["attributes"]) == ((3, 2, 1), [(2, (1, 0, 0))])
+    made_kernel(monkeypatch, driver, early=True)((3, 2, 1))
+    assert driver.seen[2]["attributes"] == [(6, (1, 0, 0))]
 
 
 def test_a_launch_that_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,9 +286,10 @@ def test_a_kernel_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
         _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 1),
         _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, shared=1),
         _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, cluster=2),
+        _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, early=True),
     ]
-    assert len({id(one) for one in (first, *others)}) == len(made) == 7
-    assert made[0] == ("scan.cu", "forward", ("G=1", "N=16"), 128, 0, 0, False, 1)
+    assert len({id(one) for one in (first, *others)}) == len(made) == 8
+    assert made[0] == ("scan.cu", "forward", ("G=1", "N=16"), 128, 0, 0, False, 1, False)
 
 
 def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ class _Configuration(ctypes.Structure):
     )
 
 
-_COOPERATIVE, _CLUSTER = 2, 4  # CUlaunchAttributeID
+_COOPERATIVE, _CLUSTER, _PROGRAMMATIC = 2, 4, 6  # CUlaunchAttributeID
 
 
 @functools.cache
@@ -241,6 +241,7 @@ class Kernel:
         shared: int,
         cooperative: bool = False,
         cluster: int = 1,
+        early: bool = False,
     ) -> None:
         self._function = function  # keeps its module loaded
         self._handle = int(function.handle)
@@ -248,6 +249,8 @@ class Kernel:
         wanted: list[tuple[int, tuple[int, ...]]] = [(_COOPERATIVE, (1,))] if cooperative else []
         if cluster > 1:
             wanted.append((_CLUSTER, (cluster, 1, 1)))
+        if early:
+            wanted.append((_PROGRAMMATIC, (1,)))
         self.attributes = (_Attribute * len(wanted))()
         for attribute, (kind, numbers) in zip(self.attributes, wanted, strict=True):
             attribute.kind = kind
@@ -316,8 +319,9 @@ def _function(
     shared: int,
     cooperative: bool,
     cluster: int,
+    early: bool,
 ) -> Kernel:
-    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster)
+    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster, early)
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -332,18 +336,21 @@ def kernel(
     shared: int = 0,
     cooperative: bool = False,
     cluster: int = 1,
+    early: bool = False,
 ) -> Kernel:
     """The function `name` of `file`, compiled with the macros `options` for this device; made once a process.
     `shared`: bytes of dynamic shared memory a block. `cooperative`: all blocks of a launch run at once, or it fails.
-    `cluster`: blocks of a cluster; the grid then counts clusters.
+    `cluster`: blocks of a cluster; the grid then counts clusters. `early`: it may begin before the launch in front has
+    ended, for which it waits itself (``griddepcontrol.wait``) before it touches memory; compute capability 9.0.
 
     Raises:
         BackendUnavailableError: the compiler refuses it.
     """
     # To put the macros into words takes longer than the launch.
-    key = (file, name, threads, device, shared, cooperative, cluster, *options.items())
+    key = (file, name, threads, device, shared, cooperative, cluster, early, *options.items())
     found = _kernels.get(key)
     if found is None:
         settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
-        found = _kernels[key] = _function(str(file), name, settings, threads, device, shared, cooperative, cluster)
+        found = _function(str(file), name, settings, threads, device, shared, cooperative, cluster, early)
+        _kernels[key] = found
     return found

@@ -57,8 +57,10 @@ class Pieces:
         self._options = {"IN": _TYPES[dtype]}
         self._device = device.index if device.index is not None else torch.cuda.current_device()
 
-    def _kernel(self, name: str, **options: int) -> _cuda.Kernel:
-        return _cuda.kernel(_SOURCE, name, {**self._options, **options}, _THREADS, self._device)
+        self._early = torch.cuda.get_device_capability(self._device)[0] >= 9
+
+    def _kernel(self, name: str, early: bool = False, **options: int) -> _cuda.Kernel:
+        return _cuda.kernel(_SOURCE, name, {**self._options, **options}, _THREADS, self._device, early=early)
 
     def add_norm(
         self,
@@ -78,7 +80,8 @@ class Pieces:
         tensors = [t for t in (x, before, stream, weight, normed) if t is not None]
         whole = 0 < chunks <= 2 and all(t.data_ptr() % 16 == 0 for t in tensors)
         parts = x.shape[0] if x.dim() == 3 else 1
-        run = self._kernel("add_norm", CHUNKS=chunks if whole else 0, PARTS=parts)
+        # It begins while the product in front ends; in a step of a hundred launches that counts.
+        run = self._kernel("add_norm", self._early, CHUNKS=chunks if whole else 0, PARTS=parts, EARLY=int(self._early))
         run((rows, 1, 1), x, before, stream, weight, normed, i32(d_model), float(epsilon))
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
