@@ -146,11 +146,11 @@ def _s4_table(report: dict[str, Any]) -> Any:
     table = _titled(report["machine"])
     for heading in ("implementation", "mode"):
         table.add_column(heading)
-    for heading in ("ms, median", "memory MiB", "error", "ours is faster", "ours of its memory"):
+    for heading in ("d_model", "ms, median", "memory MiB", "error", "ours is faster", "ours of its memory"):
         table.add_column(heading, justify="right")
     bars = {(bar["beside"], bar["mode"]): bar for bar in report["bars"]}
     for row in report["rows"]:
-        cells = [row["implementation"], row["mode"]]
+        cells = [row["implementation"], row["mode"], str(row["d_model"])]
         if row["failure"]:
             table.add_row(*cells, "", "", row["failure"])
             continue
