@@ -93,6 +93,7 @@ class _Row:
         self.logprobs: list[float] | None = [] if params.logprobs else None
         self.text: list[str] = []
         self.stream = TextStream(tokenizer, params.stop, before)
+        self.stop_ids, self.limit = frozenset(params.stop_token_ids), params.max_new_tokens
         self.seen_before = before
         self.seen: Tensor | None = None
         self.result: Generation | None = None
@@ -111,27 +112,24 @@ class _Row:
 
     def take(self, token: int, logprob: float) -> Piece:
         """Takes the next token, drawn here or on the device, and says what may be shown."""
-        params = self.params
         if self.logprobs is not None:
             self.logprobs.append(logprob)
         self.tokens.append(token)
-        reason: Literal["length", "stop"] | None = None
-        stop: str | int | None = None
-        if token in params.stop_token_ids:
-            text, reason, stop = self.stream.flush(), "stop", token
-        else:
-            pushed = self.stream.push(token)
-            if isinstance(pushed, Stop):
-                text, reason, stop = pushed.text, "stop", pushed.stop
-            elif len(self.tokens) == params.max_new_tokens:
-                text, reason = pushed + self.stream.flush(), "length"
-            else:
-                text = pushed
+        if token in self.stop_ids:
+            return self._end(self.stream.flush(), "stop", token)
+        pushed = self.stream.push(token)
+        if isinstance(pushed, Stop):
+            return self._end(pushed.text, "stop", pushed.stop)
+        if len(self.tokens) == self.limit:
+            return self._end(pushed + self.stream.flush(), "length", None)
+        self.text.append(pushed)
+        return Piece(self.index, pushed, None)
+
+    def _end(self, text: str, reason: Literal["length", "stop"], stop: str | int | None) -> Piece:
         self.text.append(text)
-        if reason is not None:
-            self.result = Generation(
-                "".join(self.text), self.tokens, reason, stop, self.prompt_tokens, params.seed, self.logprobs
-            )
+        self.result = Generation(
+            "".join(self.text), self.tokens, reason, stop, self.prompt_tokens, self.params.seed, self.logprobs
+        )
         return Piece(self.index, text, self.result)
 
 

@@ -25,19 +25,8 @@ class BytesDecoder(Protocol):
     def decode_bytes(self, ids: Sequence[int], /) -> bytes: ...
 
 
-class _TokenBytes(dict[int, bytes]):
-    """The bytes of single tokens, each asked for once."""
-
-    def __init__(self, tokenizer: BytesDecoder) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> bytes:
-        data = self[token] = self._tokenizer.decode_bytes([token])
-        return data
-
-
-_token_bytes: WeakKeyDictionary[BytesDecoder, _TokenBytes] = WeakKeyDictionary()
+# What single tokens stand for, by tokenizer: text where it is ASCII, whole whatever comes before it, else bytes.
+_tables: WeakKeyDictionary[BytesDecoder, dict[int, str | bytes]] = WeakKeyDictionary()
 
 
 class Stop(NamedTuple):
@@ -112,16 +101,21 @@ class TextStream:
         self._known = tokenizer.decode_bytes(self._window) if self._window else b""
         self._utf8.decode(self._known)  # already shown; only an unfinished character stays inside
         self._unfinished = bool(self._utf8.getstate()[0])
-        self._bytes: _TokenBytes | None = None
-        if getattr(tokenizer, "bytes_add_up", False):
-            self._bytes = _token_bytes.get(tokenizer)
-            if self._bytes is None:
-                self._bytes = _token_bytes[tokenizer] = _TokenBytes(tokenizer)
+        self._table = _tables.setdefault(tokenizer, {}) if getattr(tokenizer, "bytes_add_up", False) else None
+        self._stops = bool(stops)
 
     def push(self, token: int) -> str | Stop:
         """Takes one token; returns the text that is safe to show (it may be empty), or the `Stop` that it completed."""
-        if self._bytes is not None:
-            return self._matcher.push(self._text(self._bytes[token]))
+        if self._table is not None:
+            piece = self._table.get(token)
+            if piece is None:
+                data = self._tokenizer.decode_bytes([token])
+                piece = self._table[token] = data.decode("ascii") if data.isascii() else data
+            if isinstance(piece, bytes):
+                piece = self._text(piece)
+            elif self._unfinished:
+                piece = self._text(piece.encode())
+            return self._matcher.push(piece) if self._stops else piece
         # The bytes of a token are what it adds to the text of the token before it: in vocabularies that mark the
         # beginning of words, a token alone loses its space.
         self._window.append(token)
@@ -136,8 +130,6 @@ class TextStream:
         return self._matcher.push(self._text(new))
 
     def _text(self, data: bytes) -> str:
-        if not self._unfinished and data.isascii():
-            return data.decode("ascii")
         text = self._utf8.decode(data)
         self._unfinished = bool(self._utf8.getstate()[0])
         return text
