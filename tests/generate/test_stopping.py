@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -118,6 +121,15 @@ def test_bytes_that_add_up_give_the_same_pieces_as_windows(before, data, stops):
         if isinstance(pieces[0], Stop):
             return
     assert quick.flush() == slow.flush()
+
+
+def test_a_tokenizers_table_goes_with_it():
+    tokenizer = ByteTokenizer()
+    assert TextStream(tokenizer).push(ord("a")) == "a"
+    gone = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert gone() is None
 
 
 class Words:
