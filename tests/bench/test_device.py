@@ -283,6 +283,23 @@ def test_quick_runs_on_a_cpu_and_prints_a_table(tmp_path: Path, capsys: pytest.C
     assert "x floor" in shown
 
 
+def test_a_model_can_be_named_for_generate() -> None:
+    """A Transformer's floor: the weights without the embedding's table, and of the cache what is filled."""
+    jobs = device_jobs.device_jobs("generate", "cuda", False, "pythia-1.4b")
+    assert [job.case for job in jobs] == [f"pythia-1.4b, {batch} x (2048 + 128)" for batch in (1, 16, 64, 128)]
+    assert {job.implementation for job in jobs} == {"statescan"}
+    weights = 2 * (1_414_647_808 - 50304 * 2048)
+    position = 24 * 2 * 2048 * 2
+    for job, batch in zip(jobs, (1, 16, 64, 128), strict=True):
+        assert job.cost.bytes == weights + batch * position * (2048 + 64 + 1)
+    assert {job.dtype for job in device_jobs.device_jobs("generate", "cpu", False, "pythia-tiny")} == {
+        "float32",
+        "bfloat16",
+    }
+    with pytest.raises(ConfigError, match="a model is named for 'generate' alone"):
+        runner.run(["scan"], device="cpu", model="tiny")
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 

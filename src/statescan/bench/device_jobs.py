@@ -9,7 +9,6 @@ from typing import Any
 
 from statescan.bench import costs
 from statescan.bench.costs import Cost
-from statescan.errors import ConfigError
 
 __all__ = ["FULL", "QUICK", "DeviceJob", "device_jobs"]
 
@@ -209,6 +208,8 @@ def _generate_jobs(sizes: dict[str, Any], device: str) -> Iterable[DeviceJob]:
         for dtype in sizes["generate_dtypes"]:
             options = {"preset": name, "batch": batch, "length": length, "new": new}
             config = preset(name)
+            if dtype == "int8" and not isinstance(config, MambaConfig):
+                continue  # only packed weights have it
             # Of attention's cache, what is filled at the middle of the tokens that are written.
             least = costs.decode_cost(config, batch, dtype, length + new // 2)
             yield DeviceJob("generate", case, "statescan", dtype, "generate", options, least)
@@ -269,11 +270,9 @@ DEVICE_BENCHMARKS = {"cuda": tuple(_JOBS), "cpu": ("attention", "block", "genera
 
 
 def device_jobs(bench: str, device: str, quick: bool, model: str | None = None) -> list[DeviceJob]:
-    """The measurements of one benchmark on ``"cuda"`` or ``"cpu"``; `model`: a preset for "generate" alone."""
+    """The measurements of one benchmark on ``"cuda"`` or ``"cpu"``; `model`: a preset, for "generate"."""
     sizes = (QUICK if quick else FULL)[device]
     if model is not None:
-        if bench != "generate":
-            raise ConfigError(f"bench: a model is named for 'generate' alone, got it for {bench!r}; leave it out")
         batches = dict.fromkeys(batch for _, batch in sizes["generate"])
         sizes = {**sizes, "generate": [(model, batch) for batch in batches]}
     return list(_JOBS[bench](sizes, device))

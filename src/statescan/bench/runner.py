@@ -461,6 +461,8 @@ def run(
         if name not in here:
             other = "cpu" if device == "cuda" else "cuda"
             raise ConfigError(f"bench: {name!r} is measured on a {other} device only; use --device {other}")
+    if model is not None and chosen != ["generate"]:
+        raise ConfigError(f"bench: a model is named for 'generate' alone, got {model!r} with {chosen}; leave it out")
     threads = threads or torch.get_num_threads()
     seconds = max_seconds or (0.2 if quick else 1.0 if device == "cuda" else 15.0)
     say = progress or (lambda _: None)
