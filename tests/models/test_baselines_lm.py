@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from statescan.checkpoint.attention_layouts import attention_fields_from
 from statescan.errors import CheckpointError, ConfigError, ShapeError
 from statescan.generate import Engine, SamplingParams, generate_naive
 from statescan.models import (
@@ -194,6 +196,13 @@ def test_dropout_keeps_the_mean_and_drops_the_share() -> None:
     assert torch.allclose(dropped[kept], x[kept] / 0.75)
 
 
+@pytest.mark.parametrize("name", ["pythia", "transformer, absolute", "conv", "s4d"])
+def test_it_compiles_without_a_break(name: str) -> None:
+    model, ids = make(name), tokens(2, 11)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    near(compiled(ids, labels=ids).loss.detach(), model(ids, labels=ids).loss.detach())
+
+
 # ---- published counterparts ----------------------------------------------------------------------------------------
 
 
@@ -293,6 +302,33 @@ def test_fields_of_transformers_are_honoured_or_refused(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(error, match=text):
         CausalLM.from_pretrained(tmp_path)
+
+
+def test_a_published_pythias_files_are_understood(tmp_path: Path) -> None:
+    """pythia-160m's own config.json, and the masks and tables that its first files carried along, at a small width."""
+    published = {
+        "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+        "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 12, "num_hidden_layers": 12,
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+    }  # fmt: skip
+    fields = attention_fields_from(published, tmp_path)
+    wanted = preset("pythia-160m", vocab_size=50304, pad_vocab_size_multiple=1, d_intermediate=3072)
+    assert config_from_dict(fields) == wanted
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
+    model = CausalLM(config_from_dict(attention_fields_from({**published, **small, "vocab_size": 50}, tmp_path)))
+    model.save_pretrained(tmp_path, "transformers")
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(2):
+        name = f"gpt_neox.layers.{layer}.attention"
+        tensors |= {f"{name}.bias": torch.ones(1, 1, 8, 8), f"{name}.masked_bias": torch.tensor(-1e9)}
+        tensors[f"{name}.rotary_emb.inv_freq"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**published, **small, "vocab_size": 50}))
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        assert torch.equal(CausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
