@@ -17,6 +17,7 @@ from statescan.recipes import sequence_classification
 from statescan.recipes.sequence_classification import (
     TASKS,
     classification,
+    classification_results,
     load_classification,
     run_classification,
     task_data,
@@ -97,6 +98,17 @@ def test_a_run_is_found_again_in_its_folder(mnist: str, tmp_path: Path) -> None:
     assert load_classification(tmp_path / "run") == run
     facts = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert (facts["task"], facts["path"], facts["train"]["examples"]) == ("psmnist", mnist, 45)
+    (row,) = classification_results([tmp_path / "run"])
+    assert (row["task"], row["mixer"], row["status"], row["epochs"], row["steps"]) == (
+        "psmnist",
+        "s4d",
+        "finished",
+        1,
+        5,
+    )
+    assert row["test_final"]["accuracy"] == result.final.accuracy
+    assert row["validation"] == [accuracy for _, accuracy in result.evaluations]
+    assert row["parameters"] == sum(p.numel() for p in SequenceClassifier(run.model).parameters())
     for wrong in (tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError, match="wanted a run of --task"):
             load_classification(wrong)

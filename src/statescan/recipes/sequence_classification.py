@@ -1,7 +1,12 @@
-"""Pixel-by-pixel MNIST, its permuted form, and ListOps: the tasks on which sequence layers are compared, by name."""
+"""Pixel-by-pixel MNIST, its permuted form, and ListOps: the tasks on which sequence layers are compared, by name.
+
+``python -m statescan.recipes.sequence_classification RUN... --out FILE`` puts the results of finished and unfinished
+runs into one file.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -13,13 +18,22 @@ from statescan.data import default_cache_folder
 from statescan.data.images import find_images, pixel_sequences, read_images
 from statescan.data.listops import LISTOPS_VOCABULARY, listops_splits, read_listops
 from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.files import atomic_file
 from statescan.models import ClassifierConfig
 from statescan.models.classifier import MIXERS
 from statescan.train.classify import ClassifyConfig, ClassifyResult, Splits, train_classifier
 from statescan.train.config import apply_overrides, build_config
 from statescan.train.loop import RUN_FILE
 
-__all__ = ["TASKS", "Classification", "classification", "load_classification", "run_classification", "task_data"]
+__all__ = [
+    "TASKS",
+    "Classification",
+    "classification",
+    "classification_results",
+    "load_classification",
+    "run_classification",
+    "task_data",
+]
 
 TASKS = ("smnist", "psmnist", "listops")
 # The permutation of psMNIST's pixels, the same for every model.
@@ -163,3 +177,58 @@ def load_classification(out: str | os.PathLike[str]) -> Classification:
             f"train: wanted a run of --task in '{out}', got none there; name a folder that such a run wrote"
         ) from None
     return build_config(Classification, values)
+
+
+def classification_results(folders: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+    """A row for each run, out of its own run.json.
+
+    Args:
+        folders: of runs, finished or not.
+
+    Returns:
+        For each: task, mixer, parameters, seed, epochs and steps done, minutes, device, the validation accuracy of each
+        epoch, the accuracies on the test ("final", and "best" with the epoch that validation chose; None where the run
+        has not come to its end), what was changed on the way, and the configuration.
+
+    Raises:
+        CheckpointError: a folder holds no such run.
+    """
+    rows = []
+    for folder in folders:
+        run = load_classification(folder)
+        facts = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+        rows.append(
+            {
+                "task": run.task,
+                "mixer": run.model.mixer,
+                "status": facts["status"],
+                "parameters": facts["parameters"],
+                "seed": run.train.seed,
+                "epochs": len(facts["evaluations"]),
+                "steps": facts["steps"],
+                "minutes": facts["seconds"] / 60,
+                "device": facts["device"],
+                "validation": [accuracy for _, accuracy in facts["evaluations"]],
+                "test_final": facts.get("test", {}).get("final"),
+                "test_best": facts.get("test", {}).get("best"),
+                "history": facts.get("history", []),
+                "config": {**facts["config"], "shift": run.shift, "data_seed": run.data_seed},
+                "versions": facts["versions"],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """``python -m statescan.recipes.sequence_classification RUN... --out FILE``."""
+    parser = argparse.ArgumentParser(description="Puts the results of runs of --task into one JSON file.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that statescan train --task wrote")
+    parser.add_argument("--out", required=True, type=Path, help="the file")
+    given = parser.parse_args()
+    with atomic_file(given.out) as temporary:
+        text = json.dumps({"benchmark": "classification", "rows": classification_results(given.runs)}, indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
