@@ -160,7 +160,7 @@ class _Sizes:
 
 
 _SIZES = {
-    "cuda": _Sizes(512, 8, 65536, (256, 1024, 4096, 16384, 65536), 8, 2.0),
+    "cuda": _Sizes(512, 8, 65536, (256, 1024, 4096, 16384, 65536), 8, 3.0),
     "cpu": _Sizes(128, 4, 4096, (64, 256, 1024, 4096, 16384), 1, 8.0),
     "quick": _Sizes(64, 2, 128, (32, 128), 1, 5.0),
 }
@@ -176,11 +176,11 @@ def run_properties(
 ) -> dict[str, Any]:
     """Measures training and inference over length for every kind.
 
-    Training: forward and backward of a stack, a fixed number of tokens in sequences of each length; on a GPU bfloat16
-    autocast, on a CPU float32. Time and peak memory over the tokens; the weights' gradients, which no length changes,
-    are not counted. Inference: a token after a context of each length, for some sequences at once; on a GPU bfloat16
-    weights (S4's and Mamba's systems float32) and one CUDA graph, so that the host's launches don't hide the layer's
-    work. Time of a token, and the bytes of one sequence's state.
+    Training: forward and backward of a stack, a fixed number of tokens in sequences of each length, or one sequence
+    where it is longer; on a GPU bfloat16 autocast, on a CPU float32. Time and peak memory over the tokens; the weights'
+    gradients, which no length changes, are not counted. Inference: a token after a context of each length, for some
+    sequences at once; on a GPU bfloat16 weights (S4's and Mamba's systems float32) and one CUDA graph, so that the
+    host's launches don't hide the layer's work. Time of a token, and the bytes of one sequence's state.
 
     Args:
         device: "cuda" or "cpu"; default: the GPU where there is one.
@@ -282,7 +282,7 @@ def _training(stack: Stack, length: int, sizes: _Sizes, device: str) -> dict[str
         found = gpu_samples(lambda: call, graph=False, cold=False, warmup=1, repeats=5, max_seconds=0.6)
         seconds, peak = found.seconds, found.peak_bytes - held
     else:
-        seconds = seconds_per_call(call, warmup=1, repeats=5, max_seconds=4.0)
+        seconds = seconds_per_call(call, warmup=0, repeats=4, max_seconds=3.0)
         with _Resident() as resident:
             call()
         peak = resident.grown
@@ -419,7 +419,7 @@ def draw_properties(report: dict[str, Any], path: Path) -> Path:
         machine, sizes = report["machine"], report["sizes"]
         count = report["parameters"]["Mamba"] / 1e6
         figure.suptitle(
-            f"{count:.1f} M parameters each; training steps of {sizes['tokens']:,} tokens, "
+            f"{count:.1f} M parameters each; training steps of {sizes['tokens']:,} tokens or one sequence, "
             f"inference of {sizes['rows']} sequence{'s' if sizes['rows'] > 1 else ''} at once",
             x=0.01,
             ha="left",
@@ -438,6 +438,8 @@ def draw_properties(report: dict[str, Any], path: Path) -> Path:
 
 def _panel(axes: Any, rows: Sequence[dict[str, Any]], use: str, key: str, scale: float) -> None:
     """One line a kind with its name at the end, on logarithmic axes; names that would meet are moved apart."""
+    from matplotlib.ticker import LogLocator
+
     ends: list[tuple[float, float, str]] = []
     lengths = sorted({row["length"] for row in rows})
     values: list[float] = []
@@ -454,6 +456,9 @@ def _panel(axes: Any, rows: Sequence[dict[str, Any]], use: str, key: str, scale:
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
+    if values:
+        # Numbers at 1, 2 and 5 where few powers of ten are in sight.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 200 * min(values) else (1,)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e8e8e8", linewidth=0.7)
