@@ -314,9 +314,14 @@ def _shard(model: Any, mesh: Any) -> nn.Module:
 
     # A block's output is a view, and nothing adds to it in place: the next op makes a new residual.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     for block in model.backbone.layers:
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
+    # Its parameters are new ones; what the optimiser must know of S4's stays with their names.
+    for name, parameter in model.named_parameters():
+        for mark, value in marks[name].items():
+            setattr(parameter, mark, value)
     return model
 
 
