@@ -1,4 +1,4 @@
-"""Sharded over two processes (gloo) the baselines train as on one: parameters that modules hold twice, and S4's marks."""
+"""Sharded over two processes (gloo) the baselines train as on one: weights that a module holds twice, S4's marks."""
 
 from __future__ import annotations
 
