@@ -70,7 +70,7 @@ def test_a_layer_and_its_gradients_are_those_in_float64_on_the_cpu(kind: type, b
     truth.load_state_dict(layer.state_dict())
     layer = layer.cuda()
     u, upward = torch.randn(3, 777, 24), torch.randn(3, 777, 24)
-    ours, wide = u.cuda().requires_grad_(), u.double().requires_grad_()
+    ours, wide = u.clone().cuda().requires_grad_(), u.double().requires_grad_()
     y, y_wide = layer(ours).output, truth(wide).output
     y.backward(upward.cuda())
     y_wide.backward(upward.double())
