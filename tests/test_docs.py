@@ -103,8 +103,12 @@ def test_a_command_of_a_document_parses(line: str) -> None:
     overrides = parsed.params.get("overrides") or []
     if name == "train":
         from statescan.models import preset
+        from statescan.recipes.sequence_classification import classification
         from statescan.train import RunConfig
 
+        if parsed.params["task"]:
+            classification(parsed.params["task"], parsed.params["mixer"] or "s4", overrides=overrides)
+            return
         RunConfig(preset(parsed.params["preset"] or "tiny")).apply_overrides(overrides)
 
 
