@@ -76,6 +76,7 @@ def joint_kernels(layers: Sequence[nn.Module], length: int, *, rate: float = 1.0
         ConfigError: layers that are not alike.
     """
     systems, kinds = [], set()
+    layer: Any
     for layer in layers:
         if not isinstance(layer, _StateSpaceLayer):
             raise ConfigError(f"joint_kernels: layers must be S4 or S4D, got {type(layer).__name__}")
