@@ -76,11 +76,10 @@ def joint_kernels(layers: Sequence[nn.Module], length: int, *, rate: float = 1.0
         ConfigError: layers that are not alike.
     """
     systems, kinds = [], set()
-    layer: Any
     for layer in layers:
         if not isinstance(layer, _StateSpaceLayer):
             raise ConfigError(f"joint_kernels: layers must be S4 or S4D, got {type(layer).__name__}")
-        sizes = (*layer.C.shape, *getattr(layer, "P", layer.C).shape)
+        sizes = tuple(parameter.shape for parameter in layer.parameters(recurse=False))
         kinds.add((type(layer), sizes, layer.discretization, layer.backend))
         systems += [layer._system(direction, rate) for direction in range(2 if layer.bidirectional else 1)]
     if len(kinds) != 1:
