@@ -128,6 +128,28 @@ def test_room_grows_while_rows_write(dtype: str, monkeypatch: pytest.MonkeyPatch
         assert len(b.tokens) == 300
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_are_made_again_for_more_room(dtype: str) -> None:
+    """Captured, thrown away with their memory, and captured again, for one row and for several."""
+    slots = decoder("pythia", dtype, 4)
+    ids = torch.randint(0, 256, (4, 40), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad():
+        filled(slots, ids)
+        for slot in range(4):
+            slots.place(slot, SamplingParams(max_new_tokens=50, temperature=0.0), 40, [])
+        seen = []
+        for room in (0, 500, 3000):
+            slots._reserve(room)
+            filled(slots, ids)
+            slots.tokens.copy_(ids[:, 0])
+            for rows in (1, 4):
+                slots.step(rows)
+            seen.append(slots.logits.clone())
+    for later in seen[1:]:
+        assert (later - seen[0]).abs().max() <= 0.05 * seen[0].abs().max()
+    assert slots.room >= 3000
+
+
 def test_sessions_go_on() -> None:
     engine = Engine(model("transformer++"), max_batch=2)
     greedy = SamplingParams(max_new_tokens=12, temperature=0.0)

@@ -165,7 +165,10 @@ class AttentionGraphDecoder(DrawingSlots):
         room = math.ceil(max(room, self.room + self.room // 8) / _ROOM_UNIT) * _ROOM_UNIT
         if self.config.positions == "absolute":
             room = min(room, self.config.max_positions)
-        self._graphs.clear()
+        if self._graphs:
+            # A pool whose last graph is gone takes no other: cuBLAS may still hold memory of it.
+            self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()
         shape = (self.capacity, self.config.kv_heads, room, self._size)
         for caches in (self._keys, self._values):
             for i in range(len(self._blocks)):
