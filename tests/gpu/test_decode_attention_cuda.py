@@ -1,4 +1,4 @@
-"""The contract of `decode_attention` on the `cuda` backend: cuts of a cache into spans, types, heads that share keys."""
+"""The contract of `decode_attention` on the `cuda` backend: cuts of a cache into spans, types, heads sharing keys."""
 
 from __future__ import annotations
 
