@@ -146,7 +146,7 @@ class GraphDecoder(DrawingSlots):
         stream = torch.empty(rows, first.d_model, device=device)
         normed = torch.empty(rows, first.d_model, dtype=act, device=device)
         u, y = (torch.empty(rows, d_inner, dtype=act, device=device) for _ in range(2))
-        middle = self._middle if self._middle is not None and rows <= self._middle.most_rows else None
+        middle = self._middle if self._middle is not None and self._middle.pays(rows) else None
         before = None
         for i, block in enumerate(packed.blocks):
             in_bias, x_bias, out_bias = self._biases[i]

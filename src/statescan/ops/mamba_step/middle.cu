@@ -2,12 +2,13 @@
 // one launch. A block owns CE channels of all rows.
 //
 // The states are most of what a step moves, and nothing but their use waits for the sums over channels. So a warp streams
-// them into a ring of shared memory from the start, by bulk copies, while the others convolve, give their channels' part of
-// x_proj's sums to all, meet, add up the parts of a few sums each, meet again, and make dt of their own channels. Products
-// run on tensor cores, sums are float32 and have an order that the shape fixes: a row doesn't depend on its company.
+// them into a ring of shared memory from the start, by bulk copies, while the others convolve (u goes to memory), meet,
+// take a tile of x_proj over all channels each, meet again, and make dt of their own channels. Products run on tensor
+// cores, sums are float32 and have an order that the shape fixes: a row doesn't depend on its company.
 //
 // All blocks must be resident at once: launch cooperatively. Macros: IN (1 bfloat16, 2 float16), E d_inner, R dt_rank,
-// W width, CE channels of a block, ROWS most rows (a multiple of 16), SLOTS of the ring, FLIGHT of them asked for at once.
+// W width, CE channels of a block, ROWS most rows (a multiple of 16), NX tiles of eight outputs of x_proj that a block takes
+// together, SLOTS of the ring, FLIGHT of them asked for at once.
 #define N 16
 #define X (R + 2 * N)
 #define NT 512                     // threads that compute; one warp more streams
@@ -15,31 +16,14 @@
 #define THREADS (NT + 32)
 #define BLOCKS (E / CE)
 #define OCTETS (CE / 8)            // a warp takes eight channels of a row, four lanes a channel
-#define TOGETHER (WARPS / OCTETS)  // rows that the block takes at once
-#ifndef PER
-#define PER 2                      // times that, in a slot: what a thread waits for, it waits for together
-#endif
-#define SLOT_ROWS (PER * TOGETHER)
-#define SLOT (SLOT_ROWS * CE * N * 4)
-#define GROUPS 8                   // partial sums over the blocks' parts
-#define UNITS ((ROWS * X / 4 + BLOCKS - 1) / BLOCKS)  // of four sums, that a block adds up, at most
-#define X_ROW (CE + 8)             // of x_proj in shared memory: shifted, so that eight rows lie in different banks
-#define DT_ROW (R + 8)             // of dt_proj, too
+#define TOGETHER (WARPS / OCTETS)  // rows of a slot
+#define SLOT (TOGETHER * CE * N * 4)
+#define KW (E / WARPS)             // columns of x_proj of a warp
+#define CHUNKS (KW / 32)
+#define DT_ROW (R + 8)             // of dt_proj in shared memory: shifted, so that eight rows lie in different banks
 #define PAIRS (CE / 2)
 #define ITEMS ((ROWS * PAIRS + NT - 1) / NT)
 #define MAX2(a, b) ((a) > (b) ? (a) : (b))
-#ifndef EARLY
-#define EARLY 0
-#endif
-#ifndef HINT
-#define HINT 1
-#endif
-#ifndef CS
-#define CS 1
-#endif
-#ifndef HOLD
-#define HOLD 0
-#endif
 typedef unsigned long long u64;
 
 struct Shared {
@@ -47,11 +31,10 @@ struct Shared {
   alignas(16) u32 uz[ROWS][CE];              // u and the gate, 16 bits each
   union {
     float dt[ROWS][CE];
-    float4 groups[GROUPS][UNITS];            // before dt is there
+    float parts[WARPS][16 * 8 * NX];         // of a tile of x_proj, before dt is there
   };
   alignas(16) float bc[ROWS][2 * N];
   alignas(16) act dt_proj[CE][DT_ROW];
-  alignas(16) act x_proj[X][X_ROW];
 };
 
 DEV u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -107,12 +90,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
     const act* __restrict__ uz, float* __restrict__ conv_state, float* __restrict__ state, const float* __restrict__ conv,
     const float* __restrict__ conv_bias, const act* __restrict__ x_proj, const float* __restrict__ x_bias,
     const act* __restrict__ dt_proj, const float* __restrict__ dt_bias, const float* __restrict__ A,
-    const float* __restrict__ skip, float* parts, act* low, float* bc, act* __restrict__ y, u32* counters, int rows) {
+    const float* __restrict__ skip, act* u, act* low, float* bc, act* __restrict__ y, u32* counters, int rows) {
   extern __shared__ __align__(128) char memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT);
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, block = blockIdx.x, c0 = block * CE;
-  const int slots = (rows + SLOT_ROWS - 1) / SLOT_ROWS, row_tiles = (rows + 15) / 16;
-  u32 *given = counters, *summed = counters + 32, *gone = counters + 64;
+  const int slots = (rows + TOGETHER - 1) / TOGETHER, row_tiles = (rows + 15) / 16, tiles = row_tiles * (X / 8 / NX);
+  u32 *convolved = counters, *summed = counters + 32, *gone = counters + 64;
   if (tid == 0) {
     for (int i = 0; i < SLOTS; i++) {
       bar_init(&sh.full[i], 1);
@@ -124,35 +107,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
   __syncthreads();
 
   if (warp == WARPS) {  // streams the states
-#if HOLD
-    asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory");
-#endif
     if (lane == 0) {
       u64 policy;
       asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
       for (int s = 0; s < slots; s++) {
-        const int slot = s % SLOTS, r0 = s * SLOT_ROWS, n = min(SLOT_ROWS, rows - r0);
+        const int slot = s % SLOTS, r0 = s * TOGETHER, n = min(TOGETHER, rows - r0);
         if (s >= FLIGHT) bar_wait(&sh.full[(s - FLIGHT) % SLOTS], (s - FLIGHT) / SLOTS & 1);
         if (s >= SLOTS) bar_wait(&sh.empty[slot], (s / SLOTS - 1) & 1);
         bar_expect(&sh.full[slot], n * CE * N * 4);
         for (int r = 0; r < n; r++)
-#if HINT
           asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                        ::"r"(address(memory + slot * SLOT + r * CE * N * 4)), "l"(state + ((i64)(r0 + r) * E + c0) * N),
                        "r"(CE * N * 4), "r"(address(&sh.full[slot])), "l"(policy) : "memory");
-#else
-          asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                       ::"r"(address(memory + slot * SLOT + r * CE * N * 4)), "l"(state + ((i64)(r0 + r) * E + c0) * N),
-                       "r"(CE * N * 4), "r"(address(&sh.full[slot])) : "memory");
-#endif
       }
     }
     return;
   }
 
-#if EARLY
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // the launch began before its inputs were there
-#endif
   // u = silu(conv(u)); the state keeps the last W - 1 inputs. A thread takes two channels of a row at a time.
   {
     u32 now[ITEMS], gate[ITEMS];
@@ -170,10 +141,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
       const int c = i / (R / 8), k = i % (R / 8) * 8;
       *reinterpret_cast<uint4*>(&sh.dt_proj[c][k]) = *reinterpret_cast<const uint4*>(dt_proj + (i64)(c0 + c) * R + k);
     }
-    for (int i = tid; i < X * (CE / 8); i += NT) {
-      const int o = i / (CE / 8), c = i % (CE / 8) * 8;
-      *reinterpret_cast<uint4*>(&sh.x_proj[o][c]) = *reinterpret_cast<const uint4*>(x_proj + (i64)o * E + c0 + c);
-    }
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       const int item = tid + i * NT, r = item / PAIRS, p = item % PAIRS * 2, c = c0 + p;
@@ -188,79 +155,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
         if (k > 0) *reinterpret_cast<float2*>(conv_state + ((i64)r * (W - 1) + k - 1) * E + c) = v;
       }
       const u32 a = to_act(silu(s.x)), b = to_act(silu(s.y));
+      *reinterpret_cast<u32*>(u + (i64)r * E + c) = a | b << 16;
       *reinterpret_cast<uint2*>(&sh.uz[r][p]) = make_uint2(a | gate[i] << 16, b | (gate[i] & 0xffff0000u));
     }
   }
-#if HOLD
-  asm volatile("bar.arrive 2, %0;" ::"n"(THREADS) : "memory");
-#endif
-  sync();
+  announce(convolved);
 
-  // This block's part of x_proj's sums
+  // x_proj: tiles of 16 rows and 8 NX outputs, a sixteenth of the channels a warp
   const int g = lane / 4, t = lane % 4;
-  const i64 sums = (i64)rows * X;
-  for (int i = warp; i < row_tiles * (X / 8); i += WARPS) {
-    const int r0 = i % row_tiles * 16, o = i / row_tiles * 8;
-    float acc[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int tile = block; tile < tiles; tile += BLOCKS) {
+    const int r0 = tile % row_tiles * 16, o0 = tile / row_tiles * 8 * NX, k0 = warp * KW + t * 8;
+    float acc[NX][4];
+    uint4 w[NX][CHUNKS];
 #pragma unroll
-    for (int k = 0; k < (CE + 15) / 16; k++) {
-      const int c = k * 16 + t * 4;
-      const bool in = CE % 16 == 0 || c < CE;
-      const uint4 none = make_uint4(0, 0, 0, 0);
-      const uint4 a = in ? *reinterpret_cast<const uint4*>(&sh.uz[r0 + g][c]) : none;
-      const uint4 b = in ? *reinterpret_cast<const uint4*>(&sh.uz[r0 + g + 8][c]) : none;
-      const uint2 w = in ? *reinterpret_cast<const uint2*>(&sh.x_proj[o + g][c]) : make_uint2(0, 0);
-      mma(acc, __byte_perm(a.x, a.y, 0x5410), __byte_perm(b.x, b.y, 0x5410), __byte_perm(a.z, a.w, 0x5410),
-          __byte_perm(b.z, b.w, 0x5410), w.x, w.y);
+    for (int j = 0; j < NX; j++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) acc[j][k] = 0.f;
+#pragma unroll
+      for (int i = 0; i < CHUNKS; i++) w[j][i] = fresh4(x_proj + (i64)(o0 + j * 8 + g) * E + k0 + i * 32);
     }
-    float* to = parts + block * sums + (i64)(r0 + g) * X + o + 2 * t;
-    if (r0 + g < rows) *reinterpret_cast<float2*>(to) = make_float2(acc[0], acc[1]);
-    if (r0 + g + 8 < rows) *reinterpret_cast<float2*>(to + 8 * X) = make_float2(acc[2], acc[3]);
-  }
-  announce(given);
-  await(given, BLOCKS);
-
-  // The sums that are this block's to add up
-  {
-    const int all = (int)(sums / 4), units = (all + BLOCKS - 1) / BLOCKS, first = block * units;
-    const int mine = max(0, min(units, all - first));
-    for (int i = tid; i < GROUPS * mine; i += NT) {
-      const int group = i / mine, unit = i % mine;
-      const float* from = parts + group * sums + (i64)(first + unit) * 4;
-      uint4 v[BLOCKS / GROUPS];
+    if (tile == block) await(convolved, BLOCKS);
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    const bool upper = r0 + g < rows, lower = r0 + g + 8 < rows;
+    const act* from = u + (i64)(r0 + g) * E + k0;
+    constexpr int HALF = CHUNKS > 4 ? (CHUNKS + 1) / 2 : CHUNKS;
 #pragma unroll
-      for (int k = 0; k < BLOCKS / GROUPS; k++) v[k] = fresh4(from + k * GROUPS * sums);
-      float4 s = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int h = 0; h < CHUNKS; h += HALF) {
+      uint4 a[HALF], b[HALF];
 #pragma unroll
-      for (int k = 0; k < BLOCKS / GROUPS; k++) {
-        s.x += __uint_as_float(v[k].x);
-        s.y += __uint_as_float(v[k].y);
-        s.z += __uint_as_float(v[k].z);
-        s.w += __uint_as_float(v[k].w);
+      for (int i = 0; i < HALF; i++) if (h + i < CHUNKS) {
+        a[i] = upper ? fresh4(from + (h + i) * 32) : none;
+        b[i] = lower ? fresh4(from + 8 * E + (h + i) * 32) : none;
       }
-      sh.groups[group][unit] = s;
+#pragma unroll
+      for (int i = 0; i < HALF; i++) if (h + i < CHUNKS) {
+#pragma unroll
+        for (int j = 0; j < NX; j++) {
+          const uint4 v = w[j][h + i];
+          mma(acc[j], a[i].x, b[i].x, a[i].y, b[i].y, v.x, v.y);
+          mma(acc[j], a[i].z, b[i].z, a[i].w, b[i].w, v.z, v.w);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < NX; j++) {
+      *reinterpret_cast<float2*>(&sh.parts[warp][g * 8 * NX + j * 8 + 2 * t]) = make_float2(acc[j][0], acc[j][1]);
+      *reinterpret_cast<float2*>(&sh.parts[warp][(g + 8) * 8 * NX + j * 8 + 2 * t]) = make_float2(acc[j][2], acc[j][3]);
     }
     sync();
-    for (int unit = tid; unit < mine; unit += NT) {
-      const int r = (first + unit) * 4 / X, o = (first + unit) * 4 % X;
-      float4 s = x_bias ? *reinterpret_cast<const float4*>(x_bias + o) : make_float4(0.f, 0.f, 0.f, 0.f);
+    if (tid < 128 * NX) {
+      const int r = r0 + tid / (8 * NX), o = o0 + tid % (8 * NX);
+      float s = x_bias ? x_bias[o] : 0.f;
 #pragma unroll
-      for (int k = 0; k < GROUPS; k++) {
-        const float4 v = sh.groups[k][unit];
-        s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w;
+      for (int k = 0; k < WARPS; k++) s += sh.parts[k][tid];
+      if (r < rows) {
+        if (o < R) low[r * R + o] = to_act(s);
+        else bc[r * 2 * N + o - R] = s;
       }
-      if (o < R)
-        *reinterpret_cast<uint2*>(low + r * R + o) = make_uint2(u32(to_act(s.x)) | u32(to_act(s.y)) << 16, u32(to_act(s.z)) | u32(to_act(s.w)) << 16);
-      else
-        *reinterpret_cast<float4*>(bc + r * 2 * N + o - R) = s;
     }
+    announce(summed);
   }
-  announce(summed);
-  await(summed, BLOCKS);
+  await(summed, tiles);
   if (tid == 0) {  // every block has seen all it waits for: the last one makes the counters ready for the next launch
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(gone) : "memory");
-    if (before == BLOCKS - 1) *given = *summed = *gone = 0;
+    if (before == BLOCKS - 1) *convolved = *summed = *gone = 0;
   }
 
   // dt of the block's channels, B and C
@@ -293,53 +252,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
   a.x *= LOG2E; a.y *= LOG2E; a.z *= LOG2E; a.w *= LOG2E;
   const float by = skip ? skip[c0 + p] : 0.f;
   for (int s = 0; s < slots; s++) {
-    const int slot = s % SLOTS;
+    const int slot = s % SLOTS, r = s * TOGETHER + among;
+    const bool mine = among < TOGETHER && r < rows;
     bar_wait(&sh.full[slot], s / SLOTS & 1);
-    float4 h[PER], b[PER], c[PER];
-    float dt[PER], uv[PER], gate[PER], sum[PER];
-    int row[PER];
-    bool mine[PER];
-#pragma unroll
-    for (int k = 0; k < PER; k++) {
-      const int in_slot = k * TOGETHER + (TOGETHER * OCTETS == WARPS ? among : min(among, TOGETHER - 1));
-      row[k] = s * SLOT_ROWS + in_slot;
-      mine[k] = among < TOGETHER && row[k] < rows;
-      h[k] = *reinterpret_cast<const float4*>(memory + slot * SLOT + (in_slot * CE + p) * N * 4 + t * 16);
-    }
+    float4 h = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (mine) h = *reinterpret_cast<const float4*>(memory + slot * SLOT + (among * CE + p) * N * 4 + t * 16);
     __syncwarp();
     if (lane == 0) bar_arrive(&sh.empty[slot]);
-#pragma unroll
-    for (int k = 0; k < PER; k++) {
-      const int r = min(row[k], rows - 1);
-      const u32 word = sh.uz[r][p];
-      dt[k] = sh.dt[r][p];
-      uv[k] = to_real(act(word));
-      gate[k] = to_real(act(word >> 16));
-      b[k] = *reinterpret_cast<const float4*>(&sh.bc[r][t * 4]);
-      c[k] = *reinterpret_cast<const float4*>(&sh.bc[r][N + t * 4]);
-    }
-#pragma unroll
-    for (int k = 0; k < PER; k++) {
-      const float du = dt[k] * uv[k];
-      h[k].x = fmaf(decay(dt[k], a.x), h[k].x, du * b[k].x);
-      h[k].y = fmaf(decay(dt[k], a.y), h[k].y, du * b[k].y);
-      h[k].z = fmaf(decay(dt[k], a.z), h[k].z, du * b[k].z);
-      h[k].w = fmaf(decay(dt[k], a.w), h[k].w, du * b[k].w);
-      sum[k] = fmaf(h[k].x, c[k].x, fmaf(h[k].y, c[k].y, fmaf(h[k].z, c[k].z, h[k].w * c[k].w)));
-    }
-#pragma unroll
-    for (int k = 0; k < PER; k++) sum[k] += __shfl_xor_sync(~0u, sum[k], 1);
-#pragma unroll
-    for (int k = 0; k < PER; k++) {
-      sum[k] += __shfl_xor_sync(~0u, sum[k], 2);
-      if (!mine[k]) continue;
-      float4* to = reinterpret_cast<float4*>(state + ((i64)row[k] * E + c0 + p) * N + t * 4);
-#if CS
-      __stcs(to, h[k]);
-#else
-      *to = h[k];
-#endif
-      if (t == 0) y[(i64)row[k] * E + c0 + p] = to_act(fmaf(by, uv[k], sum[k]) * silu(gate[k]));
-    }
+    if (!mine) continue;
+    const float dt = sh.dt[r][p];
+    const u32 word = sh.uz[r][p];
+    const float uv = to_real(act(word)), du = dt * uv;
+    const float4 b = *reinterpret_cast<const float4*>(&sh.bc[r][t * 4]), c = *reinterpret_cast<const float4*>(&sh.bc[r][N + t * 4]);
+    h.x = fmaf(decay(dt, a.x), h.x, du * b.x);
+    h.y = fmaf(decay(dt, a.y), h.y, du * b.y);
+    h.z = fmaf(decay(dt, a.z), h.z, du * b.z);
+    h.w = fmaf(decay(dt, a.w), h.w, du * b.w);
+    float sum = fmaf(h.x, c.x, fmaf(h.y, c.y, fmaf(h.z, c.z, h.w * c.w)));
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    __stcs(reinterpret_cast<float4*>(state + ((i64)r * E + c0 + p) * N + t * 4), h);
+    if (t == 0) y[(i64)r * E + c0 + p] = to_act(fmaf(by, uv, sum) * silu(to_real(act(word >> 16))));
   }
 }

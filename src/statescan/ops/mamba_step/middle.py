@@ -20,15 +20,14 @@ _THREADS = 32 * (_WARPS + 1)
 _SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block can have on compute capability 9.0
 _TYPES = {torch.bfloat16: 1, torch.float16: 2}
 _MOST_ROWS = 128
-_GROUPS = 8  # GROUPS of middle.cu
+_MOST_STATES = 64 * 4096  # channels of all rows up to which it was faster than the pieces where measured
 
 
 def _channels(d_inner: int, device: torch.device) -> int | None:
     """Channels of a block: the fewest, in eights, with which all blocks run at once; None where that can't be."""
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
     for channels in (8, 16, 24, 32, 40, 48, 64):
-        count = d_inner // channels
-        if d_inner % channels == 0 and count <= blocks and count % _GROUPS == 0:
+        if d_inner % channels == 0 and d_inner // channels <= blocks:
             return channels
     return None
 
@@ -46,11 +45,14 @@ def refuses_middle(block: BlockWeights, device: torch.device) -> str | None:
         return f"its products take bfloat16 or float16, the weights are {block.x_proj.dtype}"
     if block.d_state != 16:
         return f"it holds 16 states a channel, d_state is {block.d_state}"
-    if block.dt_rank % 16 or block.dt_rank > 256:
-        return f"dt_rank must be a multiple of 16 up to 256, it is {block.dt_rank}"
+    if block.d_inner % 512 or block.dt_rank % 16 or block.dt_rank > 256:
+        return (
+            "d_inner must be a multiple of 512 and dt_rank one of 16 up to 256, they are "
+            f"{block.d_inner} and {block.dt_rank}"
+        )
     if _channels(block.d_inner, device) is None:
-        return f"d_inner {block.d_inner} does not divide among the multiprocessors by eights"
-    vectors = [block.conv_weight, block.conv_bias, block.x_bias, block.dt_bias]
+        return f"d_inner {block.d_inner} does not divide among the multiprocessors"
+    vectors = [block.conv_weight, block.conv_bias, block.dt_bias]
     tensors = [block.x_proj.data, block.dt_proj.data, block.A, *(x for x in vectors if x is not None)]
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return "its loads begin at multiples of 16 bytes, and one of the weights does not; pass clones of them"
@@ -77,22 +79,23 @@ class Middle:
         self._device = device.index or 0
         self._options = options
         rows = self.most_rows
-        self._blocks, self._outputs = block.d_inner // channels, block.dt_rank + 2 * block.d_state
-        self._parts = torch.empty(self._blocks, rows * self._outputs, device=device)
+        self._u = torch.empty(rows, block.d_inner, dtype=self._dtype, device=device)
         self._low = torch.empty(rows, block.dt_rank, dtype=self._dtype, device=device)
         self._bc = torch.empty(rows, 2 * block.d_state, device=device)
         self._counters = torch.zeros(3 * 32, dtype=torch.int32, device=device)
 
+    def pays(self, rows: int) -> bool:
+        """Whether so many rows are best taken by it."""
+        return rows <= self.most_rows and rows * self._inner <= _MOST_STATES
+
     def _kernel(self, rows: int) -> _cuda.Kernel:
         most = min(max(16, 1 << math.ceil(math.log2(rows))), self.most_rows)
-        per = self._options.get("PER", 2)
-        together = per * (_WARPS // (self._channels // 8))
+        tiles = 1 if most <= 64 else 2  # of eight outputs: as many blocks as there are take part
+        together = _WARPS // (self._channels // 8)
         slot = together * self._channels * 64
         numbers = most * self._channels
-        units = math.ceil(most * self._outputs / 4 / self._blocks)
-        rest = 4 * (numbers + max(numbers, 4 * _GROUPS * units) + most * 32)
-        rest += 2 * (self._channels * (self._rank + 8) + self._outputs * (self._channels + 8)) + 128
-        slots = min((_SHARED_LIMIT - rest) // (slot + 16), math.ceil(most / together))
+        rest = 4 * (numbers + max(numbers, _WARPS * 128 * tiles) + most * 32) + self._channels * (self._rank + 8) * 2
+        slots = min((_SHARED_LIMIT - rest - 128) // (slot + 16), math.ceil(most / together))
         options = {
             "IN": _TYPES[self._dtype],
             "E": self._inner,
@@ -100,13 +103,12 @@ class Middle:
             "W": self._width,
             "CE": self._channels,
             "ROWS": most,
+            "NX": tiles,
             "SLOTS": slots,
-            "PER": per,
-            "FLIGHT": 6 // per,
+            "FLIGHT": 6,
             **self._options,
         }
-        options["FLIGHT"] = min(options["FLIGHT"], options["SLOTS"])
-        shared = options["SLOTS"] * (slot + 16) + rest
+        shared = options["SLOTS"] * (slot + 16) + rest + 128
         return _cuda.kernel(_SOURCE, "middle_step", options, _THREADS, self._device, shared=shared, cooperative=True)
 
     def __call__(
@@ -128,7 +130,7 @@ class Middle:
         """
         w, rows = weights, uz.shape[0]
         self._kernel(rows)(
-            (self._blocks, 1, 1),
+            (self._inner // self._channels, 1, 1),
             uz,
             conv_state,
             ssm_state,
@@ -140,7 +142,7 @@ class Middle:
             w.dt_bias,
             w.A,
             w.D,
-            self._parts,
+            self._u,
             self._low,
             self._bc,
             y,
