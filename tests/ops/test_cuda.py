@@ -16,6 +16,7 @@ import torch
 from statescan.errors import BackendUnavailableError
 from statescan.ops import _cuda, _dispatch, explain
 from statescan.ops._dispatch import Facts, choose
+from statescan.ops.selective_scan import cuda as backend
 
 ON_GPU = Facts("cuda", torch.float32, d_state=16)
 
@@ -312,3 +313,18 @@ def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch
         thread.start()
         thread.join()
     assert events == [f"{what} in {name}" for name in ("first", "second") for what in ("device 0", "launch", "launch")]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_plan_of_the_backward_on_an_h100(packed: bool) -> None:
+    """Two blocks fit a multiprocessor, with room for a whole tile's sums; a long row is cut as finely as the pass
+    over chunk ends can use."""
+    room = 113 * 1024
+    full = backend.plan(8, 2048, 2048, 16, 1, 132, False, packed, False, room)
+    assert (full.parts, full.chunks_backward) == (full.tile // full.history, 1)
+    assert full.shared <= room
+    assert 4 * (full.shared_ends + 1024) <= 2 * room
+    long = backend.plan(1, 65536, 2048, 16, 1, 132, False, packed, False, room)
+    assert (long.chunks_backward, long.chunk_len_backward) == (16, 4096)
+    short = backend.plan(1, 2048, 1536, 16, 1, 132, False, packed, False, room)
+    assert (short.chunks_backward, short.chunk_len_backward) == (11, 192)

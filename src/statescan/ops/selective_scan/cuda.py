@@ -59,6 +59,7 @@ class Plan:
         history: steps whose states the backward holds in registers.
         parts: runs of `history` steps whose partial dB and dC have room at once.
         shared: bytes of shared memory of a block of the backward.
+        shared_ends: the same of its pass that finds what leaves a chunk.
         chunks_forward, chunks_backward: pieces of time that run side by side (1: one pass).
         chunk_len_forward, chunk_len_backward: steps of each.
     """
@@ -75,6 +76,7 @@ class Plan:
     history: int
     parts: int
     shared: int
+    shared_ends: int
     chunks_forward: int
     chunks_backward: int
     chunk_len_forward: int
@@ -86,11 +88,15 @@ _RESIDENT_FORWARD, _RESIDENT_BACKWARD = 2, 2  # blocks that a multiprocessor hol
 # Two lanes a channel take fewer instructions a state than four, but give half the warps: worth it where there are this
 # many blocks of 64 channels a multiprocessor, or where time is long enough to be cut into as many chunks as it takes.
 _BLOCKS_FOR_TWO_LANES, _LENGTH_FOR_TWO_LANES = 3, 16384
+_RESIDENT_ENDS = 4  # the same of the backward's pass that finds what leaves a chunk
+_BASES = 17 * 3 * 8 + 16  # bytes of the addresses that a block of the backward keeps, and room for their alignment
 _HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the most that fit
 
 
 # Steps a chunk where the partition may depend on the length alone, and the most chunks.
 _INVARIANT_LENGTH, _INVARIANT_CHUNKS = 512, 16
+# Steps of a chunk from which on the backward takes more: the pass that finds what leaves chunks can run more blocks.
+_LONG_CHUNK = 4096
 
 
 def _chunks(blocks: int | None, wanted: int, length: int, tile: int) -> tuple[int, int]:
@@ -137,12 +143,15 @@ def plan(
     padded = lanes * states
 
     def shared(threads: int, tile: int, history: int, parts: int) -> int:  # struct Shared in scan_backward.cu
-        channels = threads // lanes
+        channels, warps = threads // lanes, threads // 32
         staged = 4 * tile * channels + 2 * tile * padded + 2 * channels
+        beside = 8 * tile * packed + _BASES
+        if parts == 0:  # no history, no sums
+            return size * staged + beside
         kept = tile // history * states * threads
-        sums = 2 * parts * threads // 32 * history * padded + 2 * states * threads
-        shares = 16 * min(threads, tile * channels // 8) + 128 * history
-        return size * (staged + kept + sums + shares) + 8 * tile * packed + 16
+        sums = 2 * parts * warps * history * padded + 2 * states * threads
+        shares = 16 * min(threads, tile * channels // 8)
+        return size * (staged + kept + sums + shares + 16) + beside
 
     # The tile decides where checkpoints are, so it may depend on nothing but d_state and the arithmetic.
     options = [
@@ -159,6 +168,8 @@ def plan(
     backward_blocks = None if batch_invariant else batch * groups * math.ceil(group_channels / channels_backward)
     forward = _chunks(forward_blocks, resident_forward * multiprocessors, length, max(tile, 32))
     backward = _chunks(backward_blocks, _RESIDENT_BACKWARD * multiprocessors, length, tile)
+    if not batch_invariant and backward[0] > 1 and backward[1] >= _LONG_CHUNK:
+        backward = _chunks(backward_blocks, _RESIDENT_ENDS * multiprocessors, length, tile)
     return Plan(
         lanes,
         states,
@@ -172,6 +183,7 @@ def plan(
         history,
         parts,
         shared(threads, tile, history, parts),
+        shared(threads, tile, history, 0),
         forward[0],
         backward[0],
         forward[1],
@@ -264,6 +276,11 @@ def _aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _close(*tensors: Tensor | None) -> bool:
+    """Whether the rows of a tile, 32 at most, lie within the 4 GiB that the kernels' short offsets reach."""
+    return all(x is None or 32 * x.stride(1) * x.element_size() < 2**32 for x in tensors)
+
+
 def _contiguous_last(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -341,9 +358,10 @@ class _Call:
     def wide_access(self, channels: int, *others: Tensor | None) -> dict[str, int]:
         """Whether the kernels may move eight neighbouring numbers at once: VEC for activations, VECB for B and C."""
         whole = (self.u.shape[2] // self.groups) % channels == 0
+        rows = (self.u, self.dt, self.z, *others)
         matrices = [x for x, fixed in ((self.B, self.fixed_B), (self.C, self.fixed_C)) if not fixed]
         return {
-            "VEC": int(whole and _aligned(self.u, self.dt, self.z, *others)),
+            "VEC": int(whole and _aligned(*rows) and _close(*rows)),
             "VECB": int(self.A.shape[1] % 8 == 0 and _aligned(*matrices)),
         }
 
@@ -485,14 +503,16 @@ def _forward(
 
 def _backward_options(c: _Call, part: int, *beside: Tensor | None, again: bool = False) -> dict[str, int]:
     p = c.plan
-    resident = 1 if c.real == torch.float64 else _RESIDENT_BACKWARD  # a double takes two registers
+    resident = _RESIDENT_ENDS if part == 1 and p.lanes == 4 else _RESIDENT_BACKWARD
+    resident = 1 if c.real == torch.float64 else resident  # a double takes two registers
     sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
     return c.options(PASS=part, HASY=int(again), **sizes, **c.wide_access(p.channels_backward, *beside))
 
 
 def _backward_kernel(c: _Call, part: int, *beside: Tensor | None, again: bool = False) -> _cuda.Kernel:
     options, p = _backward_options(c, part, *beside, again=again), c.plan
-    return _cuda.kernel(_BACKWARD, "scan_backward", options, p.threads_backward, c.u.device.index or 0, p.shared)
+    shared = p.shared if part == 0 else p.shared_ends
+    return _cuda.kernel(_BACKWARD, "scan_backward", options, p.threads_backward, c.u.device.index or 0, shared)
 
 
 _ready: set[tuple[Any, ...]] = set()

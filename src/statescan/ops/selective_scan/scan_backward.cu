@@ -3,7 +3,7 @@
 // then walked backwards. A warp holds 32 / G channels side by side, so that
 // - sums over states (for du, d dt and the output before the gate) are butterflies over lane bits above, four steps at once,
 // - sums over channels (for dB and dC) are a product with a 0/1 matrix on the tensor cores where the result is rounded to
-//   bfloat16 anyway, and butterflies over the lane bits below elsewhere; then over warps through shared memory, once a
+//   bfloat16 anyway (so are their summands, then), and butterflies over the lane bits below elsewhere; then over warps through shared memory, once a
 //   tile where that has room for all its sub-chunks, else once a sub-chunk. One partial of dB and dC a block goes to memory.
 // `scan_sums` adds up what blocks and chunks left apart. No atomics: the same bits in every run.
 //
@@ -60,7 +60,7 @@
 #define PARTS 2  // sub-chunks whose partial dB and dC have room at once: all of a tile, two, or one
 #endif
 #if VEC
-typedef int offset;  // from a tile's first row to any other: the host sees to it that it fits
+typedef u32 offset;  // from a tile's first row to any other: the host sees to it that it fits
 #else
 typedef i64 offset;
 #endif
@@ -78,6 +78,7 @@ typedef i64 offset;
 #define WARPS (NT / 32)
 #define R (HT < 4 ? HT : 4)  // steps of one butterfly over states
 #define TENSOR (IN == 1 && G == 4 && NS == 4 && HT == 8)
+#define PIPE (TENSOR && !VARLEN)  // the states of the next sub-chunk are made while this one is walked back
 #define PIECES (TILE * N / 8)
 #define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for ahead
 
@@ -96,6 +97,14 @@ DEV int apart(int ch) { return (ch & 4 ? CB / 2 : 0) + (ch >> 3) * 4 + (ch & 3);
 DEV int place(int ch) { return (ch & ~7) | ((ch ^ (ch >> 3)) & 7); }
 
 struct alignas(2 * sizeof(real)) Two { real a, b; };
+// Addresses that move by a tile at a time: inputs of a tile, of the one after it (earlier in time), and results.
+enum { NOW = 0, NEXT = 4, OUT = 8, STATE = 12, NEXT_B = 13, SUMS_C = 15, BASES = 17 };
+typedef i64 Address;
+template <class T> DEV T* global(Address base, i64 bytes) {
+  char* p = reinterpret_cast<char*>(base) + bytes;
+  __builtin_assume(__isGlobal(p));
+  return reinterpret_cast<T*>(p);
+}
 // One block's shared memory; the host computes its size (plan in cuda.py).
 struct Shared {
   Slot slots[TILE][CB];
@@ -108,27 +117,29 @@ struct Shared {
   Four sumA[2][NQ][NT];              // dA over tiles, and what its additions lost
 #endif
 #if TENSOR && PASS == 0
-  Four ones[HT][32];                 // the 0/1 matrices of row_sums, as a lane holds them
+  Four ones[4];                      // the 0/1 matrix of row_sums, as lanes hold it
 #endif
+  Address base[2][BASES];            // where a tile's rows begin, and how far from the tile before
+  i64 apart[BASES];
 #if VARLEN
   int start[TILE], end[TILE];
 #endif
 };
 
 #if TENSOR
-// d += rows * v (or d = rows * v), rows 16 x 8 with a row of ones for the steps' sums: row r adds v0 over four lanes, row
-// r + 8 adds v1.
-DEV void row_sums(float (&d)[4], const Four& one, float v0, float v1, bool first) {
-  if (first)
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(__float_as_uint(one.v[0])), "r"(__float_as_uint(one.v[1])), "r"(__float_as_uint(one.v[2])),
-          "r"(__float_as_uint(one.v[3])), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)), "f"(0.f));
-  else
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(one.v[0])), "r"(__float_as_uint(one.v[1])), "r"(__float_as_uint(one.v[2])),
-          "r"(__float_as_uint(one.v[3])), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)));
+// Two neighbouring rows of a product's second factor.
+DEV u32 bf16_pair(float low, float high) {
+  u32 y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+// Sums over four neighbouring lanes of four values each (a: two of them, b: the others): d = rows * (a, b), rows 16 x 16 with
+// row r for value r % 4. No sum goes on from one step to the next: a product that had to wait for another took longer.
+DEV void row_sums(float (&d)[4], const Four& rows, u32 a, u32 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(__float_as_uint(rows.v[0])), "r"(__float_as_uint(rows.v[1])), "r"(__float_as_uint(rows.v[2])),
+        "r"(__float_as_uint(rows.v[3])), "r"(a), "r"(b), "f"(0.f));
 }
 #endif
 struct Raw { Pack8 u, dt, dout, z; };
@@ -201,9 +212,10 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   real dt_sum = real(0);
   bool was_reset = false;
 #elif TENSOR
-  FOR_EACH(q, HT * 32) {  // row r for k < 4, row r + 8 for k >= 4; a lane holds row lane / 4
-    const float one = q % 32 / 4 == q / 32 ? 1.f : 0.f;
-    S.ones[q / 32][q % 32] = Four{one, 0.f, 0.f, one};
+  FOR_EACH(q, 4) {
+    const float low = __uint_as_float(q == 0 ? 0x3f80u : q == 1 ? 0x3f800000u : 0u);
+    const float high = __uint_as_float(q == 2 ? 0x3f80u : q == 3 ? 0x3f800000u : 0u);
+    S.ones[q] = Four{low, low, high, high};
   }
 #else
   int kept = 0;  // which of its 2 * NS values a lane ends with after the butterfly over channels
@@ -213,20 +225,67 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     for (int m = 1; m < CPW; m <<= 1) { if (lane & m) kept += half; half >>= 1; }
   }
 #endif
+  const int t_last = t_begin + (t_end - t_begin - 1) / TILE * TILE;
+  if (tid == 0) {
+    const int t_next = max(t_last - TILE, t_begin);
+    auto set = [&](int k, const void* p, i64 first_row, i64 stride, int size, bool ahead) {
+      S.base[0][k] = reinterpret_cast<Address>(p) + (first_row + t_last * stride) * size;
+      S.base[1][k] = reinterpret_cast<Address>(p) + (first_row + (ahead ? t_next : t_last) * stride) * size;
+      S.apart[k] = TILE * stride * size;
+    };
+    constexpr int act_ = sizeof(act), real_ = sizeof(real);
+#pragma unroll
+    for (int k = NOW; k <= NEXT; k += NEXT - NOW) {
+      set(k, u, b * u_b + c0, u_l, act_, k == NEXT);
+      set(k + 1, dt, b * dt_b + c0, dt_l, act_, k == NEXT);
+      set(k + 2, dout, b * o_b + c0, o_l, act_, k == NEXT);
+      set(k + 3, z, b * z_b + c0, z_l, act_, k == NEXT);
+    }
+    set(NEXT_B, Bm, b * B_b + grp * B_g, B_l, act_, true);
+    set(NEXT_B + 1, Cm, b * C_b + grp * C_g, C_l, act_, true);
+#if PASS == 0
+    set(OUT, gu, b * gu_b + c0, gu_l, act_, false);
+    set(OUT + 1, gdt, b * gdt_b + c0, gdt_l, act_, false);
+    set(OUT + 2, gz, b * gz_b + c0, gz_l, act_, false);
+    set(OUT + 3, y, b * y_b + c0, y_l, act_, false);
+    const i64 rows_before = ((i64)blockIdx.x * gridDim.y + b) * L, states = (i64)d_inner * N;
+    set(SUMS_C, gC, rows_before * N, N, real_, false);
+    set(SUMS_C + 1, gB, rows_before * N, N, real_, false);
+    const Address kept = reinterpret_cast<Address>(ckpt) + (b * ((L + TILE - 1) / TILE) * states + (i64)c0 * N) * real_;
+    S.base[0][STATE] = kept + t_last / TILE * states * real_;
+    S.base[1][STATE] = kept + t_next / TILE * states * real_;
+    S.apart[STATE] = states * real_;
+#endif
+  }
+  __syncthreads();
+#if TENSOR && PASS == 0
+  const Four ones = S.ones[lane >> 2 & 3];  // read from memory, or the compiler would make it anew for every product
+#endif
+  int now = 0;  // which of the two S.base: a tile's own, the other is for the one before or after
+  // Where the tile after this one finds everything; between the barrier after which a tile's inputs stand in shared memory and
+  // its next one, when nobody reads what is written here.
+  auto advance = [&](int t0) {
+    if (tid < BASES) {
+      const bool ahead = (tid >= NEXT && tid < OUT) || (tid >= STATE && tid < SUMS_C);
+      S.base[now ^ 1][tid] = S.base[now][tid] - (ahead && t0 - TILE <= t_begin ? 0 : S.apart[tid]);
+    }
+  };
   // The elementwise role: this thread has row `row` of a tile, channels seg..seg+7 of the block.
   const int row = tid / PER, seg = (tid % PER) * 8;
   const int count = VEC && SEGS == NT ? 8 : tid < SEGS ? max(0, min(8, width - seg)) : 0;
   // Rows past the end read the last one instead, so that every call writes all of `r`: what it held need not be kept.
-  auto fetch = [&](int t0) {
+  auto fetch = [&](int from, int t0) {
     Raw r{};
     const int r0 = opaque(row), s0 = opaque(seg);
     const offset t = min(r0, t_end - 1 - t0);
     const int n = VEC ? 8 : count;
     if (count > 0) {
-      if (PASS == 0) r.u = load8(u + b * u_b + t0 * u_l + c0 + (t * offset(u_l) + s0), n, VEC);
-      r.dt = load8(dt + b * dt_b + t0 * dt_l + c0 + (t * offset(dt_l) + s0), n, VEC);
-      r.dout = load8(dout + b * o_b + t0 * o_l + c0 + (t * offset(o_l) + s0), n, VEC);
-      if (HASZ) r.z = load8(z + b * z_b + t0 * z_l + c0 + (t * offset(z_l) + s0), n, VEC);
+      const Address* p = &S.base[now][from];
+      auto load = [&](int k, i64 stride) { return load8(global<const act>(p[k], (t * offset(stride) + s0) * offset(sizeof(act))), n, VEC); };
+      if (PASS == 0) r.u = load(0, u_l);
+      r.dt = load(1, dt_l);
+      r.dout = load(2, o_l);
+      if (HASZ) r.z = load(3, z_l);
     }
     return r;
   };
@@ -238,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     Pack8 r{};
     const int row_ = opaque(brow), n_ = opaque(bn);
     if (brings && t0 + row_ < t_end)
-      r = load8((is_c ? Cm + b * C_b + grp * C_g : Bm + b * B_b + grp * B_g) + (t0 + row_) * (is_c ? C_l : B_l) + n_, 8, true);
+      r = load8(global<const act>(S.base[now][NEXT_B + is_c], (row_ * (is_c ? C_l : B_l) + n_) * i64(sizeof(act))), 8, true);
     return r;
   };
 #endif
@@ -266,9 +325,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   };
 
 #if PASS == 0
-  auto fetch_state = [&](int t0) {
+  auto fetch_state = [&]() {
     Row r{};
-    const real* p = ckpt + ((b * ((L + TILE - 1) / TILE) + t0 / TILE) * d_inner + c) * N;
+    const real* p = global<const real>(S.base[now][STATE], opaque(ch) * (N * int(sizeof(real))));
 #if N == NP
     if (live) r = states_of(p);
 #else
@@ -278,16 +337,88 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     return r;
   };
 #endif
-  const int t_last = t_begin + (t_end - t_begin - 1) / TILE * TILE;
-  Raw next = fetch(t_last);
+  Raw next = fetch(NEXT, t_last);
 #if AHEAD
   Pack8 next_bc = fetch_bc(t_last);
 #endif
 #if PASS == 0
-  Row next_h = fetch_state(t_last);
+  Row next_h = fetch_state();
+#endif
+  auto ask = [&](int t0) {
+    const int t1 = max(t0 - TILE, t_begin);
+    next = fetch(NEXT, t1);
+#if AHEAD
+    next_bc = fetch_bc(t1);
+#endif
+#if PASS == 0
+    next_h = fetch_state();
+#endif
+  };
+#if PASS == 0
+  // A sub-chunk's dB and dC, of the tile from t0 on: the warps' sums, in order. `every`: those of all sub-chunks at once.
+  auto reduce = [&](int j, bool every, int t0) {
+    if (FIXB && FIXC) return;
+#if TENSOR
+    constexpr int pieces = HT * 2 * NP / 4;
+#else
+    constexpr int wide = N == NP ? 4 : 1, pieces = HT * 2 * NP / wide;
+#endif
+    const int first = opaque(tid);
+    // One sub-chunk is less than a piece for every thread: another part of the block does it every time.
+    const int turn = !every && pieces < NT ? (first + NT - j * pieces % NT) % NT : first;
+    const int count = every ? NSUB * pieces : pieces;
+#pragma unroll
+    for (int q_ = 0; q_ < (count + NT - 1) / NT; q_++) {
+      const int q = turn + q_ * NT;
+      if (count % NT && q >= count) break;
+#if TENSOR
+      // Four numbers of a warp: dC and dB of a step, dC and dB two steps later.
+      const int k = every ? q / pieces : j, n = q % NP, row = k * HT + q % pieces / 32 * 4 + q % 32 / NP, t = t0 + row;
+      if (t >= t_end || n >= N) continue;
+      Four total{};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const Four f = *reinterpret_cast<const Four*>(&S.part[k % PARTS][w][q % pieces / 32 * 4][0][q % 32 * 4]);
+#pragma unroll
+        for (int m = 0; m < 4; m++) total.v[m] += f.v[m];
+      }
+      const u32 at_ = (row * N + n) * sizeof(real);
+      real *to_c = global<real>(S.base[now][SUMS_C], at_), *to_b = global<real>(S.base[now][SUMS_C + 1], at_);
+      if (!FIXC) *to_c = total.v[0];
+      if (!FIXB) *to_b = total.v[1];
+      if (t + 2 < t_end) {
+        if (!FIXC) to_c[2 * N] = total.v[2];
+        if (!FIXB) to_b[2 * N] = total.v[3];
+      }
+#else
+      const int k = every ? q / pieces : j, r = q % pieces / (2 * NP / wide), which = q / (NP / wide) & 1, n = q % (NP / wide) * wide;
+      const int t = t0 + k * HT + r;
+      if ((which ? FIXB : FIXC) || t >= t_end || n >= N) continue;
+      real* out = global<real>(S.base[now][SUMS_C + which], ((k * HT + r) * N + n) * int(sizeof(real)));
+      auto part_of = [&](int w) { return &S.part[k % PARTS][w][r][which][n]; };
+      constexpr int summands = WARPS;
+      if (wide == 4) {
+        Four total{};
+#pragma unroll
+        for (int w = 0; w < summands; w++) {
+          const Four f = *reinterpret_cast<const Four*>(part_of(w));
+#pragma unroll
+          for (int m = 0; m < 4; m++) total.v[m] += f.v[m];
+        }
+        *reinterpret_cast<Four*>(out) = total;
+      } else {
+        real total = real(0);
+#pragma unroll
+        for (int w = 0; w < summands; w++) total += *part_of(w);
+        *out = total;
+      }
+#endif
+    }
+  };
 #endif
   for (int t0 = t_last; t0 >= t_begin; t0 -= TILE) {
     const int steps = min(TILE, t_end - t0);
+    now ^= 1;
     if (tid < SEGS) {
       const int row = opaque(tid) / PER, seg = opaque(tid) % PER * 8, swap = opaque(tid) % PER & 7;
       const int n = row < steps ? count : 0;
@@ -343,11 +474,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #endif
     __syncthreads();
 
+    advance(t0);
 #if PASS == 1
-    next = fetch(max(t0 - TILE, t_begin));
-#if AHEAD
-    next_bc = fetch_bc(max(t0 - TILE, t_begin));
-#endif
+    ask(t0);
 #pragma unroll 4
     for (int s = steps - 1; s >= 0; s--) {
 #if VARLEN
@@ -393,7 +522,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         h[n] = fma_(e[n], h[n], f.b * BVAL(n));
       }
     };
-    const int subs = (steps + HT - 1) / HT;
+    const int subs = TENSOR ? NSUB : (steps + HT - 1) / HT;
     for (int j = 0; j < subs; j++) {
 #pragma unroll
       for (int m = 0; m < NQ; m++) S.hs[j][m][tid] = Four{h[4 * m], h[4 * m + 1], h[4 * m + 2], h[4 * m + 3]};
@@ -401,77 +530,47 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
         for (int s = 0; s < HT; s++) step(j * HT + s);
     }
-    // A sub-chunk's dB and dC: the warps' sums, in order. `every`: those of all sub-chunks at once.
-    auto reduce = [&](int j, bool every) {
-      if (FIXB && FIXC) return;
-      constexpr int wide = N == NP ? 4 : 1, pieces = HT * 2 * NP / wide;
-      const int first = opaque(tid);
-      // One sub-chunk is less than a piece for every thread: another part of the block does it every time.
-      const int turn = !every && pieces < NT ? (first + NT - j * pieces % NT) % NT : first;
-      const int count = every ? NSUB * pieces : pieces;
-#pragma unroll
-      for (int q_ = 0; q_ < (count + NT - 1) / NT; q_++) {
-        const int q = turn + q_ * NT;
-        if (count % NT && q >= count) break;
-        const int k = every ? q / pieces : j, r = q % pieces / (2 * NP / wide), which = q / (NP / wide) & 1, n = q % (NP / wide) * wide;
-        const int t = t0 + k * HT + r;
-        if ((which ? FIXB : FIXC) || t >= t_end || n >= N) continue;
-        real* out = (which ? gB : gC) + (((i64)blockIdx.x * gridDim.y + b) * L + t) * N + n;
-        auto part_of = [&](int w) { return &S.part[k % PARTS][w][r][which][n]; };
-        constexpr int summands = WARPS;
-        if (wide == 4) {
-          Four total{};
-#pragma unroll
-          for (int w = 0; w < summands; w++) {
-            const Four f = *reinterpret_cast<const Four*>(part_of(w));
-#pragma unroll
-            for (int m = 0; m < 4; m++) total.v[m] += f.v[m];
-          }
-          *reinterpret_cast<Four*>(out) = total;
-        } else {
-          real total = real(0);
-#pragma unroll
-          for (int w = 0; w < summands; w++) total += *part_of(w);
-          *out = total;
-        }
-      }
-    };
     real gA_[NS];  // of this tile
 #pragma unroll
     for (int n = 0; n < NS; n++) gA_[n] = real(0);
-    int waiting = 0;
-#pragma unroll 1
-    for (int j = subs - 1; j >= 0; j--) {
-      asm volatile("" : "+r"(waiting));  // or the first sub-chunk becomes a second copy of this loop
-      if (waiting && PARTS < NSUB) {
-        __syncthreads();
-        reduce(j + 1, false);
-        if (PARTS == 1) __syncthreads();
-      }
-      real hist[HT + 1][NS];  // the state before step r
-      real kept_e[HT][NS];
+    struct History { real before[HT + 1][NS], kept[HT][NS]; };  // the state before step r, its decay
+    auto recompute = [&](History& to, int j, int r) {
+      if (r == 0)
 #pragma unroll
-      for (int m = 0; m < NQ; m++) {
-        const Four f = S.hs[j][m][tid];
+        for (int m = 0; m < NQ; m++) {
+          const Four f = S.hs[j][m][tid];
 #pragma unroll
-        for (int q = 0; q < 4; q++) hist[0][4 * m + q] = h[4 * m + q] = f.v[q];
-      }
-#pragma unroll
-      for (int r = 0; r < HT; r++) {
-        step(j * HT + r);
-#pragma unroll
-        for (int n = 0; n < NS; n++) {
-          hist[r + 1][n] = h[n];
-          kept_e[r][n] = e[n];
+          for (int q = 0; q < 4; q++) to.before[0][4 * m + q] = h[4 * m + q] = f.v[q];
         }
+      step(j * HT + r);
+#pragma unroll
+      for (int n = 0; n < NS; n++) {
+        to.before[r + 1][n] = h[n];
+        to.kept[r][n] = e[n];
       }
+    };
+    // A lane's sums over states take the place of what made them, once the whole warp has read that.
+    auto put = [&](int s, const real (&sums)[3]) {
+      if (G == R || g < R) {
+        Slot& to = S.slots[s + g % R][at];
+        to.du = sums[1];
+        to.dy = sums[2];
+        if (HASZ) to.y = sums[0];
+      }
+    };
+    // Walks sub-chunk j back; `ahead`: the states of the one before it are made between its steps.
+    auto walk = [&](const History& from, int j, History* ahead) {
+      auto& hist = from.before;
+      auto& kept_e = from.kept;
       real(*part)[2][NP] = S.part[j % PARTS][warp];
 #if TENSOR
-      float rows[NS][4];
+      float sums[2][2];
 #endif
       real sum[3][R];
+      real late[HT / R][3];
 #pragma unroll
       for (int r = HT - 1; r >= 0; r--) {
+        if (ahead) recompute(*ahead, j - 1, HT - 1 - r);
         const int s = j * HT + r;
 #if VARLEN
         if (S.end[s] && dfinal)
@@ -522,12 +621,18 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
           }
 #endif
 #if TENSOR
-        const Four one = S.ones[r][lane];
 #pragma unroll
-        for (int n = 0; n < NS; n++) row_sums(rows[n], one, v[n], v[NS + n], r == HT - 1);
-#elif TENSOR
-        column_sums(columns[r / 2], v, S.ones[r % 2 * 2][lane >> 2], r % 2);
-        column_sums(columns[r / 2], v + NS, S.ones[r % 2 * 2 + 1][lane >> 2], false);
+        for (int k = 0; k < 2; k++) {  // dC, dB
+          float d[4];
+          row_sums(d, ones, bf16_pair(v[NS * k], v[NS * k + 1]), bf16_pair(v[NS * k + 2], v[NS * k + 3]));
+          // Lanes have all four steps of a round: the lower half keeps the even ones, the upper one the odd ones.
+          const float total = r % 4 < 2 ? d[0] + d[1] : d[2] + d[3];
+          float& to = sums[k][r % 4 / 2];
+          to = r % 2 || !(lane & 16) ? total : to;
+        }
+        if (r % 4 == 0)
+          *reinterpret_cast<Four*>(&part[r][0][0] + 4 * ((lane & 16) + 4 * (lane & 3) + (lane >> 2 & 3))) =
+              Four{sums[0][0], sums[1][0], sums[0][1], sums[1][1]};
 #else
         if (!FIXB || !FIXC) {
           constexpr int left = 2 * NS / CPW;  // values that a lane ends with
@@ -565,33 +670,54 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             for (int m = R; m < G; m <<= 1) t_ += __shfl_xor_sync(~0u, t_, m * CPW);
             sum[k][0] = t_;
           }
-          __syncwarp();
-          if (G == R || g < R) {
-            Slot& to = S.slots[s + g % R][at];
-            to.du = sum[1][0];
-            to.dy = sum[2][0];
-            if (HASZ) to.y = sum[0][0];
+#pragma unroll
+          for (int k = HASZ ? 0 : 1; k < 3; k++) late[r / R][k] = sum[k][0];
+          if (!PIPE) {
+            __syncwarp();
+            put(s, late[r / R]);
           }
         }
       }
-#if TENSOR
+      if (PIPE) {  // not before: nothing moves across a store, and the compiler needs room to mix the two
+        __syncwarp();
 #pragma unroll
-      for (int k = 0; k < 2; k++)
-        *reinterpret_cast<Four*>(&part[lane >> 2][k][(lane & 3) * 4]) = Four{
-            rows[0][2 * k] + rows[0][2 * k + 1], rows[1][2 * k] + rows[1][2 * k + 1],
-            rows[2][2 * k] + rows[2][2 * k + 1], rows[3][2 * k] + rows[3][2 * k + 1]};
-#endif
+        for (int m = 0; m < HT / R; m++) put(j * HT + m * R, late[m]);
+      }
+    };
+    auto between = [&](int j) {  // makes room for the partial sums of sub-chunk j
+      if (PARTS < NSUB) {
+        __syncthreads();
+        reduce(j + 1, false, t0);
+        if (PARTS == 1) __syncthreads();
+      }
+    };
+#if PIPE
+    History even, odd;
+#pragma unroll
+    for (int r = 0; r < HT; r++) recompute(even, NSUB - 1, r);
+#pragma unroll
+    for (int j = NSUB - 1; j >= 0; j--) {
+      if (j < NSUB - 1) between(j);
+      if ((NSUB - 1 - j) % 2) walk(odd, j, j ? &even : nullptr); else walk(even, j, j ? &odd : nullptr);
+    }
+#else
+    int waiting = 0;
+#pragma unroll 1
+    for (int j = subs - 1; j >= 0; j--) {
+      asm volatile("" : "+r"(waiting));  // or the first sub-chunk becomes a second copy of this loop
+      if (waiting) between(j);
+      History here;
+#pragma unroll
+      for (int r = 0; r < HT; r++) recompute(here, j, r);
+      walk(here, j, nullptr);
       waiting = 1;
     }
-    // What the rest of this tile and the next one need is on its way while the block meets and adds up.
-    const Raw again = fetch(t0);
-    next = fetch(max(t0 - TILE, t_begin));
-    next_h = fetch_state(max(t0 - TILE, t_begin));
-#if AHEAD
-    next_bc = fetch_bc(max(t0 - TILE, t_begin));
 #endif
+    // What the rest of this tile and the next one need is on its way while the block meets and adds up.
+    const Raw again = fetch(NOW, t0);
+    ask(t0);
     __syncthreads();
-    reduce(0, PARTS >= NSUB);
+    reduce(0, PARTS >= NSUB, t0);
     // dA: sums of tiles, added with what earlier additions lost.
 #pragma unroll
     for (int m = 0; m < NQ; m++) {
@@ -651,10 +777,14 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
         for (int j = 0; j < 4; j++) S.sums[j][tid] = *reinterpret_cast<Four*>(share + 4 * j);
         const int r0 = row, s0 = seg;
-        store8(gu + b * gu_b + t0 * gu_l + c0 + (r0 * offset(gu_l) + s0), ou, VEC ? 8 : n, VEC);
-        store8(gdt + b * gdt_b + t0 * gdt_l + c0 + (r0 * offset(gdt_l) + s0), od, VEC ? 8 : n, VEC);
-        if (HASZ) store8(gz + b * gz_b + t0 * gz_l + c0 + (r0 * offset(gz_l) + s0), oz, VEC ? 8 : n, VEC);
-        if (HASY) store8(y + b * y_b + t0 * y_l + c0 + (r0 * offset(y_l) + s0), oy, VEC ? 8 : n, VEC);
+        const Address* p = &S.base[now][OUT];
+        auto store = [&](int k, i64 stride, const Pack8& r) {
+          store8(global<act>(p[k], (offset(r0) * offset(stride) + s0) * offset(sizeof(act))), r, VEC ? 8 : n, VEC);
+        };
+        store(0, gu_l, ou);
+        store(1, gdt_l, od);
+        if (HASZ) store(2, gz_l, oz);
+        if (HASY) store(3, y_l, oy);
       }
     }
 #endif
