@@ -20,7 +20,7 @@ from statescan.models.attention_checkpoints import published_tensors, to_publish
 from statescan.models.baseline_config import BaselineConfig, ModelConfig, TransformerConfig, config_from_dict
 from statescan.models.baselines import BaselineBlock, Positions, make_norm
 from statescan.models.config import MambaConfig
-from statescan.nn import Mamba, MambaState, Packing, RMSNorm, pack
+from statescan.nn import Embedding, Mamba, MambaState, Packing, RMSNorm, pack
 from statescan.nn.mamba import is_plain
 from statescan.ops import linear_cross_entropy
 from statescan.ops.mamba_inner import Normed
@@ -196,7 +196,7 @@ class Backbone(nn.Module):
         self.residual_in_fp32 = config.residual_in_fp32
         self.dropout, self.embedding_dropout = config.dropout, config.embedding_dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
+        self.embedding = Embedding(config.padded_vocab_size, config.d_model, **factory)
         self.positions = None
         if isinstance(config, TransformerConfig) and config.positions == "absolute":
             self.positions = Positions(config, **factory)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from statescan import checkpoint as files
 from statescan.errors import CheckpointError, ConfigError, DTypeError, ShapeError
-from statescan.nn import GRU, LSTM, MLP, S4, S4D, CausalSelfAttention, DilatedConv, Mamba
+from statescan.nn import GRU, LSTM, MLP, S4, S4D, CausalSelfAttention, DilatedConv, Embedding, Mamba
 from statescan.nn.s4 import joint_kernels
 
 __all__ = ["MIXERS", "ClassifierConfig", "ClassifierOutput", "SequenceClassifier"]
@@ -125,7 +125,7 @@ class SequenceClassifier(nn.Module):
         factory: dict[str, Any] = {"device": device}
         d = config.d_model
         self.encoder = nn.Linear(config.d_input, d, **factory) if config.d_input else None
-        self.embedding = nn.Embedding(config.vocab_size, d, **factory) if config.vocab_size else None
+        self.embedding = Embedding(config.vocab_size, d, **factory) if config.vocab_size else None
         self.norms = nn.ModuleList(nn.LayerNorm(d, **factory) for _ in range(config.n_layer))
         mixers = [MIXERS[config.mixer](config, layer) for layer in range(config.n_layer)]
         self.mixers = nn.ModuleList(mixer.to(device) for mixer in mixers)

@@ -2,6 +2,7 @@
 
 from statescan.nn.attention import CausalSelfAttention
 from statescan.nn.dilated_conv import DilatedConv
+from statescan.nn.embedding import Embedding
 from statescan.nn.mamba import CausalConv1d, LayerOutput, Mamba, MambaState, StepProjection, over_its_rms
 from statescan.nn.mlp import MLP, GatedMLP
 from statescan.nn.norm import LayerNorm, RMSNorm
@@ -18,6 +19,7 @@ __all__ = [
     "CausalConv1d",
     "CausalSelfAttention",
     "DilatedConv",
+    "Embedding",
     "GatedMLP",
     "LayerNorm",
     "LayerOutput",

@@ -1,0 +1,54 @@
+"""The embedding's own gradient against torch's; on a GPU, the same to the bit every time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from statescan.nn import Embedding
+from statescan.nn.embedding import _Lookup
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_gradient_is_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, 6, shape, dtype=dtype)
+    grad = torch.randn(*shape, 4, dtype=torch.float64)
+    output = _Lookup.apply(ids, weight)
+    assert torch.equal(output, F.embedding(ids, weight))
+    (got,) = torch.autograd.grad(output, weight, grad)
+    (wanted,) = torch.autograd.grad(F.embedding(ids, weight), weight, grad)
+    torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda w: _Lookup.apply(ids, w), weight)
+    assert torch.autograd.gradgradcheck(lambda w: _Lookup.apply(ids, w), weight)
+
+
+def test_it_is_torchs_layer() -> None:
+    torch.manual_seed(0)
+    layer = Embedding(5, 3)
+    assert list(layer.state_dict()) == ["weight"]
+    assert torch.equal(layer(torch.tensor([[4, 0]])), layer.weight[[4, 0]].unsqueeze(0))
+    compiled = torch.compile(lambda ids, w: _Lookup.apply(ids, w).square().sum(), fullgraph=True, backend="aot_eager")
+    ids = torch.tensor([1, 1, 4])
+    (got,) = torch.autograd.grad(compiled(ids, layer.weight), layer.weight)
+    (wanted,) = torch.autograd.grad(layer(ids).square().sum(), layer.weight)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_gradients_are_bit_equal(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = Embedding(256, 512, device="cuda", dtype=dtype)
+    ids = torch.randint(97, 123, (32, 2048), device="cuda")
+    grad = torch.randn(32, 2048, 512, device="cuda", dtype=dtype)
+    first, *others = (torch.autograd.grad(layer(ids), layer.weight, grad)[0] for _ in range(6))
+    for other in others:
+        assert torch.equal(first, other)
+    wanted = torch.zeros(256, 512, device="cuda", dtype=torch.float64).index_add_(
+        0, ids.flatten(), grad.flatten(0, 1).double()
+    )
+    torch.testing.assert_close(first.double(), wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
