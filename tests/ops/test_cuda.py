@@ -41,7 +41,7 @@ class Compiler:
         self.compiled += 1
         return types.SimpleNamespace(code=b"cubin")
 
-    def Device(self, _: int) -> Any:
+    def Device(self, number: int) -> Any:
         return types.SimpleNamespace(set_current=lambda: None)
 
     @property
