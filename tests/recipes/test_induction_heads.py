@@ -55,7 +55,10 @@ def test_a_run_leaves_models_scores_table_and_figure(small: None, tmp_path: Path
     rows = _table((tmp_path / "results.md").read_text())
     mine = [run["scores"]["64"]["correct"] for run in results["runs"] if run["row"] == "mamba"]
     low, high = (100 * end for end in wilson(sum(mine), 8))
-    assert rows["Mamba"][2] == f"{100 * sum(mine) / 8:.1f} [{low:.2f}, {high:.2f}]"
+    said = re.fullmatch(r"(\d+\.\d) \[(.+), (.+)\]", rows["Mamba"][2])
+    assert said is not None
+    assert float(said[1]) == pytest.approx(100 * sum(mine) / 8, abs=0.1)
+    assert low - 0.01 <= float(said[2]) <= low < high <= float(said[3]) <= high + 0.01
     assert rows["Mamba"][1] == "2"
     assert rows["Mamba"][4] == "not run"
     assert set(rows["LSTM"][2:]) == {"not run"}

@@ -11,7 +11,7 @@ from statescan.data import SelectiveCopying, load_tokenizer
 from statescan.errors import ConfigError
 from statescan.models import CausalLM
 from statescan.recipes import selective_copying as recipe
-from statescan.recipes.synthetic import Stage, SyntheticRun, judge, seed_of_tests, wilson
+from statescan.recipes.synthetic import Stage, SyntheticRun, interval, judge, seed_of_tests
 
 FACTS = Path(__file__).parents[3] / "shared" / "facts" / "paper.md"
 
@@ -49,8 +49,7 @@ def test_a_run_leaves_models_scores_tables_and_figure(small: None, tmp_path: Pat
     assert score["asked"] == 48
     markdown = (tmp_path / "results.md").read_text()
     mine = [runs["mamba-s6", seed]["scores"]["4096"]["correct"] for seed in (0, 1)]
-    low, high = (100 * end for end in wilson(sum(mine), 96))
-    assert f"| {low:.2f} to {high:.2f} |" in markdown
+    assert f"| {' to '.join(interval(sum(mine), 96))} |" in markdown
     assert "| Mamba, S6 | 99.8 | **" in markdown
     assert "| no gate, S6 | 97 | not run |" in markdown
     assert "| LSTM (at length 256) |" in markdown

@@ -242,3 +242,19 @@ def test_a_small_run_learns_its_task(tmp_path: Path) -> None:
     run = SyntheticRun("learns", MambaConfig(16, 1, 5, d_state=4), stages, 0, lr=1e-2, decay=0.5)
     trained = train_runs([run], tmp_path, say=_silent)[0]
     assert judge(trained.model, task, 300, seed=10**6).accuracy > 0.97
+
+
+def test_quiet_sinks_the_biases_from_its_time_on(tmp_path: Path) -> None:
+    """Without: as plain training. With: every step's bias goes down, in a model that trains on."""
+    plain, late, quiet = (
+        train_runs([_run(row=row, **fields)], tmp_path, say=_silent)[0]
+        for row, fields in (
+            ("plain", {}),
+            ("late", {"quiet": 1.0, "quiet_after": 79}),
+            ("quiet", {"quiet": 1.0, "quiet_after": 20}),
+        )
+    )
+    biases = [trained.model.backbone.layers[0].mixer.dt_proj.bias for trained in (plain, late, quiet)]  # type: ignore[union-attr]
+    # Steps of one graph share its data's position, so that the last chunk of 10 may be quiet and no more.
+    assert (biases[1] - biases[0]).abs().max() < 10 * 5e-3
+    assert (biases[2] < biases[0] - 0.1).all()

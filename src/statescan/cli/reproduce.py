@@ -13,6 +13,7 @@ from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, progre
 from statescan.cli.zero_shot import zero_shot
 
 if TYPE_CHECKING:
+    from statescan.models import CausalLM
     from statescan.recipes.synthetic import Score
 
 __all__ = ["reproduce"]
@@ -25,7 +26,7 @@ reproduce = typer.Typer(
 )
 
 # Tokens of a length that --evaluate-only judges, so that two cores judge all lengths up to 2^16 in under a minute.
-_TOKENS, _SHORT = 1 << 19, 2**16
+_TOKENS, _SHORT = 1 << 20, 2**16
 _COPYING_EXAMPLES = 512
 
 Rows = Annotated[
@@ -69,7 +70,7 @@ def induction_heads(
         typer.Option(
             "--examples",
             min=1,
-            show_default="4096; half a million tokens with --evaluate-only",
+            show_default="4096; a million tokens with --evaluate-only",
             help="Fresh sequences judged of every length.",
         ),
     ] = None,
@@ -175,12 +176,14 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _model(path: Path | None, packaged: str, device: str | None) -> tuple[Any, str]:
-    from statescan.cli.models import open_model
-    from statescan.recipes.shipped import shipped_model
+def _model(path: Path | None, packaged: str, device: str | None) -> tuple[CausalLM, str]:
+    from statescan.cli.models import model_folder
+    from statescan.models import CausalLM
+    from statescan.recipes.shipped import PACKAGED, shipped_model
 
-    folder = path or shipped_model(packaged)
-    return open_model(folder, device=_device(device))[0], f"packaged:{packaged}" if path is None else str(path)
+    folder = shipped_model(packaged) if path is None else model_folder(path)
+    model = CausalLM.from_pretrained(folder, device=_device(device)).eval()
+    return model, f"{PACKAGED}{packaged}" if path is None else str(path)
 
 
 def _rows(asked: Sequence[str] | None, headline: str, known: Mapping[str, Any]) -> list[str]:
@@ -201,7 +204,7 @@ def _print_scores(
 ) -> None:
     from rich.table import Table
 
-    from statescan.recipes.synthetic import percent, wilson
+    from statescan.recipes.synthetic import interval, percent, wilson
 
     if as_json:
         emit_json(
@@ -224,11 +227,10 @@ def _print_scores(
     for title in ("length", "accuracy, %", "95 % interval", "judged", "paper, %", "tokens/s"):
         table.add_column(title, justify="right")
     for length, (score, seconds) in scores.items():
-        low, high = wilson(score.correct, score.asked)
         table.add_row(
             f"{length:,}",
             percent(score.accuracy),
-            f"{100 * low:.2f} to {100 * high:.2f}",
+            " to ".join(interval(score.correct, score.asked)),
             f"{score.correct:,} of {score.asked:,}",
             paper[length],
             f"{length * score.examples / seconds:,.0f}",

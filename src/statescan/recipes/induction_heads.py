@@ -29,6 +29,7 @@ from statescan.recipes.synthetic import (
     SyntheticRun,
     figure,
     gather_runs,
+    interval,
     judge,
     judge_pieces,
     machine_facts,
@@ -48,6 +49,8 @@ __all__ = ["LENGTHS", "PAPER", "ROWS", "evaluate", "induction_heads", "induction
 TRAINED_LENGTH = 256
 LENGTHS = tuple(2**k for k in range(6, 21))
 EXAMPLES = 4096
+# Updates of every row, on batches of 32.
+STEPS = 32_000
 # Attention costs the square of the length, and the paper's Transformers ended here too, for want of memory.
 _LONGEST_ATTENTION, _ATTENTION_EXAMPLES = 2**14, 512
 
@@ -80,7 +83,7 @@ def _attention(positions: str) -> TransformerConfig:
 
 
 ROWS: dict[str, Row] = {
-    "mamba": Row("Mamba", MambaConfig(64, 2, 16), 1e-3),
+    "mamba": Row("Mamba", MambaConfig(64, 2, 16), 2e-3),
     "h3": Row("H3 block, S4D", MambaConfig(64, 2, 16, d_state=64, block="h3", inner="s4d"), 1e-3),
     "s4": Row("Mamba block, S4", MambaConfig(64, 2, 16, d_state=64, inner="s4"), 1e-3),
     "lstm": Row("LSTM", RecurrentConfig(64, 2, 16, cell="lstm"), 1e-3),
@@ -98,8 +101,13 @@ def induction_run(row: str = "mamba", seed: int = 0) -> SyntheticRun:
     """
     if row not in ROWS:
         raise ConfigError(f"induction heads: row must be one of {', '.join(ROWS)}, got {row!r}")
-    stages = (Stage(InductionHeads(TRAINED_LENGTH), 8, 204_800),)
-    return SyntheticRun(row, ROWS[row].model, stages, seed, lr=ROWS[row].lr)
+    known = ROWS[row]
+    stages = (Stage(InductionHeads(TRAINED_LENGTH), 32, STEPS),)
+    quiet = 1e-2 if row == "mamba" else 0.0
+    return SyntheticRun(
+        row, known.model, stages, seed, lr=known.lr, warmup=1000, decay=1 / 8, clip=1.0, beta2=0.95,
+        quiet=quiet, quiet_after=20_000,
+    )  # fmt: skip
 
 
 def examples_within(tokens: int) -> Callable[[int], int]:
@@ -271,8 +279,7 @@ def _cell(score: tuple[int, int] | None) -> str:
     if score is None:
         return "not run"
     correct, asked = score
-    low, high = wilson(correct, asked)
-    return f"{percent(correct / asked)} [{100 * low:.2f}, {100 * high:.2f}]"
+    return f"{percent(correct / asked)} [{', '.join(interval(correct, asked))}]"
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:

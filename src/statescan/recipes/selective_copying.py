@@ -28,6 +28,7 @@ from statescan.recipes.synthetic import (
     SyntheticRun,
     figure,
     gather_runs,
+    interval,
     judge,
     machine_facts,
     percent,
@@ -37,7 +38,6 @@ from statescan.recipes.synthetic import (
     score_row,
     seed_of_tests,
     train_runs,
-    wilson,
     write_scores,
 )
 
@@ -218,10 +218,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
             if score is None:
                 lines.append(f"| {title} | {paper} | not run | | | | |")
                 continue
-            low, high = (100 * end for end in wilson(*score))
             each = ", ".join(percent(one) for one in _accuracies(runs, row, known.length))
+            between = " to ".join(interval(*score))
             lines.append(
-                f"| {title} | {paper} | **{percent(score[0] / score[1])}** | {low:.2f} to {high:.2f} | {each} | "
+                f"| {title} | {paper} | **{percent(score[0] / score[1])}** | {between} | {each} | "
                 f"{mine[0]['parameters']:,} | {mine[0]['steps']:,} |"
             )
         lines.append("")

@@ -29,6 +29,7 @@ from statescan.data.synthetic import InductionHeads, SyntheticBatch, SyntheticTa
 from statescan.errors import CheckpointError, ConfigError, MissingExtraError
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM
+from statescan.nn import Mamba
 from statescan.train.capture import CapturedStep
 from statescan.train.optim import parameter_groups
 
@@ -73,6 +74,10 @@ class SyntheticRun:
         beta2: of Adam's second moment. Once nearly all answers are right, gradients are tiny but for the rare example
             that fails; with 0.999 such a one then moves every weight by some thirty times the rate. Default 0.999.
         bf16: train under bfloat16 autocast. Default False.
+        quiet: weight in the loss of the mean of S6's step biases (``dt_proj.bias``). Once every answer is right nothing
+            pushes the steps at noise further down than the trained length needs, and over a million tokens what is left
+            of them adds up; this pushes them, and the answers hold up those that are needed. Default 0.
+        quiet_after: updates before that begins. Default 0.
     """
 
     row: str
@@ -85,6 +90,8 @@ class SyntheticRun:
     clip: float = 0.0
     beta2: float = 0.999
     bf16: bool = False
+    quiet: float = 0.0
+    quiet_after: int = 0
 
     @property
     def name(self) -> str:
@@ -229,9 +236,9 @@ class _Course:
     def _here(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def _where(self) -> tuple[int, int, int]:
-        """(stage, number of its first example that is not yet used, steps left in it)."""
-        done, examples = self.steps, 0
+    def _where(self, steps: int | None = None) -> tuple[int, int, int]:
+        """(stage, number of its first example that is not yet used, steps left in it) after `steps`; default: now."""
+        done, examples = self.steps if steps is None else steps, 0
         for number, stage in enumerate(self.run.stages):
             if done < stage.steps:
                 return number, examples + done * stage.batch_size, stage.steps - done
@@ -251,6 +258,8 @@ class _Course:
         task, rows, seed, device, model = stage.task, stage.batch_size, run.seed, self.device, self.model
 
         made: list[SyntheticBatch] = []
+        biases = [m.dt_proj.bias for m in model.modules() if isinstance(m, Mamba) and hasattr(m, "dt_proj")]
+        loud = self._where(run.quiet_after)[1] if run.quiet else 0
 
         def loss() -> Tensor:
             if not made:
@@ -261,7 +270,10 @@ class _Course:
             batch = made.pop(0)
             logits = model(batch.inputs, logits_to_keep=task.asked).logits
             assert logits is not None
-            return F.cross_entropy(logits.float().flatten(0, 1), batch.answers.flatten())
+            wrong = F.cross_entropy(logits.float().flatten(0, 1), batch.answers.flatten())
+            if not (run.quiet and biases):
+                return wrong
+            return wrong + run.quiet * (position > loud) * torch.stack([bias.mean() for bias in biases]).mean()
 
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
@@ -574,6 +586,12 @@ def percent(accuracy: float) -> str:
         return "100"
     places = 1 if value < 99.9 else 3 if value < 99.99 else 4
     return f"{math.floor(value * 10**places) / 10**places:.{places}f}"
+
+
+def interval(correct: int, asked: int) -> tuple[str, str]:
+    """Wilson's 95 % interval in per cent with two places, rounded outwards."""
+    low, high = wilson(correct, asked)
+    return f"{math.floor(1e4 * low) / 100:.2f}", f"{math.ceil(1e4 * high) / 100:.2f}"
 
 
 def figure(width: float, height: float) -> tuple[Any, Any]:

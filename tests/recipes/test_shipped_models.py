@@ -1,0 +1,78 @@
+"""The models that come with the package do what is said of them, and their steps open where they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from statescan.checkpoint import load_config
+from statescan.data import InductionHeads, SelectiveCopying, load_tokenizer
+from statescan.errors import CheckpointError
+from statescan.inspect import inspect_text
+from statescan.models import CausalLM
+from statescan.recipes.induction_heads import ROWS, evaluate
+from statescan.recipes.selection_figure import draw_selection, openings
+from statescan.recipes.shipped import SHIPPED, shipped_model
+from statescan.recipes.synthetic import judge
+
+TASKS = {"induction-heads": InductionHeads(128), "selective-copying": SelectiveCopying()}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, CausalLM]:
+    return {name: CausalLM.from_pretrained(shipped_model(name)).eval() for name in SHIPPED}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_is_small_and_complete(name: str) -> None:
+    folder = shipped_model(f"packaged:{name}")
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "statescan_tokenizer.json",
+    }
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10**6
+    assert load_config(folder)["vocab_size"] == 16
+    assert load_tokenizer(folder).vocab_size == 16
+
+
+def test_an_unknown_one_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"wanted one of the packaged models .* got 'mqar'"):
+        shipped_model("mqar")
+
+
+def test_induction_heads_at_lengths_never_trained_on(models: dict[str, CausalLM]) -> None:
+    model = models["induction-heads"]
+    assert model.config == ROWS["mamba"].model
+    scores = evaluate(model, lengths=[64, 1024, 32_768], examples=lambda length: max(2, 60_000 // length))
+    assert all(score.accuracy >= 0.99 for score, _ in scores.values()), scores
+
+
+def test_selective_copying_at_its_length(models: dict[str, CausalLM]) -> None:
+    assert judge(models["selective-copying"], SelectiveCopying(), 12, seed=123, at_once=1 << 15).accuracy >= 0.99
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_step_opens_at_the_tokens_to_keep_and_nowhere_else(models: dict[str, CausalLM], name: str) -> None:
+    found = openings(models[name], TASKS[name], seed=9, example=1)
+    assert found.kept.sum() == (1 if name == "induction-heads" else 16)
+    others = np.delete(found.delta, np.flatnonzero(found.kept))[: -TASKS[name].asked]
+    assert found.delta[found.kept].min() > 1000 * np.median(others)
+    # What is kept is kept for longer than the sequence, by far.
+    assert found.half_life > 100 * len(found.ids)
+
+
+def test_inspect_reads_their_tokens(models: dict[str, CausalLM]) -> None:
+    folder = shipped_model("induction-heads")
+    report = inspect_text(models["induction-heads"], load_tokenizer(folder), "hdckkifj*kabc*")
+    assert report.pieces == tuple("hdckkifj*kabc*")
+    assert report.token_ids[8] == 15
+
+
+def test_the_figures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = draw_selection(tmp_path)
+    assert [path.name for path in drawn] == ["selection-induction-heads.svg", "selection-copying.svg"]
+    assert all(b"<svg" in path.read_bytes() for path in drawn)
