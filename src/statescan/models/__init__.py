@@ -13,6 +13,7 @@ from statescan.models.classifier import ClassifierConfig, ClassifierOutput, Sequ
 from statescan.models.config import MambaConfig
 from statescan.models.convert import convert
 from statescan.models.counters import Flops, flops_per_token, parameter_count, state_bytes
+from statescan.models.export import ExportedModel, export, flat_state, load_program
 from statescan.models.presets import PRESETS, preset
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ClassifierConfig",
     "ClassifierOutput",
     "ConvConfig",
+    "ExportedModel",
     "Flops",
     "MambaConfig",
     "ModelConfig",
@@ -34,7 +36,10 @@ __all__ = [
     "TransformerConfig",
     "config_from_dict",
     "convert",
+    "export",
+    "flat_state",
     "flops_per_token",
+    "load_program",
     "parameter_count",
     "preset",
     "state_bytes",

@@ -530,7 +530,7 @@ class Mamba(nn.Module):
     def _step_s6(self, u: Tensor, z: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
         dt, B, C = self._select(u)
         dtype = u.dtype
-        if u.shape[0] == self.d_inner and not {"B", "C"} <= self.selected:
+        if not {"B", "C"} <= self.selected and u.shape[0] == self.d_inner:
             # As many rows as channels: a fixed B or C has to be told from one a row. That takes one a row and channel,
             # in the state's precision, which is the one that the step computes in.
             wide = torch.promote_types(dtype, torch.float32)
