@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from statescan.errors import ConfigError, DataError
-from statescan.models import CausalLM
+from statescan.models import CausalLM, MambaConfig
 
 __all__ = ["Likelihood", "LogitsReader", "Reader", "Request", "StateReader", "encode_pairs"]
 
@@ -191,7 +191,7 @@ def _tree(sequences: Sequence[NDArray[np.int64]], share: bool, longest: int) -> 
         differ = np.flatnonzero(a[:length] != b[:length])
         common[i] = differ[0] if len(differ) else length
     roots: list[_Node] = []
-    open_runs = [(0, count, 0, roots)]
+    open_runs = [(0, count, 0, roots)] if count else []
     while open_runs:
         first, last, depth, siblings = open_runs.pop()
         cuts = np.flatnonzero(common[first : max(last - 1, first)] - depth < _SHORTEST_SHARED) + first + 1
@@ -227,7 +227,7 @@ class StateReader:
     packed end to end, so nothing is padded, and logits are made only where they are asked for.
 
     Args:
-        model: a `CausalLM`, on any device; it is put into evaluation mode.
+        model: a `CausalLM`, on any device; it is put into evaluation mode. Only Mamba's share beginnings.
         max_length: only the last so many tokens of an input are read, as lm-eval does; None: all. Default 2048, the
             length that the published models were judged at.
         batch_tokens: tokens read at once; longer inputs are read in pieces. Default 4096, on a GPU 32768.
@@ -248,11 +248,14 @@ class StateReader:
         _check_sizes(max_length, batch_tokens)
         self.model = model.eval()
         self.max_length = max_length
-        self.share = share
+        # Other models' states are not copied row by row here: their inputs are read whole.
+        self._carries = isinstance(model.config, MambaConfig)
+        self.share = share and self._carries
         self.device = model.backbone.embedding.weight.device
         on_gpu = self.device.type == "cuda"
         self.batch_tokens = batch_tokens or (_TOKENS_ON_GPU if on_gpu else _TOKENS)
-        self._most_states = max(1, (_STATES_ON_GPU if on_gpu else _STATES) // model.state_bytes(1))
+        room = _STATES_ON_GPU if on_gpu else _STATES
+        self._most_states = max(1, room // model.state_bytes(1)) if self._carries else 1
         self.tokens_read = 0
 
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Likelihood]:
@@ -266,7 +269,8 @@ class StateReader:
             DataError: an empty context or continuation, one longer than `max_length`, or an unknown token.
         """
         work = _Prepared(requests, self.max_length, self.model.config.padded_vocab_size)
-        roots = _tree(work.sequences, self.share, self.batch_tokens)
+        longest = self.batch_tokens if self._carries else max(map(len, work.sequences), default=1)
+        roots = _tree(work.sequences, self.share, longest)
         total = sum(node.end - node.begin for node in _walk(roots))
         begun = self.tokens_read
         with torch.inference_mode():

@@ -1,0 +1,108 @@
+"""Likelihoods of continuations against one forward pass each, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from statescan.errors import ConfigError, DataError
+from statescan.evaluate import LogitsReader, Request, StateReader
+from statescan.models import CausalLM, MambaConfig, TransformerConfig
+
+VOCAB = 48
+
+
+def mamba() -> CausalLM:
+    torch.manual_seed(0)
+    return CausalLM(MambaConfig(d_model=16, n_layer=2, vocab_size=VOCAB, d_state=4)).double().eval()
+
+
+def requests() -> list[Request]:
+    """Choices after one context, contexts that begin alike, single tokens, repeated and nested requests."""
+    draw = np.random.default_rng(0)
+    ask = []
+    few = draw.integers(0, VOCAB, 20)
+    for _ in range(12):
+        context, shared = draw.integers(0, VOCAB, draw.integers(1, 30)), draw.integers(0, VOCAB, 6)
+        for number in range(4):
+            end = draw.integers(0, VOCAB, draw.integers(1, 9))
+            ask.append(Request(context, np.concatenate([shared, end]) if number % 2 else end))
+        # The same tokens cut elsewhere, and one that ends where others branch.
+        ask.append(Request(np.concatenate([context, shared[:3]]), shared[3:]))
+        ask.append(Request(np.concatenate([few, draw.integers(0, VOCAB, 5)]), draw.integers(0, VOCAB, 1)))
+    return ask + ask[:3]
+
+
+def one_by_one(model: CausalLM, ask: list[Request]) -> list[tuple[float, bool]]:
+    answers = []
+    for context, continuation in ask:
+        whole = torch.tensor(np.concatenate([context, continuation]).astype(np.int64))
+        with torch.no_grad():
+            table = model(whole[None, :-1]).logits[0, -len(continuation) :].log_softmax(-1)
+        wanted = whole[-len(continuation) :]
+        logprob = float(table.gather(1, wanted[:, None]).sum())
+        answers.append((logprob, bool((table.argmax(-1) == wanted).all())))
+    return answers
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"share": False}, {"batch_tokens": 7}, {"batch_tokens": 50, "states": 3}], ids=str
+)
+def test_as_one_forward_pass_for_each(options: dict) -> None:
+    model, ask = mamba(), requests()
+    # Some that greedy decoding writes.
+    with torch.no_grad():
+        likeliest = [Request(c, [int(model(torch.tensor(c[None])).logits[0, -1].argmax())]) for c, _ in ask[:4]]
+    ask += likeliest
+    states = options.pop("states", None)
+    reader = StateReader(model, **options)
+    if states:
+        reader._most_states = states
+    wanted = one_by_one(model, ask)
+    for got, (logprob, greedy) in zip(reader.score(ask), wanted, strict=True):
+        assert got.logprob == pytest.approx(logprob, abs=1e-11)
+        assert got.greedy == greedy
+    assert any(greedy for _, greedy in wanted)
+
+
+def test_shared_beginnings_are_read_once() -> None:
+    context = np.arange(30) % VOCAB
+    ask = [Request(context, [1, 2, 3, end]) for end in range(4)] + [Request(context, [9, 9, end]) for end in range(4)]
+    reader, again = StateReader(mamba()), StateReader(mamba(), share=False)
+    reader.score(ask), again.score(ask)
+    # Inputs leave out the last token, so those of the first four are one, and those of the others.
+    assert again.tokens_read == 33 + 32
+    assert reader.tokens_read == 30 + 3 + 2
+
+
+def test_other_models_and_any_function_of_ids() -> None:
+    torch.manual_seed(0)
+    ask = requests()
+    transformer = CausalLM(TransformerConfig(16, 2, VOCAB, n_head=2)).double().eval()
+    for reader in (StateReader(transformer, batch_tokens=9), LogitsReader(transformer, batch_tokens=90)):
+        for got, (logprob, greedy) in zip(reader.score(ask), one_by_one(transformer, ask), strict=True):
+            assert got.logprob == pytest.approx(logprob, abs=1e-11)
+            assert got.greedy == greedy
+
+
+def test_only_the_last_tokens_are_read() -> None:
+    model = mamba()
+    long = Request(np.arange(40) % VOCAB, [3, 4])
+    (got,) = StateReader(model, max_length=10).score([long])
+    assert got.logprob == pytest.approx(one_by_one(model, [Request(long.context[-9:], [3, 4])])[0][0], abs=1e-11)
+
+
+def test_what_cannot_be_judged_is_named() -> None:
+    reader = StateReader(mamba(), max_length=4)
+    for ask, words in (
+        (Request([], [1]), "at least one token each, got 0 and 1"),
+        (Request([1], []), "at least one token each, got 1 and 0"),
+        (Request([1], [1, 2, 3, 4, 5]), "no longer than max_length = 4 tokens, got 5"),
+        (Request([VOCAB], [1]), rf"vocabulary \[0, {VOCAB}\), got 1 to {VOCAB}"),
+    ):
+        with pytest.raises(DataError, match=words):
+            reader.score([ask])
+    with pytest.raises(ConfigError, match="batch_tokens must be at least 1, got 0"):
+        StateReader(mamba(), batch_tokens=0)
+    assert reader.score([]) == []
