@@ -28,8 +28,9 @@ from statescan.testing import REAL_CASES, ScanCase, as_update, refusal, scan_pro
 from statescan.testing.conv import CONV_CASES, ConvCase, conv_problem
 
 TOOLS = ("memcheck", "racecheck")
-# Where several threads hold the same number, Triton lets each of them write it to the same place of shared memory when it
-# changes a tensor's layout: one instruction against itself, one value. Racecheck calls that a race; in our own CUDA it is.
+# Where several threads hold the same number, Triton lets each of them write it to the same place of shared memory when
+# it changes a tensor's layout: one instruction against itself, one value. Racecheck calls that a race; in our own CUDA
+# it is one.
 RACE = re.compile(r"Race reported between (Write access at \S+) .*\n=+\s+and (\w+ access at \S+) ")
 GPU_BACKENDS = ("cuda", "triton")
 LOW = (torch.float32, torch.bfloat16)
