@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.models import CausalLM
 from statescan.models.baseline_config import mamba_config
-from statescan.nn import StepProjection, over_its_rms
+from statescan.nn import Embedding, StepProjection, over_its_rms
 from statescan.ops import (
     PackedWeight,
     add_rms_norm,
@@ -231,7 +231,7 @@ class PackedModel:
     @staticmethod
     @torch.no_grad()
     def _embedding_weight(module: nn.Module) -> Tensor:
-        if type(module) is nn.Embedding and not (module._forward_hooks or module._forward_pre_hooks):
+        if type(module) in (Embedding, nn.Embedding) and not (module._forward_hooks or module._forward_pre_hooks):
             return module.weight.detach()
         count = int(module.num_embeddings)  # type: ignore[arg-type]
         return module(torch.arange(count, device=next(module.parameters()).device)).detach()
