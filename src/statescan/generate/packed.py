@@ -231,7 +231,8 @@ class PackedModel:
     @staticmethod
     @torch.no_grad()
     def _embedding_weight(module: nn.Module) -> Tensor:
-        if type(module) in (Embedding, nn.Embedding) and not (module._forward_hooks or module._forward_pre_hooks):
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if isinstance(module, nn.Embedding) and type(module) in (Embedding, nn.Embedding) and not hooks:
             return module.weight.detach()
         count = int(module.num_embeddings)  # type: ignore[arg-type]
         return module(torch.arange(count, device=next(module.parameters()).device)).detach()
