@@ -28,16 +28,17 @@ def test_archives_and_texts_become_one_file_with_a_document_a_book(tmp_path: Pat
     (tmp_path / "sotu.txt.xz").write_bytes(lzma.compress(b"Fellow-Citizens"))
     corpus = read_corpus(tmp_path, ("novels_train", "sotu"), cache=tmp_path / "cache")
     texts = [*books.values(), b"Fellow-Citizens"]
-    assert corpus.tokens.tobytes() == b"".join(texts)
+    assert corpus.tokens.tobytes() == b"\0".join(texts)
     assert corpus.tokens.dtype == np.uint8
-    assert corpus.document_offsets.tolist() == [0, *np.cumsum([len(text) for text in texts]).tolist()]
+    ends = np.cumsum([len(text) for text in texts]) + [1, 2, 2]
+    assert corpus.document_offsets.tolist() == [0, *ends.tolist()]
 
 
 def test_a_folder_of_books_is_read_as_its_archive(tmp_path: Path) -> None:
     (tmp_path / "novels_test").mkdir()
     (tmp_path / "novels_test" / "A.txt").write_text("One.")
     (tmp_path / "novels_test" / "B.txt").write_text("Two.")
-    assert read_corpus(tmp_path, "novels_test", cache=tmp_path / "cache").tokens.tobytes() == b"One.Two."
+    assert read_corpus(tmp_path, "novels_test", cache=tmp_path / "cache").tokens.tobytes() == b"One.\0Two."
 
 
 def test_a_missing_text_is_named_with_the_folder_and_the_cure(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ __all__ = ["NOVELS", "SHIPPED_TEXTS", "find_text", "read_corpus"]
 
 # Parts of the novels: no book is in two of them.
 NOVELS = ("novels_train", "novels_valid", "novels_test")
-# What a model that comes with the package may learn from: public domain, and CC BY-SA 4.0 for Wikipedia's introductions.
+# What a model that comes with the package may learn from: public domain, but for Wikipedia (CC BY-SA 4.0).
 SHIPPED_TEXTS = ("novels_train", "sotu", "moby_dick", "wiki_vital_intros")
 _ENDINGS = ("", ".txt", ".txt.xz", ".txt.gz", ".txt.zst", ".tar", ".tar.xz", ".tar.gz", ".tar.zst")
 
@@ -56,7 +56,7 @@ def read_corpus(
     Args:
         folder: where the texts lie.
         names: which, in order; see `NOVELS` and `SHIPPED_TEXTS`. Default: the training novels.
-        tokenizer: what turns text into ids. Default: bytes, with no mark between documents.
+        tokenizer: what turns text into ids. Default: bytes, with a zero byte between documents.
         cache: folder of the token files. Default: the user's cache folder.
 
     Returns:
