@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -67,7 +67,11 @@ def train(
             overrides=overrides or [],
             resume=resume,
             as_json=as_json,
-            **{"task": task, "mixer": mixer, "preset": preset, "tokenizer": tokenizer, "config": config},
+            task=task,
+            mixer=mixer,
+            preset=preset,
+            tokenizer=tokenizer,
+            config=config,
         )
         return
     if task is not None or mixer is not None or (resume and _is_classifier(out)):
