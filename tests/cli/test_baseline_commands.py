@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from statescan.cli import main
 from statescan.errors import CheckpointError
 from statescan.models import CausalLM, TransformerConfig, preset
 from statescan.train import RunConfig, train
@@ -23,20 +22,6 @@ FAMILIES = {
     "s4-tiny": ["model.d_state=4"],
     "s4d-tiny": ["model.d_state=4"],
 }
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

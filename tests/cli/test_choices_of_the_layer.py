@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from statescan.cli import main
 from statescan.models import CausalLM, parameter_count
 
 TEXT = "The whale swam. The men rowed after it, and the sea was cold and wide. " * 60
 SMALL = ("model.d_model=16", "model.n_layer=2", "model.d_state=4", "train.steps=2", "train.batch_size=2")
+Run = Callable[..., tuple[int, str, str]]
 CHOICES = [
     ("model.inner=s4",),
     ("model.inner=s4d-real", "model.block=ungated"),
@@ -25,19 +26,12 @@ CHOICES = [
 ]
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
-
-
 @pytest.mark.parametrize("choice", CHOICES, ids=" ".join)
-def test_train_then_the_rest(choice: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_then_the_rest(choice: tuple[str, ...], tmp_path: Path, run: Run) -> None:
     text, out = tmp_path / "whale.txt", tmp_path / "run"
     text.write_text(TEXT)
     settings = [flag for each in (*SMALL, "train.length=32", "train.log_every=1", *choice) for flag in ("--set", each)]
-    code, _, err = run(capsys, "train", "--data", text, "--out", out, *settings)
+    code, _, err = run("train", "--data", text, "--out", out, *settings)
     assert code == 0, err
     model = CausalLM.from_pretrained(out)
     for each in choice:
@@ -46,20 +40,19 @@ def test_train_then_the_rest(choice: tuple[str, ...], tmp_path: Path, capsys: py
             assert str(getattr(model.config, name.removeprefix("model."))) == value
 
     code, printed, err = run(
-        capsys, "generate", "--model", out, "--prompt", "Call me", "--max-new-tokens", 5, "--seed", 1, "--json"
+        "generate", "--model", out, "--prompt", "Call me", "--max-new-tokens", 5, "--seed", 1, "--json"
     )
     assert code == 0, err
     assert len(json.loads(printed)[0]["tokens"]) == 5
-    code, printed, err = run(capsys, "info", out, "--json")
+    code, printed, err = run("info", out, "--json")
     assert code == 0, err
     assert json.loads(printed)["parameters"] == parameter_count(model.config)
 
 
-def test_a_choice_that_makes_no_sense_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_choice_that_makes_no_sense_ends_in_one_line(tmp_path: Path, run: Run) -> None:
     text = tmp_path / "whale.txt"
     text.write_text(TEXT)
     code, out, err = run(
-        capsys,
         "train",
         "--data",
         text,

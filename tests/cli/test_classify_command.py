@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from statescan.cli import main
-
 Run = Callable[..., tuple[int, str, str]]
 SMALL = [
     f"--set={text}"
@@ -24,19 +22,6 @@ SMALL = [
         "train.threads=1",
     )
 ]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -9,27 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from statescan.cli import main
 from statescan.data import InductionHeads, SelectiveCopying
 from statescan.models import CausalLM
 from statescan.recipes import induction_heads, selective_copying
 from statescan.recipes.synthetic import Stage, SyntheticRun
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
