@@ -608,14 +608,11 @@ class CausalLM(nn.Module):
         else:
             stored = opened.tensors(model.saved_shapes(), config.tie_embeddings)
         state = model.state_dict()
-        marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
         where = device or "cpu"
         # Copies, since the files may change while the model lives.
         tensors = {name: stored[name].to(device=where, dtype=state[name].dtype, copy=True) for name in stored}
         model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
-        for name, parameter in model.named_parameters():
-            vars(parameter).update(marks[name])  # what an optimiser must know of S4's system
         return model
 
 
