@@ -30,7 +30,7 @@ def test_archives_and_texts_become_one_file_with_a_document_a_book(tmp_path: Pat
     texts = [*books.values(), b"Fellow-Citizens"]
     assert corpus.tokens.tobytes() == b"\0".join(texts)
     assert corpus.tokens.dtype == np.uint8
-    ends = np.cumsum([len(text) for text in texts]) + [1, 2, 2]
+    ends = np.cumsum([len(text) for text in texts]) + np.array([1, 2, 2])
     assert corpus.document_offsets.tolist() == [0, *ends.tolist()]
 
 
