@@ -6,13 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from statescan.nn import Embedding
+from statescan.nn import Embedding, embedding
 from statescan.nn.embedding import _Lookup
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("few", [True, False], ids=["product", "sorted"])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (0,)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_gradient_is_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_gradient_is_torchs(
+    shape: tuple[int, ...], dtype: torch.dtype, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "_FEW_ROWS", 6 if few else 5)
+    monkeypatch.setattr(embedding, "_AT_ONCE", 6 * 4)  # four tokens at once: the last piece is shorter
     torch.manual_seed(0)
     weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(0, 6, shape, dtype=dtype)
@@ -39,16 +44,17 @@ def test_it_is_torchs_layer() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [256, 1025])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_gradients_are_bit_equal(dtype: torch.dtype) -> None:
+def test_two_gradients_are_bit_equal(dtype: torch.dtype, rows: int) -> None:
     torch.manual_seed(0)
-    layer = Embedding(256, 512, device="cuda", dtype=dtype)
+    layer = Embedding(rows, 512, device="cuda", dtype=dtype)
     ids = torch.randint(97, 123, (32, 2048), device="cuda")
     grad = torch.randn(32, 2048, 512, device="cuda", dtype=dtype)
     first, *others = (torch.autograd.grad(layer(ids), layer.weight, grad)[0] for _ in range(6))
     for other in others:
         assert torch.equal(first, other)
-    wanted = torch.zeros(256, 512, device="cuda", dtype=torch.float64).index_add_(
+    wanted = torch.zeros(rows, 512, device="cuda", dtype=torch.float64).index_add_(
         0, ids.flatten(), grad.flatten(0, 1).double()
     )
     torch.testing.assert_close(first.double(), wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)

@@ -10,9 +10,26 @@ from torch import Tensor, nn
 
 __all__ = ["Embedding"]
 
+# A table of at most so many rows (bytes, nucleotides) gets its gradient as a product with ones and zeros: a row is there
+# used by thousands of tokens, which a sum by sorted ids takes one after the other. Then, how many ones and zeros at once.
+_FEW_ROWS = 1024
+_AT_ONCE = 1 << 25
+
+
+def _row_sums(ids: Tensor, rows: Tensor, table: torch.Size) -> Tensor:
+    """The sum of the rows of each id, in a fixed order: ids (tokens,), rows (tokens, width), to the table's shape."""
+    sums = rows.new_zeros(table)
+    if table[0] > _FEW_ROWS:
+        return sums.index_put((ids.long(),), rows, accumulate=True)
+    every = torch.arange(table[0], device=ids.device, dtype=ids.dtype)[:, None]
+    tokens = max(1, _AT_ONCE // table[0])
+    for some_ids, some_rows in zip(ids.split(tokens), rows.split(tokens), strict=True):
+        sums = torch.addmm(sums, (some_ids == every).to(rows.dtype), some_rows)
+    return sums
+
 
 class _Lookup(torch.autograd.Function):
-    """Rows of a table. The gradient adds up each row's shares in the order of the ids: they are sorted first."""
+    """Rows of a table, and a gradient that adds up each row's shares in a fixed order."""
 
     @staticmethod
     def forward(ids: Tensor, weight: Tensor) -> Tensor:
@@ -28,7 +45,7 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[None, Tensor]:
         (ids,), (gradient,) = ctx.saved_tensors, gradients
         rows = gradient.reshape(-1, gradient.shape[-1])
-        return None, gradient.new_zeros(ctx.shape).index_put((ids.reshape(-1).long(),), rows, accumulate=True)
+        return None, _row_sums(ids.reshape(-1), rows, ctx.shape)
 
 
 class Embedding(nn.Embedding):
