@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 __all__ = ["Embedding"]
 
-# A table of at most so many rows (bytes, nucleotides) gets its gradient as a product with ones and zeros: a row is there
-# used by thousands of tokens, which a sum by sorted ids takes one after the other. Then, how many ones and zeros at once.
+# A table of few rows (bytes, nucleotides) gets its gradient as a product with ones and zeros: a row is there used by
+# thousands of tokens, which a sum by sorted ids takes one after the other. Then, how many ones and zeros at once.
 _FEW_ROWS = 1024
 _AT_ONCE = 1 << 25
 
