@@ -189,12 +189,11 @@ def decode_cost(config: ModelConfig, batch: int, dtype: str, context: int = 0) -
         # Of a table that is not the head's too, a row is read for each token.
         table = 0 if config.tie_embeddings else config.padded_vocab_size * config.d_model * _WIDTH[dtype]
         held = _DTYPES[dtype]
-        state = state_bytes(config, batch, held, context=context)
-        moved = state + state_bytes(config, batch, held, context=1)
-        if not isinstance(config, TransformerConfig):
-            moved = 2 * state
+        read = state_bytes(config, batch, held, context=context)
+        # A cache grows by one position, any other state is written anew.
+        written = state_bytes(config, batch, held, context=1) if isinstance(config, TransformerConfig) else read
         flops = float(batch * flops_per_token(config, context).forward)
-        return Cost(bytes=weights - table + moved, flops=flops)
+        return Cost(bytes=weights - table + read + written, flops=flops)
     return Cost(bytes=weights + 2 * state_bytes(config, batch), flops=float(batch * flops_per_token(config).forward))
 
 

@@ -22,6 +22,7 @@ from statescan.generate.unpacked import ModelDecoder, RowStates
 from statescan.models import CausalLM, TransformerConfig
 from statescan.nn import CausalSelfAttention, LayerNorm
 from statescan.nn.attention import AttentionState, rotary_table
+from statescan.nn.mamba import is_plain
 from statescan.ops import _cuda
 from statescan.ops.decode_attention import cuda as attention
 from statescan.ops.decode_attention.step import Norm, StepPieces
@@ -49,10 +50,6 @@ def refuses(decoder: ModelDecoder) -> str | None:
     return _cuda.unavailable_reason()
 
 
-def _plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
-
-
 class _Block:
     """What a step needs of one block."""
 
@@ -62,7 +59,7 @@ class _Block:
         self.parallel: bool = block.parallel
         self.norms = (_norm(block.norm), _norm(block.norm_mlp))
         linear = (self.mixer.qkv_proj, self.mixer.out_proj, self.mlp.in_proj, self.mlp.out_proj)
-        self.plain = all(_plain(one) for one in linear)
+        self.plain = all(is_plain(one, nn.Linear) for one in linear)
         if self.plain:
             self.weights = [one.weight.detach() for one in linear]
             self.biases = [None if one.bias is None else one.bias.detach().float() for one in linear]
@@ -115,7 +112,7 @@ class AttentionGraphDecoder(DrawingSlots):
         self._reserve(_ROOM_UNIT)
 
     def _refuses_row(self) -> str | None:
-        if not all(block.plain for block in self._blocks) or not _plain(self.model.lm_head):
+        if not all(block.plain for block in self._blocks) or not is_plain(self.model.lm_head, nn.Linear):
             return "its kernels read the weights of plain linear layers; adapters and hooks are called"
         if not self.config.residual_in_fp32:
             return "its stream is float32, residual_in_fp32 is off"
@@ -275,7 +272,7 @@ class AttentionGraphDecoder(DrawingSlots):
         pieces.norms(x, stream, self._norm_f, normed, None, None, False)
         head = self.model.lm_head
         logits = self.logits[:rows]
-        if not _plain(head) or self._act == torch.float32:
+        if not is_plain(head, nn.Linear) or self._act == torch.float32:
             logits.copy_(head(normed))
         else:
             torch.mm(normed, head.weight.t(), out_dtype=torch.float32, out=logits)

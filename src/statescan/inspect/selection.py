@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from statescan.errors import ConfigError, DataError, ShapeError
 
-__all__ = ["ChannelMap", "InspectReport", "LayerSelection", "inspect_text", "layer_selection", "token_contributions"]
+__all__ = [
+    "ChannelMap",
+    "InspectReport",
+    "LayerSelection",
+    "inspect_text",
+    "layer_selection",
+    "step_sizes",
+    "token_contributions",
+]
 
 # Numbers of (token, channel, state) held at once, 64 MB in float64.
 _AT_ONCE = 1 << 23
@@ -333,6 +341,14 @@ def _spaced(depth: int, wanted: int, chosen: int) -> list[int]:
     return sorted(spaced)
 
 
+def step_sizes(mixer: Any, projected: Tensor) -> Tensor:
+    """The steps Δ of a Mamba layer, float64, from what its `dt_proj` returned: (tokens, d_inner), as that.
+
+    The module leaves its bias to the scan, which adds it before the softplus.
+    """
+    return F.softplus(projected.double() + mixer.dt_proj.bias.double())
+
+
 def _watch(index: int, mixer: Any, layers: list[LayerSelection], full: list[ChannelMap] | None) -> Sequence[Any]:
     """Hooks that measure a layer while it runs, so that only one layer's tensors are held at a time.
 
@@ -345,8 +361,7 @@ def _watch(index: int, mixer: Any, layers: list[LayerSelection], full: list[Chan
         held["B"] = output[0, :, mixer.dt_rank : mixer.dt_rank + mixer.d_state]
 
     def at_dt_proj(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # The module leaves its bias to the scan, which adds it before the softplus.
-        dt = F.softplus(output[0].double() + mixer.dt_proj.bias.double())
+        dt = step_sizes(mixer, output[0])
         A = -torch.exp(mixer.A_log.double())
         u, B = held.pop("u"), held.pop("B")
         layers.append(layer_selection(index, u, dt, A, B))

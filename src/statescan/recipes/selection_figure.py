@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from statescan.data.synthetic import InductionHeads, SelectiveCopying, SyntheticTask
+from statescan.inspect.selection import step_sizes
 from statescan.models import CausalLM
 from statescan.recipes.shipped import shipped_model
 from statescan.recipes.synthetic import figure, save_figure
@@ -54,8 +54,7 @@ def _steps(model: CausalLM, ids: Tensor) -> list[Tensor]:
         mixer: Any = block.mixer
 
         def keep(_module: nn.Module, _inputs: Any, output: Tensor, mixer: Any = mixer) -> None:
-            # The module leaves its bias to the scan, which adds it before the softplus.
-            found.append(F.softplus(output[0].double() + mixer.dt_proj.bias.double()))
+            found.append(step_sizes(mixer, output[0]))
 
         handles.append(mixer.dt_proj.register_forward_hook(keep))
     try:

@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from statescan.models import ModelConfig
 from statescan.models.counters import flops_per_token
 
 __all__ = ["peak_flops", "utilization"]
@@ -43,7 +44,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def utilization(
-    config: object, length: int, tokens_per_second: float, device: torch.device, precision: str, devices: int = 1
+    config: ModelConfig, length: int, tokens_per_second: float, device: torch.device, precision: str, devices: int = 1
 ) -> float | None:
     """The part of the devices' peak that goes into the model's own operations; None where the peak isn't known.
 
@@ -64,4 +65,4 @@ def utilization(
     peak = peak_flops(device, precision)
     if peak is None:
         return None
-    return tokens_per_second * flops_per_token(config, length // 2).training / (devices * peak)  # type: ignore[arg-type]
+    return tokens_per_second * flops_per_token(config, length // 2).training / (devices * peak)
