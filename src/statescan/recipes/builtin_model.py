@@ -251,11 +251,31 @@ def train_language_model(
     steps, carried_at = 0, 0
     # Kernels are compiled and graphs taken first: time that says nothing about the run.
     for carried in [False] * _FIRST + [True] * (_FIRST if run.carried else 0):
+        if run.steps and steps >= run.steps:
+            break
         waiting.append(course.update(run.learning_rate(steps, 0.0), carried))
         steps += 1
     first = steps
     _wait(device)
     started, looked, looked_at = time.perf_counter(), 0.0, steps
+
+    def look(rate: float) -> None:
+        """A row of the log; waits for the device."""
+        nonlocal looked, looked_at
+        losses = torch.stack(waiting).tolist()
+        waiting.clear()
+        now, loss = time.perf_counter() - started, sum(losses) / len(losses)
+        speed = (steps - looked_at) * run.batch_size * run.length / max(now - looked, 1e-9)
+        rows.append((steps, now, loss, rate, speed))
+        looked, looked_at = now, steps
+        if not np.isfinite(loss):
+            raise TrainingError(
+                f"builtin-model: the loss of '{run.row}' is {loss} at step {steps}; lower lr ({run.lr}) or lengthen "
+                "warmup"
+            )
+        if rate == 0.0 or len(rows) % 10 == 1:
+            bits = loss / np.log(2)
+            say(f"{now:7.1f} s  {run.row}  step {steps:,}  {bits:.4f} bits per byte  {speed / 1e6:.2f} MB/s")
 
     while (progress := run.progress(steps, time.perf_counter() - started)) < 1.0:
         carried = run.carried > 0 and progress >= 1 - run.carried
@@ -272,23 +292,10 @@ def train_language_model(
             if len(flying) > _AHEAD:
                 flying.popleft().synchronize()
         now = time.perf_counter() - started
-        ends = run.progress(steps, now) >= 1
-        if ends or now - looked >= _LOOK_EVERY:
-            losses = torch.stack(waiting).tolist()
-            waiting.clear()
-            now = time.perf_counter() - started
-            loss = sum(losses) / len(losses)
-            speed = (steps - looked_at) * run.batch_size * run.length / max(now - looked, 1e-9)
-            rows.append((steps, now, loss, rate, speed))
-            looked, looked_at = now, steps
-            if not np.isfinite(loss):
-                raise TrainingError(
-                    f"builtin-model: the loss of '{run.row}' is {loss} at step {steps}; lower lr ({run.lr}) or "
-                    "lengthen warmup"
-                )
-            if ends or len(rows) % 10 == 1:
-                bits = loss / np.log(2)
-                say(f"{now:7.1f} s  {run.row}  step {steps:,}  {bits:.4f} bits per byte  {speed / 1e6:.2f} MB/s")
+        if now - looked >= _LOOK_EVERY:
+            look(rate)
+    if waiting:
+        look(0.0)
     seconds = time.perf_counter() - started
     skipped = course.skipped
     model = course.model.eval()
