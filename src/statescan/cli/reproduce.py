@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from statescan.cli.reproduce_language import language_scaling
 from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, progress, result_console
 from statescan.cli.zero_shot import zero_shot
 
@@ -149,15 +150,52 @@ def selective_copying(
     _print_results(out, results, as_json)
 
 
+@command
+def builtin_model(
+    data: Annotated[Path, typer.Option("--data", help="Folder of the texts, see docs/reproduction.md.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of a folder a row, and of the table.")] = Path(
+        "reproduce/builtin-model"
+    ),
+    row: Rows = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds", min=1, show_default="the row's", help="Of updates; the learning rate ends with them."
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", min=0, show_default="the row's", help="Peak learning rate.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """The byte-level Mamba that comes with the package, and its Transformer++ twin, judged on unseen novels."""
+    from dataclasses import replace
+
+    from statescan.recipes import builtin_model as recipe
+
+    runs = [recipe.ROWS[name] for name in _rows(row, "mamba", recipe.ROWS)]
+    changed = {"seconds": seconds, "lr": learning_rate}
+    runs = [replace(run, **{name: value for name, value in changed.items() if value is not None}) for run in runs]
+    results = recipe.builtin_model(data, out, runs=runs, device=_device(device), say=note)
+    _print_results(out, results, as_json)
+
+
 reproduce.command("induction-heads", epilog="Example: statescan reproduce induction-heads --evaluate-only --full")(
     induction_heads
 )
 reproduce.command("selective-copying", epilog="Example: statescan reproduce selective-copying --row all --seeds 1")(
     selective_copying
 )
+reproduce.command("builtin-model", epilog="Example: statescan reproduce builtin-model --data texts --row all")(
+    builtin_model
+)
 reproduce.command("zero-shot", epilog="Example: statescan reproduce zero-shot --models a,b --data-dir questions")(
     zero_shot
 )
+reproduce.command(
+    "language-scaling", epilog="Example: statescan reproduce language-scaling --data texts --row mamba-1m"
+)(language_scaling)
 
 
 @contextlib.contextmanager
