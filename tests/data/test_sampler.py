@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from statescan.data import PackedSampler, WindowSampler, permute
+from statescan.data import LaneSampler, PackedSampler, WindowSampler, permute
 from statescan.errors import ConfigError, DataError
 
 
@@ -202,3 +202,38 @@ def test_wrong_documents_and_states_are_named():
         plain.load_state_dict(packed.state_dict())
     with pytest.raises(DataError, match=r"predictions = 189, got 190"):
         packed.load_state_dict(PackedSampler(tokens, [0, *offsets[2:]], 8, seed=0).state_dict())
+
+
+def test_rows_of_lanes_go_on_where_they_ended():
+    count, length, rows = 1000, 7, 4
+    sampler = LaneSampler(np.arange(count, dtype=np.uint16), length, rows, seed=3)
+    assert sampler.windows_per_epoch == 999 // 28 * 4
+    batches = [sampler.next_batch(rows) for _ in range(sampler.windows_per_epoch)]  # so many passes as there are rows
+    assert sampler.epoch == rows
+    for row in range(rows):
+        firsts = np.array([batch[row, 0] for batch in batches])
+        assert ((np.diff(firsts) == length) | (np.diff(firsts) < 0)).all()
+        assert (np.diff(firsts) < 0).sum() <= 1, "one break in a pass through the whole"
+    epoch = np.concatenate([batch[:, 1:].ravel() for batch in batches[: sampler.windows_per_epoch // rows]])
+    assert len(set(epoch.tolist())) == epoch.size == sampler.windows_per_epoch * length
+
+
+def test_ranks_share_lanes_and_a_saved_place_goes_on():
+    ids = np.arange(500)
+    one = LaneSampler(ids, 9, 6, seed=1)
+    halves = [LaneSampler(ids, 9, 6, seed=1, rank=rank, world=2) for rank in range(2)]
+    for _ in range(4):
+        whole = one.next_batch(6)
+        assert (np.concatenate([half.next_batch(3) for half in halves]) == whole).all()
+    again = LaneSampler(ids, 9, 6, seed=1)
+    again.load_state_dict(one.state_dict())
+    assert (again.next_batch(6) == one.next_batch(6)).all()
+    assert {int(LaneSampler(ids, 9, 6, seed=seed).next_batch(6)[0, 0]) for seed in range(20)} > {0}
+    with pytest.raises(DataError, match="saved with rows = 5"):
+        LaneSampler(ids, 9, 5, seed=1).load_state_dict(one.state_dict())
+    with pytest.raises(ConfigError, match="wanted batches of 6 / 1 rows, got 4"):
+        one.next_batch(4)
+    with pytest.raises(DataError, match="at least 6 rows x length 100"):
+        LaneSampler(ids, 100, 6, seed=1)
+    with pytest.raises(ConfigError, match="length and rows >= 1"):
+        LaneSampler(ids, 9, 0, seed=1)

@@ -1,7 +1,7 @@
 """Text in: readers, tokenizers, memory-mapped token files, and the order in which training reads them."""
 
 from statescan.data.listops import LISTOPS_VOCABULARY, ListOpsExample, listops, solve_listops
-from statescan.data.sampler import PackedSampler, PackedWindows, WindowSampler, permute
+from statescan.data.sampler import LaneSampler, PackedSampler, PackedWindows, WindowSampler, permute
 from statescan.data.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying, SyntheticBatch, SyntheticTask
 from statescan.data.text import Chunk, Document, Source, find_sources, packaged_corpus, read_chunks, read_texts
 from statescan.data.tokenizer import (
@@ -22,6 +22,7 @@ __all__ = [
     "Document",
     "InductionHeads",
     "JsonTokenizer",
+    "LaneSampler",
     "ListOpsExample",
     "PackedSampler",
     "PackedWindows",

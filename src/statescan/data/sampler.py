@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from statescan.errors import ConfigError, DataError
 
-__all__ = ["PackedSampler", "PackedWindows", "WindowSampler", "permute"]
+__all__ = ["LaneSampler", "PackedSampler", "PackedWindows", "WindowSampler", "permute"]
 
 _ROUNDS = 6
 _PHASE_SEED = 0x5EED
@@ -20,6 +20,12 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def hashed(seed: int, index: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each index and seed, as good as drawn at random."""
+    key = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64))
+    return (_mix(index.astype(np.uint64) ^ key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permute(index: NDArray[Any], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -142,7 +148,99 @@ class WindowSampler:
         Raises:
             DataError: the state counts windows of another length, seed or corpus.
         """
-        _check_state(self.state_dict(), state)
+        check_state(self.state_dict(), state)
+        self.position = state["position"]
+
+
+class LaneSampler:
+    """Batches whose rows each go on where the same row of the batch before ended: for a state that is carried along.
+
+    The text is cut into as many lanes as a batch has rows, over all ranks; a row reads its lane window by window, and
+    then goes on into the next one's. So a row's text is without a break but for one in every pass through the whole,
+    and an epoch visits every window once. The seed picks where the first lane starts, within the ids that are left
+    over.
+
+    The state is one number, how many windows were drawn by all ranks together.
+
+    Args:
+        tokens: (ids,) unsigned integers, memory-mapped or not.
+        length: inputs per window.
+        rows: of a batch, of all ranks together.
+        seed: picks the phase.
+        rank: this process, in [0, world).
+        world: how many processes draw from the same lanes; each takes an equal, disjoint part of every batch.
+
+    Raises:
+        ConfigError: length or rows below 1.
+        DataError: there are fewer than ``rows * length + 1`` ids.
+    """
+
+    def __init__(
+        self, tokens: NDArray[Any], length: int, rows: int, seed: int, *, rank: int = 0, world: int = 1
+    ) -> None:
+        if length < 1 or rows < 1:
+            raise ConfigError(f"sampler: wanted length and rows >= 1, got {length} and {rows}")
+        if len(tokens) < rows * length + 1:
+            raise DataError(
+                f"sampler: wanted at least {rows} rows x length {length} + 1 = {rows * length + 1} ids, got "
+                f"{len(tokens)}; take a longer text, a smaller train.length or a smaller train.batch_size"
+            )
+        self.tokens = tokens
+        self.length = length
+        self.rows = rows
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.position = 0
+        self._windows_of_lane = (len(tokens) - 1) // (length * rows)
+        self.windows_per_epoch = self._windows_of_lane * rows
+        slack = len(tokens) - 1 - self.windows_per_epoch * length
+        self._phase = int(permute(np.array([0]), slack + 1, seed ^ _PHASE_SEED, 0)[0])
+
+    @property
+    def epoch(self) -> float:
+        """How many times the corpus has been gone through."""
+        return self.position / self.windows_per_epoch
+
+    def next_batch(self, batch_size: int) -> NDArray[np.int64]:
+        """The next windows of this rank's rows.
+
+        Args:
+            batch_size: rows of this rank; times `world` it must be `rows`.
+
+        Returns:
+            (batch_size, length + 1) int64.
+
+        Raises:
+            ConfigError: another number of rows.
+        """
+        if batch_size * self.world != self.rows:
+            raise ConfigError(
+                f"sampler: wanted batches of {self.rows} / {self.world} rows, got {batch_size}; a lane belongs to a row"
+            )
+        row = self.rank * batch_size + np.arange(batch_size, dtype=np.int64)
+        window = (row * self._windows_of_lane + self.position // self.rows) % self.windows_per_epoch
+        starts = self._phase + window * self.length
+        self.position += self.rows
+        return np.stack([self.tokens[start : start + self.length + 1] for start in starts]).astype(np.int64)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and what it counts in."""
+        return {
+            "position": self.position,
+            "length": self.length,
+            "rows": self.rows,
+            "seed": self.seed,
+            "tokens": len(self.tokens),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            DataError: the state counts windows of another length, seed or corpus, or in other lanes.
+        """
+        check_state(self.state_dict(), state)
         self.position = state["position"]
 
 
@@ -303,11 +401,11 @@ class PackedSampler:
         Raises:
             DataError: the state counts windows of another length, seed or corpus, or of no packed one.
         """
-        _check_state(self.state_dict(), state)
+        check_state(self.state_dict(), state)
         self.position = state["position"]
 
 
-def _check_state(mine: dict[str, int], state: dict[str, int]) -> None:
+def check_state(mine: dict[str, int], state: dict[str, int]) -> None:
     for name in {**mine, **state}:
         if name != "position" and state.get(name) != mine.get(name):
             raise DataError(

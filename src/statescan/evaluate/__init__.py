@@ -10,7 +10,7 @@ from statescan.evaluate.continuations import (
     StateReader,
     encode_pairs,
 )
-from statescan.evaluate.likelihood import Evaluation, PositionBucket, draw_by_position, evaluate_tokens
+from statescan.evaluate.likelihood import Evaluation, PositionBucket, draw_by_position, evaluate_tokens, row_bits
 from statescan.evaluate.tasks import TASKS, Metric, Question, Task, TaskResult, evaluate_tasks, read_questions
 from statescan.evaluate.yardsticks import NGramModel, ngram_bits_per_byte, xz_bits_per_byte
 
@@ -34,5 +34,6 @@ __all__ = [
     "evaluate_tokens",
     "ngram_bits_per_byte",
     "read_questions",
+    "row_bits",
     "xz_bits_per_byte",
 ]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.files import atomic_file
 
-__all__ = ["Evaluation", "PositionBucket", "draw_by_position", "evaluate_tokens"]
+__all__ = ["Evaluation", "PositionBucket", "draw_by_position", "evaluate_tokens", "row_bits"]
 
 # A forward pass holds at most so many logits (256 MB in float32, twice with their log-softmax): longer windows are cut,
 # and the state is carried from piece to piece.
@@ -161,7 +161,7 @@ def evaluate_tokens(
         with torch.no_grad():
             for number, starts, length in _stretches(judged, context, carry_state, lanes):
                 rows = [number + row for row in range(len(starts))]
-                for offset, bits in _bits(model, tokens, starts, length, context if carry_state else length, where):
+                for offset, bits in row_bits(model, tokens, starts, length, context if carry_state else length, where):
                     curve.add(rows, offset + 1, bits)
                     whole.add(rows, offset + 1, bits)
                     done += bits.size
@@ -227,10 +227,26 @@ def _stretches(judged: int, context: int, carry_state: bool, lanes: int) -> list
     return out
 
 
-def _bits(
+@torch.no_grad()
+def row_bits(
     model: nn.Module, tokens: Any, starts: Sequence[int], length: int, chunk: int, where: torch.device
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yields (offset in the row, bits of each prediction (rows, piece)), the state carried from piece to piece."""
+    """Bits of every prediction in rows of a text, side by side, the state carried from piece to piece.
+
+    Args:
+        model: as in `evaluate_tokens`, in evaluation mode.
+        tokens: (tokens,) ids.
+        starts: where each row begins; a row may overlap another.
+        length: predictions in each row: of tokens[start + 1] to tokens[start + length], all from an empty context.
+        chunk: predictions of a piece; fewer where the logits would take too much memory.
+        where: the device of the model.
+
+    Yields:
+        (offset of the piece in the row, its bits (rows, piece) float64).
+
+    Raises:
+        DataError: an id outside the model's vocabulary.
+    """
     vocab = _vocab_size(model)
     if vocab is not None:
         chunk = min(chunk, max(1, _LOGITS_AT_ONCE // (len(starts) * vocab)))

@@ -34,8 +34,15 @@ class DataConfig:
         tokenizer: "bytes", a `tokenizers` JSON file, or a folder that holds one.
         field: the field of each JSON line that holds the text.
         invalid_utf8: what a tokenizer of characters does with bytes that are no UTF-8.
+        modality: "text", or "dna": `paths` are FASTA or FASTQ, and the fields from `regions` on are for it.
         packing: fill windows with documents (files, JSON lines) of which none sees another, instead of cutting through
             the text as one stream.
+        regions: of DNA, a BED file with what is trained on; where empty, all that is not held out.
+        valid_regions: of DNA, a BED file with what is held out; where empty, blocks that `valid_fraction` of all bases
+            lie in, by an order of their own.
+        both_strands: of DNA, every second window is read from the other strand.
+        soft_masked: of DNA, what lower-case bases are: "base", or "n", unknown.
+        gaps: of DNA, what an alignment's gaps are: "error", "n" (unknown), "drop".
         cache: folder of the token files; None for the user's cache folder.
     """
 
@@ -46,6 +53,12 @@ class DataConfig:
     field: str = "text"
     invalid_utf8: Literal["error", "replace"] = "error"
     packing: bool = False
+    modality: Literal["text", "dna"] = "text"
+    regions: str = ""
+    valid_regions: str = ""
+    both_strands: bool = True
+    soft_masked: Literal["base", "n"] = "base"
+    gaps: Literal["error", "n", "drop"] = "error"
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +74,9 @@ class TrainConfig:
         batch_size: windows per update, over all devices and all of `accumulate` together: the run's course does not
             depend on how many devices share it (but for rounding).
         length: ids per window.
+        first_length: of DNA, length warm-up: ids of the first updates' windows, `length` divided by a power of two, and
+            as many more windows as make up for it; 0 for none.
+        stage_steps: of the length warm-up, updates after which the length doubles.
         accumulate: passes whose gradients make one update; batch_size must divide by it times the devices.
         lr: peak learning rate.
         min_lr: learning rate at the end of the cosine; `lr` itself keeps it constant.
@@ -70,6 +86,11 @@ class TrainConfig:
         eps: AdamW's.
         clip: the largest global norm of a gradient; 0 for no clipping.
         precision: "float32", or "bf16" for autocast with float32 weights.
+        initial_state: where each window starts, for models whose state has a fixed size: "zero"; "carry", the state
+            after the text before it, as batches then read the text lane by lane (truncated backpropagation through
+            time); "noise", a draw with the root mean square that the last windows' final states had. Both teach a
+            model states that no window of `length` ids from zeros ever comes to.
+        from_zero: with "carry" and "noise", the share of windows that start from zeros all the same, drawn each time.
         seed: of the initial weights and of the order of the data.
         max_nonfinite: updates in a row with a gradient that is not finite, each of them left out, that end the run.
         evaluate_every: updates between two evaluations of the held-out text; 0 for none but the last.
@@ -92,6 +113,8 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 8
     length: int = 512
+    first_length: int = 0
+    stage_steps: int = 0
     accumulate: int = 1
     lr: float = 3e-3
     min_lr: float = 1e-5
@@ -101,6 +124,8 @@ class TrainConfig:
     eps: float = 1e-8
     clip: float = 1.0
     precision: Literal["float32", "bf16"] = "float32"
+    initial_state: Literal["zero", "carry", "noise"] = "zero"
+    from_zero: float = 0.015625
     seed: int = 0
     max_nonfinite: int = 20
     evaluate_every: int = 100
@@ -120,12 +145,25 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints", "log_every", "num_nodes"):
             _check(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
-        for name in ("warmup", "evaluate_every", "evaluate_tokens", "checkpoint_every", "threads"):
+        for name in ("warmup", "first_length", "stage_steps", "evaluate_every", "evaluate_tokens", "checkpoint_every", "threads"):
             _check(getattr(self, name) >= 0, f"train.{name}", ">= 0", getattr(self, name))
         for name in ("min_lr", "weight_decay", "eps", "clip"):
             _check(0 <= getattr(self, name) < float("inf"), f"train.{name}", ">= 0 and finite", getattr(self, name))
         _check(0 < self.lr < float("inf"), "train.lr", "> 0 and finite", self.lr)
         _check(all(0 <= beta < 1 for beta in self.betas), "train.betas", "two numbers in [0, 1)", self.betas)
+        _check(0 <= self.from_zero <= 1, "train.from_zero", "in [0, 1]", self.from_zero)
+        _check(
+            self.initial_state == "zero" or self.accumulate == 1,
+            "train.accumulate",
+            f"1 with train.initial_state={self.initial_state}",
+            self.accumulate,
+        )
+        _check(
+            (self.first_length > 0) == (self.stage_steps > 0),
+            "train.stage_steps",
+            "> 0 just where train.first_length is",
+            self.stage_steps,
+        )
         _check(self.max_nonfinite >= 1, "train.max_nonfinite", ">= 1", self.max_nonfinite)
         _check(self.devices == "auto" or self.devices >= 1, "train.devices", ">= 1 or auto", self.devices)
         _check(self.batch_size % self.accumulate == 0, "train.batch_size", "a multiple of accumulate", self.batch_size)

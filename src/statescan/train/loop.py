@@ -27,7 +27,21 @@ from torch import nn
 
 from statescan import __version__
 from statescan.checkpoint import atomic_file
-from statescan.data import PackedSampler, TokenFile, Tokenizer, WindowSampler, build_token_file, load_tokenizer
+from statescan.data import (
+    DnaTokenizer,
+    Genome,
+    GenomeSampler,
+    LaneSampler,
+    PackedSampler,
+    TokenFile,
+    Tokenizer,
+    WindowSampler,
+    build_token_file,
+    load_tokenizer,
+    read_bed,
+    split_regions,
+)
+from statescan.data.dna import check_apart, outside, without_gaps
 from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from statescan.evaluate import evaluate_tokens
 from statescan.files import is_leftover, make_folder
@@ -42,6 +56,7 @@ from statescan.train.checkpoint import (
     set_random_states,
 )
 from statescan.train.config import RunConfig, TrainConfig
+from statescan.train.initial_state import InitialState
 from statescan.train.logs import CsvLog, Progress, TensorBoardLog, draw_curve, read_csv
 from statescan.train.optim import GuardedAdamW, learning_rate
 from statescan.train.utilization import utilization
@@ -52,7 +67,7 @@ RUN_FILE = "run.json"
 _LOG_COLUMNS = ("step", "epoch", "tokens", "loss", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "tokens", "bits_per_byte")
 # What a resumed run must share with the one it goes on from: the rest may change, and is named when it does.
-_FIXED = ("seed", "batch_size", "length")
+_FIXED = ("seed", "batch_size", "length", "initial_state")
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,9 @@ class _Corpus:
     documents: NDArray[np.int64]
     valid: NDArray[Any]
     facts: dict[str, Any]
+    # Of a genome: what of `train` may be read, (spans, 2), and where the stretches of `valid` begin.
+    spans: NDArray[np.int64] | None = None
+    valid_documents: NDArray[np.int64] | None = None
 
 
 def load_run(out: str | os.PathLike[str]) -> RunConfig:
@@ -209,8 +227,78 @@ def check_folder(out: Path, resume: bool) -> dict[str, Any] | None:
     return None
 
 
+def _read_genome(run: RunConfig) -> _Corpus:
+    data, config = run.data, run.train
+    if data.packing or config.initial_state == "carry":
+        name = "data.packing=false" if data.packing else "train.initial_state=zero or noise"
+        raise ConfigError(f"train: wanted {name} with data.modality=dna, whose windows lie within records; leave it out")
+    if config.first_length and config.initial_state != "zero":
+        raise ConfigError("train: wanted train.first_length=0 with train.initial_state=noise; leave one of them out")
+    tokenizer = DnaTokenizer(data.soft_masked, data.gaps)
+    genome = Genome(data.paths, tokenizer, cache=data.cache)
+    held_out = genome
+    facts = {"digest": genome.file.digest, "tokens": len(genome.tokens), "bytes_per_token": genome.file.bytes_per_token}
+    spans = genome.spans(read_bed(data.regions) if data.regions else None)
+    if data.valid_paths:
+        held_out = Genome(data.valid_paths, tokenizer, cache=data.cache)
+        valid = held_out.spans(read_bed(data.valid_regions) if data.valid_regions else None)
+        facts["valid_digest"] = held_out.file.digest
+    elif data.valid_regions:
+        valid = genome.spans(read_bed(data.valid_regions))
+        spans = spans if data.regions else outside(spans, valid)
+        check_apart(spans, valid)
+    elif data.valid_fraction:
+        # Blocks of two windows at least, unless the genome is too short to be parted so.
+        total = int((spans[:, 1] - spans[:, 0]).sum())
+        block = max(1, min(max(2 * config.length, 1 << 16), int(total * data.valid_fraction)))
+        spans, valid = split_regions(spans, [1 - data.valid_fraction], block=block)
+    else:
+        valid = np.empty((0, 2), np.int64)
+    spans = without_gaps(genome.tokens, spans)
+    # Before any process is launched: it says where the records are too short.
+    _genome_sampler(run, genome.tokens, spans)
+    parts = [held_out.tokens[start:end] for start, end in valid.tolist()]
+    facts |= {
+        "train_tokens": int((spans[:, 1] - spans[:, 0]).sum()),
+        "valid_tokens": sum(map(len, parts)),
+        "tokenizer": tokenizer.name,
+        "records": len(genome),
+    }
+    return _Corpus(
+        tokenizer,
+        genome.file,
+        genome.tokens,
+        genome.offsets,
+        np.concatenate([*parts, np.empty(0, np.uint8)]),
+        facts,
+        spans,
+        np.cumsum([0, *map(len, parts)]),
+    )
+
+
+def _genome_sampler(
+    run: RunConfig, tokens: NDArray[np.uint8], spans: NDArray[np.int64], rank: int = 0, world: int = 1
+) -> GenomeSampler:
+    config = run.train
+    return GenomeSampler(
+        tokens,
+        spans,
+        config.length,
+        config.seed,
+        both_strands=run.data.both_strands,
+        first_length=config.first_length,
+        stage_steps=config.stage_steps,
+        rank=rank,
+        world=world,
+    )
+
+
 def _read_corpus(run: RunConfig) -> _Corpus:
+    if run.data.modality == "dna":
+        return _read_genome(run)
     data, length = run.data, run.train.length
+    if run.train.first_length:
+        raise ConfigError("train: wanted train.first_length=0 but for data.modality=dna; leave it out")
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ConfigError(
@@ -232,9 +320,16 @@ def _read_corpus(run: RunConfig) -> _Corpus:
     # The cut between training and held-out ids may go through a document.
     offsets = np.asarray(file.document_offsets)
     documents = np.append(offsets[offsets < len(train_ids)], len(train_ids))
+    if run.train.initial_state != "zero" and data.packing:
+        raise ConfigError(
+            f"train: wanted data.packing=false with train.initial_state={run.train.initial_state}, got true; a packed "
+            "window starts in the middle of documents of its own"
+        )
+    # Before any process is launched: they say where the text is too short.
     if data.packing:
-        # Before any process is launched: it says where the documents are too short.
         PackedSampler(train_ids, documents, length, run.train.seed)
+    elif run.train.initial_state == "carry":
+        LaneSampler(train_ids, length, run.train.batch_size, run.train.seed)
     elif len(train_ids) < length + 1:
         raise DataError(
             f"train: wanted a training text of at least train.length + 1 = {length + 1} ids, got {len(train_ids)}; "
@@ -425,12 +520,20 @@ class _Trainer:
             "rank": fabric.global_rank,
             "world": fabric.world_size,
         }
-        self.sampler: WindowSampler | PackedSampler = (
-            PackedSampler(corpus.train, corpus.documents, **order)
-            if run.data.packing
-            else WindowSampler(corpus.train, **order)
-        )
+        self.sampler: WindowSampler | PackedSampler | LaneSampler | GenomeSampler
+        if corpus.spans is not None:
+            self.sampler = _genome_sampler(run, corpus.train, corpus.spans, order["rank"], order["world"])
+        elif run.data.packing:
+            self.sampler = PackedSampler(corpus.train, corpus.documents, **order)
+        elif self.config.initial_state == "carry":
+            self.sampler = LaneSampler(corpus.train, rows=self.config.batch_size, **order)
+        else:
+            self.sampler = WindowSampler(corpus.train, **order)
         self.device = fabric.device
+        self.initial: InitialState | None = None
+        if self.config.initial_state != "zero":
+            rows = self.config.batch_size // fabric.world_size
+            self.initial = InitialState(self.raw, rows, self.config.initial_state, self.config.from_zero)
         self.done = 0
         self.loss_sum = torch.zeros((), device=self.device)
         self.in_window = 0
@@ -486,7 +589,7 @@ class _Trainer:
         def loss(inputs: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
             # Without Fabric's wrapper, which does nothing on one device but the autocast.
             if not packed:
-                return self.raw(inputs[:, :-1], labels=inputs).loss
+                return self._loss(self.raw, {"input_ids": inputs[:, :-1], "labels": inputs})
             targets, offsets = packed
             return self.raw(inputs, targets=targets, cu_seqlens=offsets[0]).loss
 
@@ -526,6 +629,8 @@ class _Trainer:
         self.loss_sum.fill_(mine["loss_sum"] if mine is not None and same_world else state["mean_loss_sum"])
         if mine is not None and same_world:
             set_random_states(mine["random"])
+            if self.initial is not None:
+                self.initial.load_state_dict(mine["initial_state"])
 
     def _open_logs(self, resume: bool, checkpoint: Checkpoint | None) -> None:
         # Where there is no checkpoint the run starts over, and judges the untrained model again.
@@ -594,13 +699,25 @@ class _Trainer:
         loss_sum = torch.zeros((), device=self.device)
         for number, inputs in enumerate(passes):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(passes) - 1):
-                loss = self.model(**inputs).loss / len(passes)
+                loss = self._loss(self.model, inputs) / len(passes)
                 self.fabric.backward(loss)
             loss_sum += loss.detach().float()
         self.norm = self.guarded.step(learning_rate(self.done, config))
         self.loss_sum += loss_sum
         self.in_window += 1
         self.done += 1
+
+    def _loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a pass, from the state that its windows start from."""
+        unjudged = getattr(self.corpus.tokenizer, "unjudged", None)
+        if unjudged is not None:
+            # Unknown bases are read, and not predicted.
+            inputs = inputs | {"labels": inputs["labels"].masked_fill(inputs["labels"] == unjudged, -100)}
+        if self.initial is None:
+            return model(**inputs).loss
+        output = model(**inputs, state=self.initial.before())
+        self.initial.after(output.state)
+        return output.loss
 
     def _captured_update(self) -> torch.Tensor:
         """The same as one graph; returns the loss."""
@@ -614,6 +731,8 @@ class _Trainer:
             batch = [inputs, targets, np.stack(offsets)]
         else:
             batch = [self.sampler.next_batch(config.batch_size)]
+            # In a length warm-up a graph for each length; another key than any room for offsets.
+            room = -batch[0].shape[1] if config.first_length else 0
         step = self._captured_for(room)
         step.set_lr(learning_rate(self.done, config))
         loss = step.step(*(self._pinned(array) for array in batch))
@@ -703,9 +822,16 @@ class _Trainer:
             return
         count = self.config.evaluate_tokens
         ids = self.corpus.valid[: count + 1] if count else self.corpus.valid
+        documents = self.corpus.valid_documents
+        if documents is not None:
+            documents = np.unique(np.minimum(documents, len(ids)))
         with self.fabric.autocast():
             evaluation = evaluate_tokens(
-                self.raw, np.asarray(ids), tokenizer=self.corpus.tokenizer, context=self.config.length
+                self.raw,
+                np.asarray(ids),
+                tokenizer=self.corpus.tokenizer,
+                context=self.config.length,
+                documents=documents,
             )
         _reshard(self.raw)
         bits = evaluation.bits_per_byte
@@ -743,7 +869,11 @@ class _Trainer:
             self.raw,
             self.guarded.optimizer,
             trainer=state,
-            rank_state={"random": random_states(), "loss_sum": float(self.loss_sum)},
+            rank_state={
+                "random": random_states(),
+                "loss_sum": float(self.loss_sum),
+                "initial_state": [] if self.initial is None else self.initial.state_dict(),
+            },
             keep=self.config.keep_checkpoints,
         )
         self.saved_at = self.done
