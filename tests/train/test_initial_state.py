@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_loop import InterruptAt
 
 from statescan.errors import CheckpointError, ConfigError
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 from statescan.models.baseline_config import RecurrentConfig
 from statescan.train import train
 from statescan.train.initial_state import InitialState
-from test_loop import InterruptAt
 
 MODEL = MambaConfig(16, 2, 32, d_state=4)
 
@@ -82,7 +82,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(make_run, tmp_path, 
     assert train(run, tmp_path / "parts", progress=False, callbacks=[InterruptAt(6)]).interrupted
     train(run, tmp_path / "parts", resume=True, progress=False)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", run)
-    with pytest.raises(CheckpointError, match=f"wanted train.initial_state = {kind}"):
+    with pytest.raises(CheckpointError, match=rf"wanted train\.initial_state = {kind}"):
         train(make_run(initial_state="zero"), tmp_path / "parts", resume=True, progress=False)
 
 
@@ -95,16 +95,16 @@ def test_a_carried_run_is_another_one(make_run, tmp_path):
 
 
 def test_what_cannot_be_carried_is_refused(make_run, tmp_path):
-    with pytest.raises(ConfigError, match="fixed size, got a Transformer; set train.initial_state=zero"):
+    with pytest.raises(ConfigError, match=r"fixed size, got a Transformer; set train\.initial_state=zero"):
         InitialState(CausalLM(TransformerConfig(16, 1, 32, n_head=2)), 2, "carry", 0.0)
-    with pytest.raises(ConfigError, match="initial_state must be 'carry' or 'noise' here, got 'zero'"):
+    with pytest.raises(ConfigError, match=r"initial_state must be 'carry' or 'noise' here, got 'zero'"):
         InitialState(CausalLM(MODEL), 2, "zero", 0.0)
-    with pytest.raises(ConfigError, match="accumulate: wanted 1 with train.initial_state=carry, got 2"):
+    with pytest.raises(ConfigError, match=r"accumulate: wanted 1 with train\.initial_state=carry, got 2"):
         make_run(initial_state="carry", accumulate=2)
-    with pytest.raises(ConfigError, match="from_zero: wanted in"):
+    with pytest.raises(ConfigError, match=r"from_zero: wanted in"):
         make_run(from_zero=1.5)
-    with pytest.raises(ConfigError, match="wanted data.packing=false with train.initial_state=noise"):
+    with pytest.raises(ConfigError, match=r"wanted data\.packing=false with train\.initial_state=noise"):
         train(make_run(initial_state="noise", data__packing="true"), tmp_path / "packed", progress=False)
     carried = InitialState(CausalLM(MODEL), 2, "carry", 0.0)
-    with pytest.raises(CheckpointError, match="wanted carried states of shapes"):
+    with pytest.raises(CheckpointError, match=r"wanted carried states of shapes"):
         carried.load_state_dict([part[:1] for part in carried.state_dict()])

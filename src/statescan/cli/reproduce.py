@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from statescan.cli.reproduce_language import language_scaling
-from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, progress, result_console
+from statescan.cli.reproducing import chosen_rows, default_device, going_on, print_results
+from statescan.cli.terminal import command, emit_json, note, progress, result_console
 from statescan.cli.zero_shot import zero_shot
 
 if TYPE_CHECKING:
@@ -93,13 +93,14 @@ def induction_heads(
         paper = {length: f"{value:g}" for length, value in zip(recipe.LENGTHS, recipe.PAPER["mamba"][1], strict=True)}
         _print_scores(name, scores, paper, as_json)
         return
-    rows = _rows(row, "mamba", recipe.ROWS)
+    rows = chosen_rows(row, recipe.ROWS, "mamba")
     judged = (lambda length: examples) if examples else (lambda length: recipe.EXAMPLES)
-    with _going_on():
+    with going_on():
         results = recipe.induction_heads(
-            out, rows=rows, seeds=range(seeds), device=_device(device), seconds=seconds, examples=judged, say=note
-        )
-    _print_results(out, results, as_json)
+            out, rows=rows, seeds=range(seeds), device=default_device(device), seconds=seconds,
+            examples=judged, say=note,
+        )  # fmt: skip
+    print_results(out, results, as_json)
 
 
 @command
@@ -141,13 +142,13 @@ def selective_copying(
         paper = {recipe.LENGTH: f"{recipe.PAPER['mamba-s6']:g}"}
         _print_scores(name, {recipe.LENGTH: (score, time.perf_counter() - begun)}, paper, as_json)
         return
-    rows = _rows(row, "mamba-s6", {**recipe.ROWS, **recipe.ABLATION})
-    with _going_on():
+    rows = chosen_rows(row, {**recipe.ROWS, **recipe.ABLATION}, "mamba-s6")
+    with going_on():
         results = recipe.selective_copying(
-            out, rows=rows, seeds=range(seeds), device=_device(device), seconds=seconds,
+            out, rows=rows, seeds=range(seeds), device=default_device(device), seconds=seconds,
             examples=examples or recipe.EXAMPLES, say=note,
         )  # fmt: skip
-    _print_results(out, results, as_json)
+    print_results(out, results, as_json)
 
 
 @command
@@ -174,11 +175,11 @@ def builtin_model(
 
     from statescan.recipes import builtin_model as recipe
 
-    runs = [recipe.ROWS[name] for name in _rows(row, "mamba", recipe.ROWS)]
+    runs = [recipe.ROWS[name] for name in chosen_rows(row, recipe.ROWS, "mamba")]
     changed = {"seconds": seconds, "lr": learning_rate}
     runs = [replace(run, **{name: value for name, value in changed.items() if value is not None}) for run in runs]
-    results = recipe.builtin_model(data, out, runs=runs, device=_device(device), say=note)
-    _print_results(out, results, as_json)
+    results = recipe.builtin_model(data, out, runs=runs, device=default_device(device), say=note)
+    print_results(out, results, as_json)
 
 
 reproduce.command("induction-heads", epilog="Example: statescan reproduce induction-heads --evaluate-only --full")(
@@ -198,43 +199,14 @@ reproduce.command(
 )(language_scaling)
 
 
-@contextlib.contextmanager
-def _going_on() -> Iterator[None]:
-    """Says, where the user interrupts, that the same command goes on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        note("interrupted; what was trained is kept, and the same command goes on from there")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _model(path: Path | None, packaged: str, device: str | None) -> tuple[CausalLM, str]:
     from statescan.cli.models import model_folder
     from statescan.models import CausalLM
     from statescan.recipes.shipped import PACKAGED, shipped_model
 
     folder = shipped_model(packaged) if path is None else model_folder(path)
-    model = CausalLM.from_pretrained(folder, device=_device(device)).eval()
+    model = CausalLM.from_pretrained(folder, device=default_device(device)).eval()
     return model, f"{PACKAGED}{packaged}" if path is None else str(path)
-
-
-def _rows(asked: Sequence[str] | None, headline: str, known: Mapping[str, Any]) -> list[str]:
-    from statescan.errors import ConfigError
-
-    if not asked:
-        return [headline]
-    if list(asked) == ["all"]:
-        return list(known)
-    for name in asked:
-        if name not in known:
-            raise ConfigError(f"reproduce: --row must be one of {', '.join(known)}, or 'all', got '{name}'")
-    return list(dict.fromkeys(asked))
 
 
 def _print_scores(
@@ -274,12 +246,3 @@ def _print_scores(
             f"{length * score.examples / seconds:,.0f}",
         )
     result_console().print(table)
-
-
-def _print_results(out: Path, results: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        emit_json(results)
-        return
-    print((out / "results.md").read_text(encoding="utf-8"))
-    for path in sorted(out.glob("*.*")):
-        print(f"wrote {path}")

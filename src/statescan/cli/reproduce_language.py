@@ -1,0 +1,111 @@
+"""``statescan reproduce language-scaling`` and ``context-growth``: language models on whole novels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from statescan.cli.reproducing import chosen_rows, default_device, going_on, print_results
+from statescan.cli.terminal import command, emit_json, note
+
+if TYPE_CHECKING:
+    from statescan.train import RunConfig
+
+__all__ = ["language_scaling"]
+
+Data = Annotated[
+    Path, typer.Option("--data", help="Folder of novels_train, novels_valid and novels_test (.tar.xz, .txt, ...).")
+]
+Rows = Annotated[
+    list[str] | None,
+    typer.Option("--row", show_default="all", help="Row of the table; several times for several, or 'all'."),
+]
+Passes = Annotated[float, typer.Option("--passes", min=0, help="Through the training books.")]
+Device = Annotated[str | None, typer.Option("--device", show_default="cuda where there is one", help="cpu or cuda.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every run, e.g. train.steps=20."),
+]
+ReportOnly = Annotated[bool, typer.Option("--report", help="Train nothing: write table and figure of what is there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
+
+
+@command
+def language_scaling(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Folder of runs, table and figure; resumable.")] = Path(
+        "reproduce/language-scaling"
+    ),
+    row: Rows = None,
+    passes: Annotated[
+        float | None,
+        typer.Option("--passes", min=0, show_default="2; 0.25 with --tune", help="Through the training books."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and order.")] = 0,
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="'bytes', or 'bpe': 8,192 ids, trained on the training books.")
+    ] = "bytes",
+    device: Device = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Train each row over the grid of learning rates and dropouts instead.")
+    ] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time each row's training for a moment instead, alone on the device.")
+    ] = False,
+    only_report: ReportOnly = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Figure 4, on novels: Mamba, Transformers, an LSTM and S4, in bits per byte of unseen books over their size."""
+    from statescan.errors import ConfigError
+    from statescan.recipes import language_scaling as recipe
+
+    if sum((tune, speed, only_report)) > 1:
+        raise ConfigError("reproduce: --tune, --speed and --report exclude each other, got several; name one")
+    if tokenizer not in ("bytes", "bpe"):
+        raise ConfigError(f"reproduce: --tokenizer must be 'bytes' or 'bpe', got '{tokenizer}'")
+    rows = chosen_rows(row, recipe.ROWS)
+    where = device_kind(device)
+    ids = tokenizer if tokenizer == "bytes" else str(recipe.bpe_tokenizer(data, out))
+    shared: dict[str, Any] = {"tokenizer": ids, "device": where, "change": changed_by(overrides), "say": note}
+    with going_on():
+        if tune:
+            found = recipe.tune(rows, data, out, passes=passes or recipe.TUNING_PASSES, **shared)
+            _print_tuning(found, as_json)
+            return
+        if speed:
+            for name in rows:
+                recipe.measure_speed(name, data, out, **shared)
+        if speed or only_report:
+            results = recipe.report(out)
+        else:
+            results = recipe.language_scaling(rows, data, out, passes=passes or recipe.PASSES, seed=seed, **shared)
+    print_results(out, results, as_json)
+
+
+def device_kind(name: str | None) -> str:
+    """The device that was named or is there, as training takes it."""
+    from statescan.errors import ConfigError
+
+    if name not in (None, "cpu", "cuda"):
+        raise ConfigError(f"reproduce: --device must be cpu or cuda, got '{name}'; CUDA_VISIBLE_DEVICES picks one")
+    return default_device(name)
+
+
+def changed_by(overrides: Sequence[str] | None) -> Callable[[RunConfig], RunConfig]:
+    """What --set makes of a run."""
+    return lambda run: run.apply_overrides(overrides or [])
+
+
+def _print_tuning(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    if as_json:
+        emit_json(found)
+        return
+    print("| row | learning rate | dropout | updates | bits per byte, held-out books |\n|---|---:|---:|---:|---:|")
+    for one in sorted(found, key=lambda one: (one["row"], one["dropout"], one["lr"])):
+        print(
+            f"| {one['row']} | {one['lr']:g} | {one['dropout']:g} | {one['updates']:,} | {one['bits_per_byte']:.4f} |"
+        )

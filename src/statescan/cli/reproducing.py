@@ -1,0 +1,56 @@
+"""What the commands of ``statescan reproduce`` share: which rows, on which device, interruption, the printed table."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from statescan.cli.terminal import INTERRUPTED, emit_json, note
+
+__all__ = ["chosen_rows", "default_device", "going_on", "print_results"]
+
+
+@contextlib.contextmanager
+def going_on() -> Iterator[None]:
+    """Says, where the user interrupts, that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("interrupted; what was trained is kept, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def default_device(name: str | None) -> str:
+    """The device that was named, or a GPU where there is one."""
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen_rows(asked: Sequence[str] | None, known: Mapping[str, Any], headline: str | None = None) -> list[str]:
+    """The rows that were asked for, each once: all for "all"; where none was, the headline, or all without one."""
+    from statescan.errors import ConfigError
+
+    if not asked and headline is not None:
+        return [headline]
+    if not asked or list(asked) == ["all"]:
+        return list(known)
+    for name in asked:
+        if name not in known:
+            raise ConfigError(f"reproduce: --row must be one of {', '.join(known)}, or 'all', got '{name}'")
+    return list(dict.fromkeys(asked))
+
+
+def print_results(out: Path, results: Mapping[str, Any], as_json: bool) -> None:
+    """The table of a folder and which files it holds, or all of it as JSON."""
+    if as_json:
+        emit_json(results)
+        return
+    print((out / "results.md").read_text(encoding="utf-8"))
+    for path in sorted(out.glob("*.*")):
+        if path.is_file():
+            print(f"wrote {path}")

@@ -1,0 +1,718 @@
+"""Language models of four sizes and five families on the same text with the same care: loss against parameters.
+
+The paper's figure 4 asks whether an attention-free model keeps up with a strong Transformer as both grow. Here the text
+is 54 MB of English novels of which whole books are held out, which is enough for models of up to some 16 million
+parameters; ``statescan reproduce language-scaling`` trains, judges and tables them. Everything that decides how a row
+is trained stands in this file.
+
+Sizes are matched by the parameters outside of the embedding: two Mamba blocks stand beside one Transformer block, as in
+the paper, and the MLP takes up the difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from statescan.data import TokenFile, Tokenizer, load_tokenizer, read_texts
+from statescan.errors import CheckpointError, ConfigError, MissingExtraError
+from statescan.evaluate import row_bits
+from statescan.files import atomic_file, make_folder
+from statescan.models import CausalLM, MambaConfig, ModelConfig
+from statescan.models.baseline_config import RecurrentConfig, S4Config, TransformerConfig
+from statescan.recipes.novels import NOVELS, find_text, read_corpus
+from statescan.recipes.synthetic import figure, machine_facts, save_figure
+from statescan.train import Callback, DataConfig, RunConfig, TrainConfig, load_run, train
+
+__all__ = [
+    "FAMILIES",
+    "GRID",
+    "ROWS",
+    "SIZES",
+    "Judged",
+    "PowerLaw",
+    "bpe_tokenizer",
+    "fit_power_law",
+    "judge",
+    "language_scaling",
+    "measure_speed",
+    "paired_difference",
+    "scaling_run",
+    "train_row",
+    "tune",
+]
+
+FAMILIES = {
+    "mamba": "Mamba",
+    "transformer++": "Transformer++",
+    "pythia": "Transformer (Pythia)",
+    "lstm": "LSTM",
+    "s4": "S4",
+}
+# Width of each size; the smallest is where learning rates are tuned.
+SIZES = {"0.3m": 96, "1m": 160, "4m": 256, "16m": 448}
+_BYTES = 256
+
+
+def _mamba(d_model: int, n_layer: int) -> MambaConfig:
+    return MambaConfig(d_model, n_layer, _BYTES)
+
+
+def _transformer(d_model: int, n_layer: int, n_head: int, d_intermediate: int) -> TransformerConfig:
+    return TransformerConfig(d_model, n_layer, _BYTES, n_head=n_head, d_intermediate=d_intermediate)
+
+
+def _pythia(d_model: int, n_layer: int, n_head: int, d_intermediate: int) -> TransformerConfig:
+    """LayerNorm, GELU, biases, attention beside the MLP, a quarter of each head turned, an untied head."""
+    return TransformerConfig(
+        d_model,
+        n_layer,
+        _BYTES,
+        n_head=n_head,
+        d_intermediate=d_intermediate,
+        mlp="gelu",
+        norm="layer",
+        bias=True,
+        parallel=True,
+        rotary_fraction=0.25,
+        tie_embeddings=False,
+        init="neox",
+    )
+
+
+ROWS: dict[str, ModelConfig] = {
+    "mamba-0.3m": _mamba(96, 4),
+    "transformer++-0.3m": _transformer(96, 2, 3, 344),
+    "pythia-0.3m": _pythia(96, 2, 3, 512),
+    "mamba-1m": _mamba(160, 6),
+    "transformer++-1m": _transformer(160, 3, 5, 528),
+    "pythia-1m": _pythia(160, 3, 5, 784),
+    "mamba-4m": _mamba(256, 10),
+    "transformer++-4m": _transformer(256, 5, 4, 800),
+    "pythia-4m": _pythia(256, 5, 4, 1192),
+    "mamba-16m": _mamba(448, 12),
+    "transformer++-16m": _transformer(448, 6, 7, 1344),
+    "pythia-16m": _pythia(448, 6, 7, 2008),
+    "lstm-1m": RecurrentConfig(192, 3, _BYTES),
+    "s4-1m": S4Config(160, 3, _BYTES, mixer="s4", d_intermediate=512),
+}
+
+# The paper's recipe (appendix E.2): AdamW (0.9, 0.95), decay 0.1, clipping at 1, warm-up and a cosine to 1e-5.
+_WINDOWS, _LENGTH, _WARMUP = 16, 2048, 0.05
+_WEIGHT_DECAY, _BETAS, _CLIP, _MIN_LR = 0.1, (0.9, 0.95), 1.0, 1e-5
+# An LSTM reads one token after the other: more rows of shorter windows, the state carried from each to the next.
+_LSTM = {"batch_size": 64, "length": 512, "initial_state": "carry", "capture": False}
+PASSES = 2.0
+# Learning rates and dropout were tuned over the same grid for all, by the books held out for that (novels_valid), each
+# run a quarter of a pass with a cosine of its own. LSTM and S4 at their own size.
+GRID, DROPOUTS, TUNING_PASSES = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.0, 0.1), 0.25
+# The winners at width 96, or at the one size; a wider model's rate falls with the square root of its width.
+RATES = {"mamba": 8e-3, "transformer++": 4e-3, "pythia": 4e-3, "lstm": 4e-3, "s4": 4e-3}
+DROPOUT = {"mamba": 0.0, "transformer++": 0.0, "pythia": 0.0, "lstm": 0.0, "s4": 0.0}
+# Tokens of a window that hold about as many bytes, where ids are of BPE.
+_BPE_LENGTH, _BPE_VOCABULARY = 512, 8192
+
+_SCORE, _WINDOW_BITS, _SPEED = "score.json", "windows.npz", "speed.json"
+# Logits held at once while judging.
+_LOGITS = 1 << 25
+
+
+def family_of(row: str) -> str:
+    """The family that a row belongs to: "mamba-4m" is of "mamba"."""
+    return row.rpartition("-")[0]
+
+
+def learning_rate_of(row: str) -> float:
+    """The tuned rate of the row's family, carried to its width: ``rate * sqrt(96 / d_model)``; LSTM and S4 keep it."""
+    family = family_of(row)
+    if family not in ("mamba", "transformer++", "pythia"):
+        return RATES[family]
+    return RATES[family] * math.sqrt(SIZES["0.3m"] / ROWS[row].d_model)
+
+
+def scaling_run(
+    row: str,
+    data: str | os.PathLike[str],
+    *,
+    tokenizer: str = "bytes",
+    passes: float = PASSES,
+    lr: float | None = None,
+    dropout: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> RunConfig:
+    """The whole run of a row of the table.
+
+    Args:
+        row: one of `ROWS`.
+        data: folder of the novels, see `statescan.recipes.novels`.
+        tokenizer: "bytes", or a `tokenizers` JSON file.
+        passes: through the training books.
+        lr, dropout: in place of the row's own.
+        seed: of weights and order.
+        device: "cpu" or "cuda"; bfloat16 autocast on the latter.
+
+    Raises:
+        ConfigError: an unknown row, or less than one update.
+        DataError: the texts can't be found.
+    """
+    if row not in ROWS:
+        raise ConfigError(f"language-scaling: the row must be one of {', '.join(ROWS)}, got {row!r}")
+    family = family_of(row)
+    ids = load_tokenizer(tokenizer)
+    model = ROWS[row].replace(vocab_size=ids.vocab_size, dropout=DROPOUT[family] if dropout is None else dropout)
+    length = _LENGTH if tokenizer == "bytes" else _BPE_LENGTH
+    fields: dict[str, Any] = {"batch_size": _WINDOWS, "length": length}
+    if family == "lstm":
+        fields |= _LSTM
+        fields["length"] = length // (_LENGTH // _LSTM["length"])
+    tokens = len(read_corpus(data, NOVELS[0], tokenizer=ids))
+    steps = round(passes * tokens / (fields["batch_size"] * fields["length"]))
+    if steps < 1:
+        raise ConfigError(f"language-scaling: passes must make at least one update of {tokens} ids, got {passes}")
+    settings = TrainConfig(
+        steps=steps,
+        lr=learning_rate_of(row) if lr is None else lr,
+        min_lr=_MIN_LR,
+        warmup=round(_WARMUP * steps),
+        weight_decay=_WEIGHT_DECAY,
+        betas=_BETAS,
+        clip=_CLIP,
+        precision="bf16" if device == "cuda" else "float32",
+        seed=seed,
+        evaluate_every=0,
+        evaluate_tokens=0,
+        checkpoint_every=0,
+        keep_checkpoints=1,
+        log_every=max(1, steps // 64),
+        accelerator="cuda" if device == "cuda" else "cpu",
+        **fields,
+    )
+    texts = DataConfig(
+        paths=(str(find_text(data, NOVELS[0])),), valid_paths=(str(find_text(data, NOVELS[1])),), tokenizer=tokenizer
+    )
+    return RunConfig(model, texts, settings)
+
+
+class _Watch(Callback):
+    """When each row of the log came: the device had done all steps up to it."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, float]] = []
+
+    def on_log(self, row: dict[str, float]) -> None:
+        self.rows.append((int(row["step"]), time.perf_counter()))
+
+    def speed(self, tokens_per_step: int) -> float | None:
+        """Median tokens a second between two rows, the first two (compiling, capturing) left out; None of too few."""
+        steps, moments = np.array(self.rows[1:]).T if len(self.rows) > 2 else (np.zeros(1), np.zeros(1))
+        if len(steps) < 2:
+            return None
+        return float(np.median(np.diff(steps) * tokens_per_step / np.diff(moments)))
+
+
+def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[str], object] = print) -> CausalLM:
+    """Trains a run, or goes on with it, or reads it where it is done.
+
+    Args:
+        run: what `scaling_run` gave.
+        folder: of this run alone.
+        say: called with lines of progress.
+
+    Returns:
+        The model, in evaluation mode, on the run's device; `speed.json` in the folder holds its pace and memory.
+
+    Raises:
+        CheckpointError: another run lies in the folder.
+        KeyboardInterrupt: a signal ended it; its checkpoint is kept.
+    """
+    folder, device = Path(folder), run.train.accelerator
+    there = (folder / "run.json").exists()
+    if there and load_run(folder) != run:
+        raise CheckpointError(
+            f"reproduce: '{folder}' holds a run with other settings; name another folder with --out, or delete it"
+        )
+    if not there or json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] != "finished":
+        say(f"training {folder.name}: {run.train.steps:,} updates, learning rate {run.train.lr:.4g}")
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        watch, begun = _Watch(), time.perf_counter()
+        result = train(run, folder, resume=there, progress=False, callbacks=[watch])
+        if result.interrupted:
+            raise KeyboardInterrupt
+        pace = watch.speed(run.train.batch_size * run.train.length)
+        facts = {
+            "tokens_per_second": pace,
+            "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+            "seconds": round(time.perf_counter() - begun, 2),
+            "machine": machine_facts(device),
+        }
+        _write_json(folder / _SPEED, facts)
+        # Nobody goes on with a run that is done, and they take three times the room of the model.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        bits = f"{result.evaluations[-1][1]:.4f} bits per byte of the held-out books, " if result.evaluations else ""
+        say(f"{folder.name}: {bits}{facts['seconds']:.1f} s, {pace or math.nan:,.0f} tokens/s")
+    return CausalLM.from_pretrained(folder, device=device).eval()
+
+
+class Judged(NamedTuple):
+    """bits, bytes: what each window cost and holds; book: which book it is of. All (windows,)."""
+
+    bits: NDArray[np.float64]
+    bytes: NDArray[np.int64]
+    book: NDArray[np.int64]
+
+    def mean(self) -> tuple[float, float]:
+        """(bits per byte, its standard error), the windows taken as independent."""
+        return _ratio(self.bits, self.bytes)
+
+
+def judge(model: CausalLM, file: TokenFile, tokenizer: Tokenizer, length: int) -> Judged:
+    """Bits of every window of some books, each window read from an empty context, none across two books.
+
+    Args:
+        model: in evaluation mode.
+        file: the books, each a document.
+        tokenizer: theirs.
+        length: predictions of a window; the last of a book is shorter.
+
+    Returns:
+        Judged: a book's first id is not judged, since nothing comes before it.
+    """
+    device = model.lm_head.weight.device
+    at_once = max(1, _LOGITS // (length * model.config.padded_vocab_size))
+    bits: list[float] = []
+    sizes: list[int] = []
+    books: list[int] = []
+    for number, ids in enumerate(books_of(file, tokenizer)):
+        whole, rest = divmod(len(ids) - 1, length)
+        starts = [window * length for window in range(whole)]
+        batches = [(starts[first : first + at_once], length) for first in range(0, whole, at_once)]
+        if rest:
+            batches.append(([whole * length], rest))
+        for some, size in batches:
+            pieces = [piece for _, piece in row_bits(model, ids, some, size, size, device)]
+            bits += np.concatenate(pieces, axis=1).sum(1).tolist()
+            sizes += [len(tokenizer.decode_bytes(ids[start + 1 : start + 1 + size])) for start in some]
+            books += [number] * len(some)
+    return Judged(np.array(bits), np.array(sizes), np.array(books))
+
+
+def books_of(file: TokenFile, tokenizer: Tokenizer) -> list[NDArray[Any]]:
+    """The ids of each book, without the mark that parts it from the next."""
+    offsets = np.asarray(file.document_offsets)
+    books = [file.tokens[start:end] for start, end in pairwise(offsets)]
+    end = tokenizer.end_of_text
+    return [book[:-1] if end is not None and len(book) and book[-1] == end else book for book in books]
+
+
+def paired_difference(one: Judged, other: Judged) -> tuple[float, float]:
+    """(mean difference in bits per byte of two models on the same windows, its standard error).
+
+    Raises:
+        ConfigError: they were judged on other windows.
+    """
+    if not np.array_equal(one.bytes, other.bytes):
+        raise ConfigError("language-scaling: wanted two models judged on the same windows; judge both anew")
+    return _ratio(one.bits - other.bits, one.bytes)
+
+
+def _ratio(sums: NDArray[Any], sizes: NDArray[Any]) -> tuple[float, float]:
+    """(sum s / sum n, its standard error), ``SE^2 = G / (G - 1) sum (s_g - m n_g)^2 / (sum n)^2``."""
+    total, groups = float(sizes.sum()), len(sums)
+    mean = float(sums.sum()) / total
+    spread = float(((sums - mean * sizes) ** 2).sum())
+    return mean, math.sqrt(groups / (groups - 1) * spread) / total if groups > 1 else math.nan
+
+
+class PowerLaw(NamedTuple):
+    """``bits = scale * parameters ** -exponent``."""
+
+    scale: float
+    exponent: float
+
+    def at(self, parameters: float) -> float:
+        """The bits that it says."""
+        return self.scale * parameters**-self.exponent
+
+
+def fit_power_law(parameters: Sequence[float], bits: Sequence[float]) -> PowerLaw:
+    """The straight line of least squares through log bits over log parameters.
+
+    Args:
+        parameters: of at least two sizes.
+        bits: per byte.
+
+    Raises:
+        ConfigError: fewer than two points.
+    """
+    if len(parameters) != len(bits) or len(bits) < 2:
+        raise ConfigError(f"fit_power_law: wanted at least two points, got {len(parameters)} and {len(bits)}")
+    slope, offset = np.polyfit(np.log(parameters), np.log(bits), 1)
+    return PowerLaw(float(np.exp(offset)), float(-slope))
+
+
+def parameters_outside(model: CausalLM) -> int:
+    """Parameters of a model but for its embedding and, where that is another, its head."""
+    embedding = model.backbone.embedding.weight.numel()
+    return model.parameter_count() - embedding * (1 if model.config.tie_embeddings else 2)
+
+
+def bpe_tokenizer(
+    data: str | os.PathLike[str], folder: str | os.PathLike[str], vocab_size: int = _BPE_VOCABULARY
+) -> Path:
+    """A byte-level BPE tokenizer trained on the training books; read where the folder has one.
+
+    Args:
+        data: folder of the novels.
+        folder: where tokenizer.json stands or is written.
+        vocab_size: ids, the mark between documents among them.
+
+    Returns:
+        The JSON file.
+
+    Raises:
+        MissingExtraError: `tokenizers` is not installed.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if path.exists():
+        return path
+    try:
+        from tokenizers import Tokenizer as Model
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise MissingExtraError("training a tokenizer", "tokenizers", "hub") from None
+    made = Model(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (document.text("replace") for document in read_texts(str(find_text(data, NOVELS[0]))))
+    made.train_from_iterator(texts, trainer)
+    make_folder(Path(folder))
+    with atomic_file(path) as temporary:
+        temporary.write_text(made.to_str(), encoding="utf-8", newline="")
+    return path
+
+
+def tune(
+    rows: Iterable[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str = "bytes",
+    passes: float = TUNING_PASSES,
+    device: str = "cpu",
+    change: Callable[[RunConfig], RunConfig] = lambda run: run,
+    say: Callable[[str], object] = print,
+) -> list[dict[str, Any]]:
+    """Trains each row with every rate of `GRID`, and at the best one with every dropout.
+
+    Args:
+        rows: of `ROWS`.
+        data: folder of the novels.
+        out: a folder for each run in its ``tuning/``; what is done is not done again.
+        tokenizer, passes, device: as for `scaling_run`.
+        change: what is made of each run before it starts.
+        say: called with lines of progress.
+
+    Returns:
+        All that lies in ``tuning/``: {"row", "lr", "dropout", "updates", "bits_per_byte"} of the held-out books.
+    """
+    parent = Path(out) / "tuning"
+
+    def bits(row: str, lr: float, dropout: float) -> float:
+        run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, lr=lr, dropout=dropout, device=device))
+        folder = parent / f"{row}-lr{lr:g}-dropout{dropout:g}"
+        train_row(run, folder, say=say)
+        # A diverged run is worse than any other.
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))["evaluations"][-1][1]
+        return found if math.isfinite(found) else math.inf
+
+    for row in rows:
+        best = min(GRID, key=lambda lr: bits(row, lr, DROPOUTS[0]))
+        for dropout in DROPOUTS[1:]:
+            bits(row, best, dropout)
+    found = []
+    for path in sorted(parent.glob("*/run.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["status"] == "finished":
+            settings = facts["config"]["train"]
+            found.append(
+                {
+                    "row": path.parent.name.partition("-lr")[0],
+                    "lr": settings["lr"],
+                    "dropout": facts["config"]["model"]["dropout"],
+                    "updates": facts["steps"],
+                    "bits_per_byte": facts["evaluations"][-1][1],
+                }
+            )
+    _write_json(Path(out) / "tuning.json", found)
+    return found
+
+
+def measure_speed(
+    row: str,
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str = "bytes",
+    device: str = "cpu",
+    updates: int = 60,
+    change: Callable[[RunConfig], RunConfig] = lambda run: run,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Trains a row for a moment, to time it while nothing else runs; kept in ``out/speed/ROW.json``.
+
+    Args:
+        row: of `ROWS`.
+        data, tokenizer, device, change: as for `tune`.
+        out: folder of the table.
+        updates: how many; the median pace between every ten, the first twenty left out.
+        say: called with lines of progress.
+
+    Returns:
+        {"tokens_per_second", "bytes_per_second", "peak_bytes", "seconds", "machine"}.
+    """
+    run = change(scaling_run(row, data, tokenizer=tokenizer, device=device))
+    settings = dataclasses.replace(run.train, steps=updates, warmup=min(run.train.warmup, updates), log_every=10)
+    run = dataclasses.replace(
+        run, train=settings, data=dataclasses.replace(run.data, valid_paths=(), valid_fraction=0.0)
+    )
+    place = Path(out) / "speed" / row
+    shutil.rmtree(place, ignore_errors=True)
+    train_row(run, place, say=say)
+    facts = json.loads((place / _SPEED).read_text(encoding="utf-8"))
+    file = read_corpus(data, NOVELS[0], tokenizer=load_tokenizer(tokenizer))
+    pace = facts["tokens_per_second"]
+    facts["bytes_per_second"] = None if pace is None else pace * file.bytes_per_token
+    shutil.rmtree(place)
+    _write_json(place.parent / f"{row}.json", facts)
+    return facts
+
+
+def language_scaling(
+    rows: Iterable[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str = "bytes",
+    passes: float = PASSES,
+    seed: int = 0,
+    device: str = "cpu",
+    change: Callable[[RunConfig], RunConfig] = lambda run: run,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Trains rows, or goes on with them, judges them on the unseen books and writes table and figure of all there are.
+
+    Args:
+        rows: of `ROWS`; none to write the report alone.
+        data: folder of the novels.
+        out: folder of the rows' folders, ``results.json``, ``results.md`` and ``figure.svg``.
+        tokenizer, passes, seed, device: as for `scaling_run`.
+        change: what is made of each run before it starts, for runs of another size.
+        say: called with lines of progress.
+
+    Returns:
+        What `report` gives.
+
+    Raises:
+        CheckpointError: a folder holds another run.
+        KeyboardInterrupt: interrupted; what was trained is kept.
+    """
+    out = make_folder(Path(out))
+    ids = load_tokenizer(tokenizer)
+    for row in rows:
+        run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, seed=seed, device=device))
+        folder = out / (row if seed == 0 else f"{row}-seed{seed}")
+        model = train_row(run, folder, say=say)
+        if not (folder / _SCORE).exists():
+            books = read_corpus(data, NOVELS[2], tokenizer=ids)
+            write_score(folder, row, model, judge(model, books, ids, run.train.length))
+            say(f"{folder.name}: judged")
+    return report(out)
+
+
+def write_score(folder: Path, row: str, model: CausalLM, judged: Judged) -> None:
+    """What a row came to: each window's bits, and their sum over all books and over each."""
+    with atomic_file(folder / _WINDOW_BITS) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(
+            stream,
+            bits=judged.bits.astype(np.float32),
+            bytes=judged.bytes.astype(np.int32),
+            book=judged.book.astype(np.int8),
+        )
+    mean, error = judged.mean()
+    books = []
+    for number in np.unique(judged.book):
+        here = judged.book == number
+        one, spread = _ratio(judged.bits[here], judged.bytes[here])
+        books.append(
+            {
+                "bytes": int(judged.bytes[here].sum()),
+                "bits_per_byte": one,
+                "standard_error": spread if math.isfinite(spread) else None,
+            }
+        )
+    _write_json(
+        folder / _SCORE,
+        {
+            "row": row,
+            "parameters": model.parameter_count(),
+            "parameters_outside_embedding": parameters_outside(model),
+            "bits_per_byte": mean,
+            "standard_error": error if math.isfinite(error) else None,
+            "books": books,
+        },
+    )
+
+
+def read_judged(folder: Path) -> Judged:
+    """The windows that `write_score` left."""
+    with np.load(folder / _WINDOW_BITS) as held:
+        return Judged(held["bits"].astype(np.float64), held["bytes"].astype(np.int64), held["book"].astype(np.int64))
+
+
+def report(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes ``results.json``, ``results.md`` and, with matplotlib, ``figure.svg`` from the rows that lie in a folder.
+
+    Args:
+        out: folder of the rows' folders.
+
+    Returns:
+        {"rows", "power_laws", "not_run"}.
+    """
+    out = Path(out)
+    rows: dict[str, dict[str, Any]] = {}
+    for row in ROWS:
+        folder = out / row
+        if not (folder / _SCORE).exists():
+            continue
+        facts = json.loads((folder / _SCORE).read_text(encoding="utf-8"))
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        facts |= {
+            "held_out_bits_per_byte": run["evaluations"][-1][1] if run["evaluations"] else None,
+            "training_nats_per_token": run["train_loss"],
+            "updates": run["steps"],
+            "passes": run["steps"]
+            * run["config"]["train"]["batch_size"]
+            * run["config"]["train"]["length"]
+            / run["data"]["train_tokens"],
+            "config": run["config"],
+            "training": _read_json(folder / _SPEED),
+            "alone": _read_json(out / "speed" / f"{row}.json"),
+        }
+        twin = f"transformer++-{row.rpartition('-')[2]}"
+        if row != twin and (out / twin / _SCORE).exists():
+            mine, theirs = read_judged(folder), read_judged(out / twin)
+            if np.array_equal(mine.bytes, theirs.bytes):
+                facts["beside_transformer++"] = paired_difference(mine, theirs)
+        rows[row] = facts
+    laws = {}
+    for family in FAMILIES:
+        some = [facts for row, facts in rows.items() if family_of(row) == family]
+        if len(some) > 1:
+            law = fit_power_law(
+                [facts["parameters_outside_embedding"] for facts in some], [facts["bits_per_byte"] for facts in some]
+            )
+            laws[family] = law._asdict()
+    results = {"rows": rows, "power_laws": laws, "not_run": [row for row in ROWS if row not in rows]}
+    _write_json(out / "results.json", results)
+    with atomic_file(out / "results.md") as temporary:
+        temporary.write_text(_table(rows, laws, results["not_run"]), encoding="utf-8")
+    if rows:
+        with contextlib.suppress(MissingExtraError):  # the table says all that the picture does
+            _draw(rows, laws, out / "figure.svg")
+    return results
+
+
+def _table(rows: Mapping[str, Any], laws: Mapping[str, Any], missing: Sequence[str]) -> str:
+    """The table in Markdown, a sentence for each power law, and what was not run."""
+    lines = [
+        "| row | parameters outside the embedding | learning rate | dropout | passes | bits per byte, unseen books | "
+        "beside Transformer++ | training bytes/s alone | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row, facts in rows.items():
+        alone, config = facts["alone"] or {}, facts["config"]
+        beside = facts.get("beside_transformer++")
+        error = facts["standard_error"]
+        pace, peak = alone.get("bytes_per_second"), alone.get("peak_bytes")
+        cells = [
+            f"{FAMILIES[family_of(row)]} {row.rpartition('-')[2].upper()}",
+            f"{facts['parameters_outside_embedding']:,}",
+            f"{config['train']['lr']:.3g}",
+            f"{config['model']['dropout']:g}",
+            f"{facts['passes']:.2f}",
+            f"{facts['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
+            "" if beside is None else f"{beside[0]:+.4f} ± {beside[1]:.4f}",
+            "not measured" if pace is None else f"{pace:,.0f}",
+            "not measured" if peak is None else f"{peak / 2**20:,.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines += [
+        f"{FAMILIES[family]}: bits per byte = {law['scale']:.3f} x parameters ^ -{law['exponent']:.4f}"
+        for family, law in laws.items()
+    ]
+    if missing:
+        lines += ["", f"Not run: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+_COLOURS = {"mamba": "#0072B2", "transformer++": "#D55E00", "pythia": "#009E73", "lstm": "#CC79A7", "s4": "#E69F00"}
+
+
+def _draw(rows: Mapping[str, Any], laws: Mapping[str, Any], path: Path) -> None:
+    """Bits per byte over parameters, both logarithmic, with the fitted lines."""
+    made, axes = figure(7.0, 4.6)
+    for family, label in FAMILIES.items():
+        some = [facts for row, facts in rows.items() if family_of(row) == family]
+        if not some:
+            continue
+        x = [facts["parameters_outside_embedding"] for facts in some]
+        y = [facts["bits_per_byte"] for facts in some]
+        error = [facts["standard_error"] or 0.0 for facts in some]
+        law = laws.get(family)
+        if law is not None:
+            label += f": exponent {law['exponent']:.3f}"
+            fitted = PowerLaw(**law)
+            axes.plot(x, [fitted.at(one) for one in x], color=_COLOURS[family], linewidth=1.2, linestyle="--")
+        axes.errorbar(x, y, error, fmt="o", color=_COLOURS[family], markersize=5, capsize=2, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.2f}")
+    axes.yaxis.set_minor_formatter("{x:.2f}")
+    axes.set_xlabel("parameters outside of the embedding")
+    axes.set_ylabel("bits per byte of unseen books")
+    axes.legend(frameon=False)
+    save_figure(made, path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
