@@ -32,10 +32,10 @@ from statescan.errors import CheckpointError, ConfigError, TrainingError
 from statescan.evaluate import evaluate_tokens
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, ModelConfig, TransformerConfig
-from statescan.nn import MambaState
 from statescan.recipes.novels import SHIPPED_TEXTS, read_corpus
 from statescan.recipes.synthetic import machine_facts, make_model
 from statescan.train.capture import CapturedStep
+from statescan.train.initial_state import InitialState
 from statescan.train.optim import parameter_groups
 from statescan.train.utilization import utilization
 
@@ -144,17 +144,14 @@ class _Windows:
         """(batch,) starts, independent of each other."""
         return self._random.integers(0, self._last + 1, self._run.batch_size)
 
-    def onwards(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(batch,) starts, each the end of that row before, and 1 where its state is to be kept or 0."""
+    def onwards(self) -> NDArray[np.int64]:
+        """(batch,) starts, each where that row of the last such batch ended; at first anywhere, and so past the end."""
         if self._lanes is None:
             self._lanes = self.anywhere()
-            return self._lanes, np.zeros(len(self._lanes), np.float32)
-        following = self._lanes + self._run.length
-        over = following > self._last
-        keep = ~(over | (self._random.random(len(following)) < self._run.fresh))
-        # A row that starts anew does so elsewhere, as a reader would.
-        self._lanes = np.where(keep, following, self.anywhere())
-        return self._lanes, keep.astype(np.float32)
+        else:
+            following = self._lanes + self._run.length
+            self._lanes = np.where(following > self._last, self.anywhere(), following)
+        return self._lanes
 
 
 class _Course:
@@ -166,7 +163,9 @@ class _Course:
         self.windows = _Windows(run, len(tokens))
         self._text = torch.from_numpy(np.array(tokens)).to(device)
         self._places = torch.arange(run.length + 1, device=device)
-        self._state = None
+        self._initial: InitialState | None = None
+        if run.carried:
+            self._initial = InitialState(self.model, run.batch_size, "carry", run.fresh)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, run.weight_decay), lr=run.lr, betas=run.betas, fused=True
         )
@@ -180,13 +179,11 @@ class _Course:
     def update(self, rate: float, carried: bool) -> Tensor:
         """One step; gives its loss, () on the device, without waiting for it."""
         if carried and self._along is None:
-            self._state = self.model.init_state(self.run.batch_size)
             self._along = self._make_along()
         step = self._along if carried and self._along is not None else self._apart
         step.set_lr(rate)
-        arrays = self.windows.onwards() if carried else (self.windows.anywhere(),)
-        tensors = [torch.from_numpy(array) for array in arrays]
-        return step.step(*(tensor.pin_memory() if self._pins else tensor for tensor in tensors))
+        starts = torch.from_numpy(self.windows.onwards() if carried else self.windows.anywhere())
+        return step.step(starts.pin_memory() if self._pins else starts)
 
     @property
     def skipped(self) -> int:
@@ -202,16 +199,11 @@ class _Course:
         assert loss is not None
         return loss
 
-    def _loss_along(self, starts: Tensor, keep: Tensor) -> Tensor:
-        ids, row = self._ids(starts), keep[:, None, None]
-        held = self._state
-        assert held is not None
-        # Products are new tensors, so what is written into `held` below harms nothing that the backward pass reads.
-        state = tuple(MambaState(one.conv * row, one.ssm * row) for one in held)
-        output = self.model(ids[:, :-1], labels=ids, state=state)
-        for old, new in zip(held, output.state, strict=True):
-            old.conv.copy_(new.conv.detach())
-            old.ssm.copy_(new.ssm.detach())
+    def _loss_along(self, starts: Tensor) -> Tensor:
+        ids, initial = self._ids(starts), self._initial
+        assert initial is not None
+        output = self.model(ids[:, :-1], labels=ids, state=initial.before())
+        initial.after(output.state)
         assert output.loss is not None
         return output.loss
 
