@@ -1,6 +1,8 @@
 """Times zero-shot tasks on a random model of a preset's shape, contexts read once and read again for each choice:
 
-python benchmarks/zero_shot.py --data-dir QUESTIONS --tokenizer tokenizer.json --device cuda --out zero-shot.json
+    python benchmarks/zero_shot.py --data-dir QUESTIONS --tokenizer tokenizer.json --device cuda --out zero-shot.json
+
+Both ways are timed from text to figures, in turn, and the reading of tokens alone.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import torch
 
 from statescan.bench.measure import machine_facts
 from statescan.data import load_tokenizer
-from statescan.evaluate import StateReader, evaluate_tasks, read_questions
+from statescan.evaluate import StateReader, encode_pairs, evaluate_tasks, read_questions
 from statescan.evaluate.tasks import TASKS, evaluate_task, find_file
 from statescan.models import CausalLM, preset
 from statescan.recipes.zero_shot import SIX_TASKS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--preset", default="130m")
@@ -31,7 +33,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tasks", default=",".join(SIX_TASKS), help="timed from text to figures; '' for none")
     parser.add_argument("--questions", type=int, help="of HellaSwag, for the gain of sharing (default: all)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the gain's two sides, in turn; the best counts")
+    parser.add_argument("--rounds", type=int, default=3, help="of both, in turn; the best of each counts")
+    parser.add_argument("--warmup", type=int, default=20, help="questions read both ways before anything is timed")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -54,31 +57,50 @@ def main() -> None:
     def keep() -> None:
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    # The first call compiles kernels and warms caches.
-    warm = StateReader(model)
-    evaluate_tasks(warm, tokenizer, ["hellaswag"], options.data_dir, limit=20)
+    # The first calls compile kernels and warm caches, both ways.
+    for share in (True, False):
+        evaluate_tasks(
+            StateReader(model, share=share), tokenizer, ["hellaswag"], options.data_dir, limit=options.warmup
+        )
 
     questions = read_questions(find_file(TASKS["hellaswag"], options.data_dir))[: options.questions]
+    begun = time.perf_counter()
+    requests = encode_pairs(tokenizer, [pair for one in questions for pair in one.pairs], tokenizer.end_of_text)
+    encoding = time.perf_counter() - begun
     sides: dict[str, Any] = {}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name, share in (("contexts read once", True), ("contexts read again", False)):
             reader = StateReader(model, share=share)
             begun = time.perf_counter()
             result = evaluate_task(reader, tokenizer, TASKS["hellaswag"], questions)
             seconds = time.perf_counter() - begun
-            side = sides.setdefault(name, {"seconds": [], "tokens": reader.tokens_read})
+            side = sides.setdefault(name, {"seconds": [], "reading_seconds": [], "tokens": reader.tokens_read})
             side["seconds"].append(seconds)
             side["acc_norm"] = result.headline.value
-            print(f"hellaswag, {len(questions)} questions, {name}: {seconds:.2f} s", flush=True)
+            begun = time.perf_counter()
+            reader.score(requests)
+            side["reading_seconds"].append(time.perf_counter() - begun)
+            print(
+                f"hellaswag, {len(questions)} questions, round {number + 1}, {name}: {seconds:.2f} s, of tokens alone "
+                f"{side['reading_seconds'][-1]:.2f} s",
+                flush=True,
+            )
         once, again = sides["contexts read once"], sides["contexts read again"]
         found["hellaswag"] = {
             "questions": len(questions),
+            "encoding_seconds": encoding,
             **sides,
             "gain": min(again["seconds"]) / min(once["seconds"]),
+            "gain_of_reading": min(again["reading_seconds"]) / min(once["reading_seconds"]),
             "token_ratio": again["tokens"] / once["tokens"],
         }
         keep()
-    print(f"gain {found['hellaswag']['gain']:.2f}, of tokens {found['hellaswag']['token_ratio']:.2f}", flush=True)
+    gains = found["hellaswag"]
+    print(
+        f"gain {gains['gain']:.2f}, of reading alone {gains['gain_of_reading']:.2f}, of tokens "
+        f"{gains['token_ratio']:.2f}; encoding {encoding:.2f} s",
+        flush=True,
+    )
 
     if options.tasks:
         reader = StateReader(model)

@@ -76,7 +76,9 @@ def test_shared_beginnings_are_read_once() -> None:
     assert reader.tokens_read == 30 + 3 + 2
 
 
-def test_other_models_and_any_function_of_ids() -> None:
+def test_other_models_and_any_function_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tables of logits in several pieces.
+    monkeypatch.setattr("statescan.evaluate.continuations._LOGITS", 5 * VOCAB)
     torch.manual_seed(0)
     ask = requests()
     transformer = CausalLM(TransformerConfig(16, 2, VOCAB, n_head=2)).double().eval()
@@ -84,6 +86,28 @@ def test_other_models_and_any_function_of_ids() -> None:
         for got, (logprob, greedy) in zip(reader.score(ask), one_by_one(transformer, ask), strict=True):
             assert got.logprob == pytest.approx(logprob, abs=1e-11)
             assert got.greedy == greedy
+
+
+def test_batches_are_of_one_size_and_never_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    model = mamba()
+    read = model.backbone.forward
+
+    def count(ids, **arguments):
+        bounds = arguments["cu_seqlens"]
+        sizes.append((ids.shape[1], 1 if bounds is None else len(bounds) - 1))
+        return read(ids, **arguments)
+
+    monkeypatch.setattr(model.backbone, "forward", count)
+    draw = np.random.default_rng(1)
+    ask = [Request(draw.integers(0, VOCAB, 10), draw.integers(0, VOCAB, 2)) for _ in range(25)]
+    StateReader(model, batch_tokens=100).score(ask)  # 275 tokens
+    assert [tokens for tokens, _ in sizes] == [99, 99, 77]
+    sizes.clear()
+    reader = StateReader(model, batch_tokens=100)
+    reader._most_states = 4
+    reader.score([Request(ask[0].context, [first, 1, 2]) for first in range(30)])
+    assert [rows for _, rows in sizes] == [1, 4, 4, 4, 4, 4, 4, 4, 2]
 
 
 def test_only_the_last_tokens_are_read() -> None:

@@ -13,7 +13,8 @@ import torch
 from statescan.cli import main
 from statescan.data import ByteTokenizer
 from statescan.errors import ConfigError, DataError
-from statescan.evaluate import Likelihood, evaluate_tasks, read_questions
+from statescan.evaluate import Likelihood, StateReader, evaluate_tasks, read_questions
+from statescan.evaluate.tasks import TASKS, Question, evaluate_task
 from statescan.models import CausalLM, MambaConfig
 from statescan.recipes.zero_shot import TABLE_3, average, beside_paper
 
@@ -68,6 +69,28 @@ def test_metrics_by_hand(folder: Path) -> None:
     assert winogrande.metrics == {"acc": (1.0, None)}
     assert blimp.metrics["acc"] == pytest.approx((0.5, 0.5))
     assert {name: part.value for name, part in blimp.parts.items()} == {"p": 1.0, "q": 0.0}
+
+
+def test_pieces_of_many_questions_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    reader = StateReader(CausalLM(MambaConfig(d_model=16, n_layer=1, vocab_size=256, d_state=4)).double())
+    questions = [
+        Question(tuple((f"question {i}", f" {c}{i * j}") for j, c in enumerate("abcd"[: 1 + i % 4])), 0, "")
+        for i in range(23)
+    ]
+    said: list[tuple[int, int]] = []
+    whole = evaluate_task(reader, ByteTokenizer(), TASKS["piqa"], questions)
+    monkeypatch.setattr("statescan.evaluate.tasks._TEXTS_AT_ONCE", 7)
+    pieces = evaluate_task(
+        reader, ByteTokenizer(), TASKS["piqa"], questions, progress=lambda *done: said.append((done[0], done[1]))
+    )
+    assert len({done for done, _ in said}) > 5
+    assert said == sorted(said)
+    assert said[-1] == (23, 23)
+    for one, other in zip(whole.items, pieces.items, strict=True):
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-12)
+    with pytest.raises(DataError, match="piqa must have at least one question, got none"):
+        evaluate_task(reader, ByteTokenizer(), TASKS["piqa"], [])
 
 
 @pytest.mark.parametrize(

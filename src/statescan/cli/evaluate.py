@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from statescan.cli.models import BUILTIN_MODEL, MODEL_HELP, or_packaged
 from statescan.cli.terminal import command, emit_json, print_rows, progress, result_console
 
 __all__ = ["evaluate", "position_table"]
@@ -15,9 +16,7 @@ __all__ = ["evaluate", "position_table"]
 
 @command
 def evaluate(
-    model: Annotated[
-        Path, typer.Option("--model", help="Folder of a model or of a training run, or owner/name on the hub.")
-    ],
+    model: Annotated[Path, typer.Option("--model", help=MODEL_HELP)] = BUILTIN_MODEL,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="File, folder, glob or packaged:NAME; may be given several times."),
@@ -160,13 +159,13 @@ def _evaluate_tasks(
     names = [task.name for task in named_tasks(split_names(tasks))]
     if out is not None:
         want_folder(out)
-    judged = open_judged(model.as_posix(), **options)
+    judged = open_judged(or_packaged(model).as_posix(), **options)
     if data_dir is None:
         from statescan.integrations.lm_eval import evaluate_online
 
         results = evaluate_online(judged, names, limit=limit)
     else:
-        with progress("judging", unit="tokens") as bar:
+        with progress("judging", unit="questions") as bar:
             results = evaluate_tasks(
                 judged.reader,
                 judged.tokenizer,

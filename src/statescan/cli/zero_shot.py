@@ -51,7 +51,7 @@ def zero_shot(
 
     from statescan.recipes import zero_shot as recipe
 
-    with progress("judging", unit="tokens") as bar:
+    with progress("judging", unit="questions") as bar:
         found = recipe.zero_shot(
             split_names(models),
             data_dir,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -15,18 +16,21 @@ from torch import Tensor, nn
 
 from statescan.errors import ConfigError, DataError
 from statescan.models import CausalLM, MambaConfig
+from statescan.ops._checks import mark_checked
 
 __all__ = ["Likelihood", "LogitsReader", "Reader", "Request", "StateReader", "encode_pairs"]
 
 Progress = Callable[[int, int], object]
 
-# Numbers in one piece of logits: 256 MB in float32, and 1 GB on a GPU.
+# Numbers in one piece of logits: 256 MB in float32, and 1 GB on a GPU; their logarithms take as much again.
 _LOGITS, _LOGITS_ON_GPU = 1 << 26, 1 << 28
 # Tokens read at once, and bytes of the states that go into one reading (as many come out).
 _TOKENS, _TOKENS_ON_GPU = 4096, 32768
 _STATES, _STATES_ON_GPU = 1 << 29, 1 << 32
 # A shared run shorter than this is read again: copying a state costs as much as some tokens.
 _SHORTEST_SHARED = 4
+# Batches that a GPU may have before it.
+_AHEAD = 3
 
 
 class Request(NamedTuple):
@@ -106,58 +110,62 @@ class _Prepared:
     """
 
     def __init__(self, requests: Sequence[Request], max_length: int | None, vocab: int | None) -> None:
-        inputs, starts, targets = [], [], []
-        for request in requests:
-            context = np.asarray(request.context, dtype=np.int64)
-            after = np.asarray(request.continuation, dtype=np.int64)
-            if len(context) == 0 or len(after) == 0:
-                raise DataError(
-                    f"evaluate: a context and a continuation must hold at least one token each, got {len(context)} and "
-                    f"{len(after)}; begin with the tokenizer's end-of-text token"
-                )
-            whole = np.concatenate([context, after])
-            if max_length is not None:
-                if len(after) > max_length:
-                    raise DataError(
-                        f"evaluate: a continuation must be no longer than max_length = {max_length} tokens, got "
-                        f"{len(after)}; raise max_length"
-                    )
-                whole = whole[-(max_length + 1) :]
-            if vocab is not None and (whole.min() < 0 or whole.max() >= vocab):
-                raise DataError(
-                    f"evaluate: tokens must lie in the model's vocabulary [0, {vocab}), got {whole.min()} to "
-                    f"{whole.max()}; use the tokenizer that the model was trained with"
-                )
-            inputs.append(whole[:-1])
-            starts.append(len(whole) - 1 - len(after))
-            targets.append(after)
+        parts = [np.asarray(part) for request in requests for part in request]
+        sizes = np.array([len(part) for part in parts], dtype=np.int64).reshape(-1, 2)
+        context, after = sizes[:, 0], sizes[:, 1]
+        for number in np.flatnonzero((context == 0) | (after == 0))[:1]:
+            raise DataError(
+                f"evaluate: a context and a continuation must hold at least one token each, got {context[number]} and "
+                f"{after[number]}; begin with the tokenizer's end-of-text token"
+            )
+        for number in np.flatnonzero(after > max_length)[:1] if max_length is not None else ():
+            raise DataError(
+                f"evaluate: a continuation must be no longer than max_length = {max_length} tokens, got "
+                f"{after[number]}; raise max_length"
+            )
+        tokens = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        if vocab is not None and len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab):
+            raise DataError(
+                f"evaluate: tokens must lie in the model's vocabulary [0, {vocab}), got {tokens.min()} to "
+                f"{tokens.max()}; use the tokenizer that the model was trained with"
+            )
+        end = np.cumsum(context + after)
+        begin = end - (context + after if max_length is None else np.minimum(context + after, max_length + 1))
         # Big-endian bytes sort as the tokens do, a beginning before what goes on from it.
-        keys = [tokens.astype(">u4").tobytes() for tokens in inputs]
+        sortable = tokens.astype(">u4").tobytes()
+        keys = [sortable[4 * low : 4 * (high - 1)] for low, high in zip(begin.tolist(), end.tolist(), strict=True)]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         self.order = order
-        self.sequences: list[NDArray[np.int64]] = []
-        self.first: list[int] = []  # request (in `order`) at which each sequence's begin, and the end
-        for place, index in enumerate(order):
-            if place == 0 or keys[index] != keys[order[place - 1]]:
-                self.sequences.append(inputs[index])
-                self.first.append(place)
-        self.first.append(len(order))
-        self.start = np.array([starts[index] for index in order], dtype=np.int64)
-        self.targets = np.concatenate([targets[index] for index in order]) if order else np.empty(0, np.int64)
-        self.offset = np.concatenate([[0], np.cumsum([len(targets[index]) for index in order])]).astype(np.int64)
-        self.length = self.start + np.diff(self.offset)
+        first = [i for i, index in enumerate(order) if i == 0 or keys[index] != keys[order[i - 1]]]
+        # The request (in `order`) at which each sequence's begin, and the end.
+        self.first = np.array([*first, len(order)], dtype=np.int64)
+        low, high = begin[order], end[order]
+        self.sequences = [tokens[low[i] : high[i] - 1] for i in first]
+        self.common = _common(tokens, low[first], (high - low)[first] - 1)
+        count = after[order]
+        self.length = high - low - 1
+        self.start = self.length - count
+        self.offset = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
+        self.targets = tokens[_ranges(high - count, count)]
         self.logprob = np.zeros(len(order))
         self.greedy = np.ones(len(order), dtype=bool)
 
-    def wanted(self, first: int, last: int, begin: int, end: int) -> tuple[NDArray[np.int64], ...]:
-        """What requests first..last read at positions begin..end: (position, target, request), one entry each."""
-        low = np.maximum(self.start[first:last], begin)
-        high = np.minimum(self.length[first:last], end)
-        counts = np.maximum(high - low, 0)
-        request = np.repeat(np.arange(first, last), counts)
-        within = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
-        position = np.repeat(low, counts) + within
-        return position, self.targets[self.offset[request] + position - self.start[request]], request
+    def wanted(self, nodes: Sequence[_Node]) -> tuple[NDArray[np.int64], ...]:
+        """What is judged at the tokens of nodes that are read one after the other, in order of their places among them:
+        (place, target, request), one entry each."""
+        begin, end = (np.array([getattr(node, name) for node in nodes], dtype=np.int64) for name in ("begin", "end"))
+        first, last = (self.first[[getattr(node, name) for node in nodes]] for name in ("first", "last"))
+        request = _ranges(first, last - first)
+        node = np.repeat(np.arange(len(nodes)), last - first)
+        low = np.maximum(self.start[request], begin[node])
+        counts = np.maximum(np.minimum(self.length[request], end[node]) - low, 0)
+        position = _ranges(low, counts)
+        node, request = np.repeat(node, counts), np.repeat(request, counts)
+        place = position + (np.cumsum(end - begin) - end)[node]
+        # What is judged at one token stands side by side: its logits are made once.
+        order = np.argsort(place, kind="stable")
+        target = self.targets[self.offset[request] + position - self.start[request]]
+        return place[order], target[order], request[order]
 
     def take(self, request: NDArray[np.int64], logprob: NDArray[np.float64], greedy: NDArray[np.bool_]) -> None:
         np.add.at(self.logprob, request, logprob)
@@ -165,12 +173,35 @@ class _Prepared:
 
     def results(self) -> list[Likelihood]:
         results: list[Any] = [None] * len(self.order)
-        for place, index in enumerate(self.order):
-            results[index] = Likelihood(float(self.logprob[place]), bool(self.greedy[place]))
+        for index, logprob, greedy in zip(self.order, self.logprob.tolist(), self.greedy.tolist(), strict=True):
+            results[index] = Likelihood(logprob, greedy)
         return results
 
 
-@dataclass
+def _ranges(begin: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """begin[i], begin[i] + 1, ..., count[i] numbers, for one i after the other."""
+    return np.arange(count.sum()) + np.repeat(begin - (np.cumsum(count) - count), count)
+
+
+def _common(tokens: NDArray[np.int64], begin: NDArray[np.int64], length: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many tokens each sequence and the next one begin with alike."""
+    most = np.minimum(length[:-1], length[1:])
+    alike = np.empty_like(most)
+    # A million tokens at once, whose places take more memory than they do.
+    pieces = np.searchsorted(np.cumsum(most), np.arange(0, most.sum() + 1, 1 << 20), side="right").tolist()
+    for low, high in pairwise([*dict.fromkeys([0, *pieces]), len(most)]):
+        count = most[low:high]
+        differ = np.flatnonzero(
+            tokens[_ranges(begin[low:high], count)] != tokens[_ranges(begin[low + 1 : high + 1], count)]
+        )
+        until = np.cumsum(count)
+        # The first difference from where a pair's tokens begin on, if it lies before their end.
+        found = np.append(differ, until[-1:])[np.searchsorted(differ, until - count)]
+        alike[low:high] = np.minimum(found, until) - (until - count)
+    return alike
+
+
+@dataclass(slots=True)
 class _Node:
     """A run of tokens that the sequences first..last have in common, after what its parent read."""
 
@@ -181,23 +212,19 @@ class _Node:
     children: list[_Node] = field(default_factory=list)
 
 
-def _tree(sequences: Sequence[NDArray[np.int64]], share: bool, longest: int) -> list[_Node]:
+def _tree(work: _Prepared, share: bool, longest: int) -> list[_Node]:
     """Sorted distinct sequences as runs of tokens to read, none longer than `longest`, shared beginnings once."""
+    sequences = work.sequences
     count = len(sequences)
-    common = np.zeros(max(count - 1, 0), dtype=np.int64)
-    for i in range(count - 1) if share else ():
-        a, b = sequences[i], sequences[i + 1]
-        length = min(len(a), len(b))
-        differ = np.flatnonzero(a[:length] != b[:length])
-        common[i] = differ[0] if len(differ) else length
+    common: list[int] = work.common.tolist() if share else [0] * max(count - 1, 0)
     roots: list[_Node] = []
     open_runs = [(0, count, 0, roots)] if count else []
     while open_runs:
         first, last, depth, siblings = open_runs.pop()
-        cuts = np.flatnonzero(common[first : max(last - 1, first)] - depth < _SHORTEST_SHARED) + first + 1
-        bounds = [first, *cuts.tolist(), last]
+        enough = depth + _SHORTEST_SHARED
+        bounds = [first, *(i + 1 for i in range(first, last - 1) if common[i] < enough), last]
         for low, high in pairwise(bounds):
-            end = len(sequences[low]) if high - low == 1 else int(common[low : high - 1].min())
+            end = len(sequences[low]) if high - low == 1 else min(common[low : high - 1])
             place = siblings
             for begin in range(depth, end, longest):
                 node = _Node(low, high, begin, min(begin + longest, end))
@@ -212,11 +239,6 @@ def _tree(sequences: Sequence[NDArray[np.int64]], share: bool, longest: int) -> 
 
 # A node and the row of its parent's states that it starts from.
 _Placed = tuple[_Node, int]
-
-
-def _by_length(nodes: Iterable[_Placed]) -> deque[_Placed]:
-    """Longest first: what doesn't fit into memory fails at once."""
-    return deque(sorted(nodes, key=lambda pair: pair[0].begin - pair[0].end))
 
 
 class StateReader:
@@ -270,65 +292,83 @@ class StateReader:
         """
         work = _Prepared(requests, self.max_length, self.model.config.padded_vocab_size)
         longest = self.batch_tokens if self._carries else max(map(len, work.sequences), default=1)
-        roots = _tree(work.sequences, self.share, longest)
+        roots = _tree(work, self.share, longest)
         total = sum(node.end - node.begin for node in _walk(roots))
         begun = self.tokens_read
         with torch.inference_mode():
             # Deepest first: what hangs on a batch is read before the next one, so that few states live at once, and
             # none for longer than something waits for it.
-            waiting: list[tuple[deque[_Placed], Any]] = [
-                (_by_length((node, 0) for node in roots if bool(node.children) == inner), None)
+            waiting: list[tuple[deque[list[_Placed]], Any]] = [
+                (self._batches([(node, 0) for node in roots if bool(node.children) == inner], inner), None)
                 for inner in (True, False)
             ]
+            answers: deque[_Answer] = deque()
             while waiting:
                 group, before = waiting.pop()
                 if not group:
                     continue
+                batch = group.popleft()
                 # A leaf at the root neither starts from a state nor leaves one.
-                stateful = before is not None or bool(group[0][0].children)
-                batch = self._next_batch(group, stateful)
+                stateful = before is not None or bool(batch[0][0].children)
                 waiting.append((group, before if group else None))
-                state = self._run(work, batch, before, stateful)
-                waiting.append(
-                    (_by_length((child, r) for r, (n, _) in enumerate(batch) for child in n.children), state)
-                )
+                state, answer = self._run(work, batch, before, stateful)
+                hanging = [(child, row) for row, (node, _) in enumerate(batch) for child in node.children]
+                waiting.append((self._batches(hanging, True), state))
                 del before, state
+                if answer is not None:
+                    answers.append(answer)
+                # A GPU computes while the host makes the next batches ready, a few ahead.
+                while len(answers) > _AHEAD:
+                    work.take(*answers.popleft().read())
                 if progress is not None:
                     progress(self.tokens_read - begun, total)
+            for answer in answers:
+                work.take(*answer.read())
         return work.results()
 
-    def _next_batch(self, group: deque[_Placed], stateful: bool) -> list[_Placed]:
-        batch: list[_Placed] = []
+    def _batches(self, nodes: list[_Placed], stateful: bool) -> deque[list[_Placed]]:
+        """Nodes as batches of about one size, the longest first: what doesn't fit into memory fails at once."""
+        if not nodes:
+            return deque()
+        nodes = sorted(nodes, key=lambda pair: pair[0].begin - pair[0].end)
+        lengths = np.array([node.end - node.begin for node, _ in nodes])
+        total = int(lengths.sum())
+        even = max(math.ceil(total / math.ceil(total / self.batch_tokens)), int(lengths[0]))
+        batches: deque[list[_Placed]] = deque()
         tokens = 0
-        while group:
-            tokens += group[0][0].end - group[0][0].begin
-            if batch and (tokens > self.batch_tokens or (stateful and len(batch) == self._most_states)):
-                break
-            batch.append(group.popleft())
-        return batch
+        for pair, length in zip(nodes, lengths.tolist(), strict=True):
+            full = tokens >= even or tokens + length > self.batch_tokens
+            if not batches or full or (stateful and len(batches[-1]) == self._most_states):
+                batches.append([])
+                tokens = 0
+            batches[-1].append(pair)
+            tokens += length
+        return batches
 
-    def _run(self, work: _Prepared, batch: list[_Placed], before: Any, stateful: bool) -> Any:
-        lengths = np.array([node.end - node.begin for node, _ in batch])
-        ends = np.cumsum(lengths)
-        tokens = np.concatenate([work.sequences[node.first][node.begin : node.end] for node, _ in batch])
+    def _run(self, work: _Prepared, batch: list[_Placed], before: Any, stateful: bool) -> tuple[Any, _Answer | None]:
+        nodes = [node for node, _ in batch]
+        tokens = np.concatenate([work.sequences[node.first][node.begin : node.end] for node in nodes])
+        bounds = np.cumsum([0, *(node.end - node.begin for node in nodes)])
+        place, target, request = work.wanted(nodes)
+        distinct, which = np.unique(place, return_inverse=True)
+        packed, offsets, rows, where, of_row, aim = _send(
+            self.device, tokens, bounds, np.array([row for _, row in batch]), distinct, which, target
+        )
         state = None
         if before is not None:
-            rows = torch.tensor([row for _, row in batch], device=self.device)
             state = tuple(type(one)(*(part.index_select(0, rows) for part in one)) for one in before)
         elif stateful:
             state = self.model.init_state(len(batch))
-        packed = torch.from_numpy(tokens).to(self.device).unsqueeze(0)
-        cu_seqlens = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(self.device)
-        output = self.model.backbone(packed, cu_seqlens=cu_seqlens if len(batch) > 1 else None, state=state)
+        cu_seqlens = None
+        if len(batch) > 1:
+            cu_seqlens = offsets.to(torch.int32)
+            mark_checked(cu_seqlens, len(tokens))
+        output = self.model.backbone(packed.unsqueeze(0), cu_seqlens=cu_seqlens, state=state)
         self.tokens_read += len(tokens)
-        found = []
-        for (node, _), shift in zip(batch, ends - lengths, strict=True):
-            position, target, request = work.wanted(work.first[node.first], work.first[node.last], node.begin, node.end)
-            found.append((position - node.begin + shift, target, request))
-        place, target, request = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        if len(place):
-            work.take(request, *_judge(output.hidden[0], place, target, self.model.lm_head))
-        return output.state
+        if not len(place):
+            return output.state, None
+        hidden = output.hidden[0].index_select(0, where)
+        return output.state, _Answer(request, *_judge(hidden, which, of_row, aim, self.model.lm_head))
 
 
 def _walk(nodes: list[_Node]) -> Iterator[_Node]:
@@ -339,30 +379,53 @@ def _walk(nodes: list[_Node]) -> Iterator[_Node]:
         waiting.extend(node.children)
 
 
+def _send(device: torch.device, *arrays: NDArray[np.int64]) -> tuple[Tensor, ...]:
+    """Whole numbers to a device, in one copy that the host does not wait for."""
+    tensor = torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device).split([len(array) for array in arrays])
+
+
+class _Answer:
+    """What is on its way to the host: log-probabilities and whether they are the largest, one a wanted token."""
+
+    def __init__(self, request: NDArray[np.int64], logprob: Tensor, greedy: Tensor) -> None:
+        self.request = request
+        on_gpu = logprob.device.type == "cuda"
+        self._values = torch.stack([logprob, greedy.to(logprob.dtype)]).to("cpu", non_blocking=on_gpu)
+        self._there = torch.cuda.current_stream(logprob.device).record_event() if on_gpu else None
+
+    def read(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+        if self._there is not None:
+            self._there.synchronize()
+        logprob, greedy = self._values.numpy()
+        return self.request, logprob, greedy != 0
+
+
 def _judge(
-    rows: Tensor, place: NDArray[np.int64], target: NDArray[np.int64], head: Callable[[Tensor], Tensor] | None
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Log-probability of each target at its row of hidden states (or of logits, without a head), and whether it is the
-    likeliest; a row that several targets ask for is computed once."""
-    distinct, which = np.unique(place, return_inverse=True)
-    order = np.argsort(which, kind="stable")
-    where, wanted = torch.from_numpy(which[order]).to(rows.device), torch.from_numpy(target[order]).to(rows.device)
-    rows = rows.index_select(0, torch.from_numpy(distinct).to(rows.device))
+    rows: Tensor, which: NDArray[np.int64], of_row: Tensor, aim: Tensor, head: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and whether it is the likeliest, a piece of the vocabulary's table at a time.
+
+    Args:
+        rows: (rows, d_model) hidden states, or logits where there is no head.
+        which: the row that each target is judged at, never falling; of_row: the same on the rows' device.
+        aim: the targets.
+        head: gives the logits of rows.
+    """
     width = rows.shape[-1] if head is None else int(getattr(head, "out_features", rows.shape[-1]))
     size = max(1, _logits_at_once(rows.device) // width)
-    bounds = np.searchsorted(which[order], np.arange(0, len(distinct) + size, size)).tolist()
+    bounds = np.searchsorted(which, np.arange(0, len(rows) + size, size)).tolist()
     logprobs, greedy = [], []
     for piece, (low, high) in enumerate(pairwise(bounds)):
         part = rows[piece * size : (piece + 1) * size]
         logits = part if head is None else head(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        row, aim = where[low:high] - piece * size, wanted[low:high]
-        # The same as log_softmax at the target, without a second table of the logits' size.
-        logprobs.append((logits[row, aim] - logits.logsumexp(-1)[row]).double())
-        greedy.append(logits.argmax(-1)[row] == aim)
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    return torch.cat(logprobs).cpu().numpy()[back], torch.cat(greedy).cpu().numpy()[back]
+        row, target = of_row[low:high] - piece * size, aim[low:high]
+        logprobs.append(logits.log_softmax(-1)[row, target].double())
+        greedy.append(logits.argmax(-1)[row] == target)
+    return torch.cat(logprobs), torch.cat(greedy)
 
 
 class LogitsReader:
@@ -414,17 +477,17 @@ class LogitsReader:
                 batch = order[done : done + max(1, self.batch_tokens // length)]
                 done += len(batch)
                 ids = np.zeros((len(batch), length), dtype=np.int64)
-                found = []
                 for row, index in enumerate(batch):
-                    sequence = work.sequences[index]
-                    ids[row, : len(sequence)] = sequence
-                    position, target, request = work.wanted(work.first[index], work.first[index + 1], 0, len(sequence))
-                    found.append((position + row * length, target, request))
-                    self.tokens_read += len(sequence)
-                output = self.model(torch.from_numpy(ids).to(self.device))
-                logits = getattr(output, "logits", output)
-                place, target, request = (np.concatenate(parts) for parts in zip(*found, strict=True))
-                work.take(request, *_judge(logits.flatten(0, 1), place, target, None))
+                    ids[row, : len(work.sequences[index])] = work.sequences[index]
+                # Each input padded to the batch's length, read as one node.
+                nodes = [_Node(index, index + 1, 0, length) for index in batch]
+                place, target, request = work.wanted(nodes)
+                distinct, which = np.unique(place, return_inverse=True)
+                flat, where, of_row, aim = _send(self.device, ids.reshape(-1), distinct, which, target)
+                output = self.model(flat.view(len(batch), length))
+                logits = getattr(output, "logits", output).flatten(0, 1).index_select(0, where)
+                work.take(*_Answer(request, *_judge(logits, which, of_row, aim, None)).read())
+                self.tokens_read += sum(len(work.sequences[index]) for index in batch)
                 if progress is not None:
                     progress(self.tokens_read - begun, total)
         return work.results()

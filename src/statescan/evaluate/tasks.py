@@ -17,7 +17,9 @@ import lzma
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statescan.errors import ConfigError, DataError
-from statescan.evaluate.continuations import Likelihood, Reader, encode_pairs
+from statescan.evaluate.continuations import Likelihood, Reader, Request, encode_pairs
 
 __all__ = ["TASKS", "Metric", "Question", "Task", "TaskResult", "evaluate_task", "evaluate_tasks", "read_questions"]
 
 Progress = Callable[[str, int, int], object]
+
+# Texts of one reading: enough for many batches of a GPU, and few enough that the first soon begins.
+_TEXTS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +243,7 @@ def evaluate_tasks(
         names: of `TASKS`.
         data_dir: the folder of their files.
         limit: judge only the first so many questions of a task (of each of its parts). Default: all.
-        progress: called with (task, tokens read, tokens to read).
+        progress: called with (task, questions judged, questions).
 
     Returns:
         One result a task, in the order of names.
@@ -279,14 +284,27 @@ def evaluate_task(
     *,
     progress: Callable[[int, int], object] | None = None,
 ) -> TaskResult:
-    """Judges a model on questions; arguments as in `evaluate_tasks`."""
-    pairs = [pair for question in questions for pair in question.pairs]
-    scores = reader.score(encode_pairs(tokenizer, pairs, tokenizer.end_of_text), progress=progress)
+    """Judges a model on questions, at least one; arguments as in `evaluate_tasks`, progress without the task's name.
+
+    Raises:
+        DataError: there is no question, or a text has no token.
+    """
+    if not questions:
+        raise DataError(f"evaluate: {task.name} must have at least one question, got none; pass those of a file")
     items = []
-    at = 0
-    for question in questions:
-        items.append(_item(question, scores[at : at + len(question.pairs)]))
-        at += len(question.pairs)
+    # Texts become tokens beside the reading of those before, which leaves the host little to do where a GPU reads.
+    with ThreadPoolExecutor(1) as worker:
+        pieces = _pieces(questions)
+        encoded = worker.submit(_encode, tokenizer, pieces[0])
+        read = 0
+        for number, piece in enumerate(pieces):
+            requests = encoded.result()
+            if number + 1 < len(pieces):
+                encoded = worker.submit(_encode, tokenizer, pieces[number + 1])
+            report = None if progress is None else _of_all(progress, read, len(piece), len(questions))
+            scores = iter(reader.score(requests, progress=report))
+            items += [_item(question, [next(scores) for _ in question.pairs]) for question in piece]
+            read += len(piece)
     names = [name for name in ("acc", "acc_norm") if all(name in item for item in items)]
     metrics = {name: _mean(np.array([item[name] for item in items], dtype=np.float64)) for name in names}
     if all(len(question.pairs) == 1 for question in questions):
@@ -301,6 +319,23 @@ def evaluate_task(
             parts[part] = _mean(np.array(right, dtype=np.float64))
     metric = task.metric if task.metric in metrics else "acc"
     return TaskResult(task.name, metric, len(questions), metrics, parts, tuple(items))
+
+
+def _encode(tokenizer: Any, questions: Sequence[Question]) -> list[Request]:
+    pairs = [pair for question in questions for pair in question.pairs]
+    return encode_pairs(tokenizer, pairs, tokenizer.end_of_text)
+
+
+def _pieces(questions: Sequence[Question]) -> list[Sequence[Question]]:
+    """Questions in pieces of some thousand texts."""
+    ends = np.cumsum([len(question.pairs) for question in questions])
+    bounds = np.unique(np.searchsorted(ends, np.arange(0, ends[-1], _TEXTS_AT_ONCE)))
+    return [questions[low:high] for low, high in pairwise([*bounds.tolist(), len(questions)])]
+
+
+def _of_all(progress: Callable[[int, int], object], before: int, here: int, total: int) -> Callable[[int, int], object]:
+    """A piece's progress in tokens as that of all questions."""
+    return lambda done, tokens: progress(before + here * done // max(tokens, 1), total)
 
 
 def _item(question: Question, scores: Sequence[Likelihood]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ __all__ = [
     "check_shape",
     "check_state",
     "check_tensor",
+    "mark_checked",
     "state_dtypes",
     "values_readable",
     "without_autocast",
@@ -88,7 +89,8 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
     """Checks the boundaries of packed sequences: int32 or int64, from 0 to the length, never falling, batch 1.
 
     The values are read on the host (one copy from the device), and only outside of torch.compile and torch.export, and
-    of a CUDA graph's capture, whose kernels check them in every replay.
+    of a CUDA graph's capture, whose kernels check them in every replay. A tensor on a CUDA device is read once, as long
+    as nothing changes it: each layer has the same one, and each look waits for all that the device has to do.
     """
     check_tensor(op, "cu_seqlens", cu_seqlens)
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
@@ -104,6 +106,9 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
         )
     if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
+    known = getattr(cu_seqlens, "_statescan_checked", None)
+    if known is not None and known == _as_checked(cu_seqlens, length):
+        return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ShapeError(f"{op}: cu_seqlens must start at 0, got {bounds[0]}; put a 0 in front")
@@ -118,6 +123,19 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
             f"{op}: cu_seqlens must end at the length {length}, got {bounds[-1]}; "
             "cut the padding off, or make it a sequence of its own"
         )
+    if cu_seqlens.is_cuda and not cu_seqlens.is_inference():
+        mark_checked(cu_seqlens, length)
+
+
+def _as_checked(cu_seqlens: Tensor, length: int) -> tuple[int, int, int]:
+    """Tells boundaries from those that were checked: in inference mode torch counts no changes in place."""
+    return length, cu_seqlens.data_ptr(), -1 if cu_seqlens.is_inference() else cu_seqlens._version
+
+
+def mark_checked(cu_seqlens: Tensor, length: int) -> None:
+    """Says of boundaries that the caller made that they are right for `length`, so that no op waits to look at them.
+    The caller does not change them afterwards."""
+    cu_seqlens._statescan_checked = _as_checked(cu_seqlens, length)  # type: ignore[attr-defined]
 
 
 def state_dtypes(u: torch.dtype, complex_A: bool) -> tuple[torch.dtype, torch.dtype]:

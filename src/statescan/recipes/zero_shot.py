@@ -79,7 +79,7 @@ def zero_shot(
         tasks: of `statescan.evaluate.TASKS`. Default: the table's six.
         limit: judge only the first so many questions of a task. Default: all.
         out: a JSON file for the report with every question's own result. Default: none.
-        progress: called with ("model: task", tokens read, tokens to read).
+        progress: called with ("model: task", questions judged, questions).
         say: called with a line before each model. Default: nothing is said.
         options: of `statescan.integrations.language_models.open_judged`: device, dtype, tokenizer ...
 
