@@ -1,11 +1,13 @@
 """Text in: readers, tokenizers, memory-mapped token files, and the order in which training reads them."""
 
+from statescan.data.dna import Genome, GenomeSampler, Region, read_bed, reverse_complement, split_regions
 from statescan.data.listops import LISTOPS_VOCABULARY, ListOpsExample, listops, solve_listops
 from statescan.data.sampler import LaneSampler, PackedSampler, PackedWindows, WindowSampler, permute
 from statescan.data.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying, SyntheticBatch, SyntheticTask
 from statescan.data.text import Chunk, Document, Source, find_sources, packaged_corpus, read_chunks, read_texts
 from statescan.data.tokenizer import (
     ByteTokenizer,
+    DnaTokenizer,
     JsonTokenizer,
     SymbolTokenizer,
     Tokenizer,
@@ -19,13 +21,17 @@ __all__ = [
     "AssociativeRecall",
     "ByteTokenizer",
     "Chunk",
+    "DnaTokenizer",
     "Document",
+    "Genome",
+    "GenomeSampler",
     "InductionHeads",
     "JsonTokenizer",
     "LaneSampler",
     "ListOpsExample",
     "PackedSampler",
     "PackedWindows",
+    "Region",
     "SelectiveCopying",
     "Source",
     "SymbolTokenizer",
@@ -41,8 +47,11 @@ __all__ = [
     "load_tokenizer",
     "packaged_corpus",
     "permute",
+    "read_bed",
     "read_chunks",
     "read_texts",
+    "reverse_complement",
     "solve_listops",
+    "split_regions",
     "token_dtype",
 ]

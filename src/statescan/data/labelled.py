@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from statescan.data.windows import LabelledWindows
 from statescan.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["LabelledOrder", "LabelledSequences"]
 
@@ -31,6 +35,8 @@ class LabelledSequences:
             ``(value / 255 - mean) / deviation``.
         views: (views, length) int32, orders in which a row may be read in training, one at random each time; where it
             says `length` there stands a 0. None: rows are read as they are.
+        vary: from (rows (batch, length) uint8, lengths (batch,)) to such that a model shall see in training, floats on
+            the scale of the values; it draws anew each time. None: rows are read as they are.
 
     Raises:
         DataError: shapes that don't go together, a label or an id out of range.
@@ -44,6 +50,7 @@ class LabelledSequences:
     mean: float = 0.0
     deviation: float = 1.0
     views: NDArray[np.int32] | None = None
+    vary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.dtype != np.uint8 or self.values.size == 0:
@@ -107,7 +114,9 @@ class LabelledOrder:
         DataError: fewer rows than a batch has.
     """
 
-    def __init__(self, data: LabelledSequences, batch_size: int, seed: int, *, multiple: int = 512) -> None:
+    def __init__(
+        self, data: LabelledSequences | LabelledWindows, batch_size: int, seed: int, *, multiple: int = 512
+    ) -> None:
         if len(data) < batch_size:
             raise DataError(
                 f"train: wanted at least train.batch_size = {batch_size} examples, got {len(data)}; "
@@ -115,6 +124,12 @@ class LabelledOrder:
             )
         self._data, self._batch_size, self._seed, self._multiple = data, batch_size, seed, multiple
         self.batches = len(data) // batch_size
+        self._together = getattr(data, "together", 1)
+        if batch_size % self._together:
+            raise DataError(
+                f"train: wanted train.batch_size to be a multiple of {self._together}, so many rows go together, got "
+                f"{batch_size}"
+            )
         self._epoch = -1
         self._rows = np.empty((0, 0), np.int64)
 
@@ -128,7 +143,11 @@ class LabelledOrder:
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
         draw = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-        order = draw.permutation(len(self._data))[: self.batches * self._batch_size]
+        if self._together > 1:
+            group = draw.permutation(len(self._data) // self._together)[:, None] * self._together
+            order = (group + np.arange(self._together)).ravel()[: self.batches * self._batch_size]
+        else:
+            order = draw.permutation(len(self._data))[: self.batches * self._batch_size]
         if self._data.lengths is None:
             return order.reshape(self.batches, self._batch_size)
         pool = _POOL * self._batch_size

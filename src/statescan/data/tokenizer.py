@@ -1,4 +1,4 @@
-"""Tokenizers: bytes by default, any `tokenizers` JSON by path, a character for each id of a small vocabulary."""
+"""Tokenizers: bytes by default, any `tokenizers` JSON by path, bases, a character for each id of a small vocabulary."""
 
 from __future__ import annotations
 
@@ -13,13 +13,26 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from statescan.errors import DataError, MissingExtraError
+from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.files import atomic_file
 
-__all__ = ["ByteTokenizer", "JsonTokenizer", "SymbolTokenizer", "Tokenizer", "load_tokenizer", "token_dtype"]
+__all__ = [
+    "DNA_LETTERS",
+    "ByteTokenizer",
+    "DnaTokenizer",
+    "JsonTokenizer",
+    "SymbolTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "token_dtype",
+]
 
 _OWN_FILE = "statescan_tokenizer.json"
 _JSON_FILE = "tokenizer.json"
+DNA_LETTERS = "ACGTN"
+# What stands for several bases, N among them.
+_IUPAC = "RYSWKMBDHVN"
+_NO_BASE = 255
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 
 
@@ -176,6 +189,107 @@ class SymbolTokenizer:
         return f"SymbolTokenizer({self.symbols!r})"
 
 
+class DnaTokenizer:
+    """A C G T N as ids 0 to 4, upper or lower case; U is T, and every other letter of IUPAC's code is N.
+
+    Args:
+        soft_masked: what lower-case bases, those that a repeat masker marked, are: "base", as any other, or "n",
+            unknown. Default "base".
+        gaps: what ``-`` and ``.`` of aligned sequences are: "error", "n" (unknown), or "drop" (not there; positions
+            then count bases alone). Default "error".
+
+    Raises:
+        ConfigError: another word.
+
+    Source: Cornish-Bowden (1985), "Nomenclature for incompletely specified bases in nucleic acid sequences".
+    """
+
+    name = "dna"
+    symbols = DNA_LETTERS
+    vocab_size = len(DNA_LETTERS)
+    bytes_add_up = True
+    end_of_text: int | None = None
+    # No prediction is judged on an unknown base.
+    unjudged = DNA_LETTERS.index("N")
+
+    def __init__(self, soft_masked: str = "base", gaps: str = "error") -> None:
+        for name, value, known in (
+            ("soft_masked", soft_masked, ("base", "n")),
+            ("gaps", gaps, ("error", "n", "drop")),
+        ):
+            if value not in known:
+                raise ConfigError(f"dna tokenizer: {name} must be one of {', '.join(known)}, got {value!r}")
+        self.soft_masked, self.gaps = soft_masked, gaps
+        self.fingerprint = f"dna {soft_masked} {gaps}"
+        table = np.full(256, _NO_BASE, np.uint8)
+        for letters, number in (*zip(("A", "C", "G", "TU"), range(4), strict=True), (_IUPAC, self.unjudged)):
+            table[np.frombuffer(letters.encode(), np.uint8)] = number
+            lower = self.unjudged if soft_masked == "n" else number
+            table[np.frombuffer(letters.lower().encode(), np.uint8)] = lower
+        if gaps == "n":
+            table[np.frombuffer(b"-.", np.uint8)] = self.unjudged
+        self._table = table
+
+    def encode(self, text: str | bytes, *, record: str = "") -> NDArray[np.uint8]:
+        """The ids of bases.
+
+        Args:
+            text: the bases.
+            record: how messages call where they are from.
+
+        Raises:
+            DataError: a letter that stands for no base.
+        """
+        letters = np.frombuffer(text.encode("latin-1", "replace") if isinstance(text, str) else text, np.uint8)
+        if self.gaps == "drop":
+            letters = letters[(letters != ord("-")) & (letters != ord("."))]
+        ids = self._table[letters]
+        if (ids == _NO_BASE).any():
+            self._refuse(letters, ids, record)
+        return ids
+
+    def _refuse(self, letters: NDArray[np.uint8], ids: NDArray[np.uint8], record: str) -> None:
+        wrong = letters[ids == _NO_BASE]
+        where = f" in the record '{record}'" if record else ""
+        letter, place = chr(wrong[0]), int(np.argmax(ids == _NO_BASE)) + 1
+        if np.isin(wrong, np.frombuffer(b"EFILPQZXJO*efilpqzxjo", np.uint8)).any():
+            cure = "that looks like protein, and this reads DNA alone"
+        elif letter in "-.":
+            cure = "gaps of an alignment are read as unknown with --set data.gaps=n, left out with data.gaps=drop"
+        else:
+            cure = "take it out of the file"
+        raise DataError(
+            f"dna: wanted letters of the nucleotide code (ACGTUN, RYSWKMBDHV, of either case){where}, got "
+            f"{letter!r}, the {place:,}th here; {cure}"
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint8]]:
+        """The ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The letters of ids."""
+        return self.decode_bytes(ids).decode()
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
+        """The letters of ids as bytes."""
+        array = np.asarray(ids)
+        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
+            raise DataError(
+                f"dna tokenizer: wanted ids in [0, {self.vocab_size}), got {int(array.min())} to {int(array.max())}"
+            )
+        return np.frombuffer(self.symbols.encode(), np.uint8)[array.astype(np.int64)].tobytes()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write what it is made of into a model's folder."""
+        fields = {"kind": "dna", "soft_masked": self.soft_masked, "gaps": self.gaps}
+        with atomic_file(Path(folder) / _OWN_FILE) as temporary:
+            temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+
+    def __repr__(self) -> str:
+        return f"DnaTokenizer(soft_masked={self.soft_masked!r}, gaps={self.gaps!r})"
+
+
 class JsonTokenizer:
     """A tokenizer of the `tokenizers` package, read from its JSON file.
 
@@ -276,14 +390,16 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def _read_own(path: Path) -> ByteTokenizer | SymbolTokenizer:
-    """What `ByteTokenizer.save` or `SymbolTokenizer.save` wrote."""
+def _read_own(path: Path) -> ByteTokenizer | SymbolTokenizer | DnaTokenizer:
+    """What the `save` of one of ours wrote."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["kind"] == "symbols":
             return SymbolTokenizer(str(fields["symbols"]))
         if fields["kind"] == "bytes":
             return ByteTokenizer()
+        if fields["kind"] == "dna":
+            return DnaTokenizer(str(fields["soft_masked"]), str(fields["gaps"]))
         problem = f"its kind is {fields['kind']!r}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
@@ -292,12 +408,12 @@ def _read_own(path: Path) -> ByteTokenizer | SymbolTokenizer:
 
 def load_tokenizer(
     source: str | os.PathLike[str] | None = None,
-) -> ByteTokenizer | SymbolTokenizer | JsonTokenizer:
+) -> ByteTokenizer | SymbolTokenizer | DnaTokenizer | JsonTokenizer:
     """A tokenizer by name or path.
 
     Args:
-        source: None or "bytes" for the byte tokenizer; else a `tokenizers` JSON file, or a folder that holds
-            tokenizer.json or what the `save` of one of ours wrote (a model's folder).
+        source: None or "bytes" for the byte tokenizer; "dna" for A C G T N; else a `tokenizers` JSON file, or a folder
+            that holds tokenizer.json or what the `save` of one of ours wrote (a model's folder).
 
     Returns:
         The tokenizer.
@@ -308,6 +424,8 @@ def load_tokenizer(
     """
     if source is None or str(source) == "bytes":
         return ByteTokenizer()
+    if str(source) == "dna":
+        return DnaTokenizer()
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / _JSON_FILE).is_file():
@@ -320,6 +438,6 @@ def load_tokenizer(
         )
     if not path.exists():
         raise DataError(
-            f"tokenizer: wanted 'bytes' or an existing file or folder, got '{source}', which does not exist"
+            f"tokenizer: wanted 'bytes', 'dna' or an existing file or folder, got '{source}', which does not exist"
         )
     return _read_own(path) if path.name == _OWN_FILE else JsonTokenizer(path)

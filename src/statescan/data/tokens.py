@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from statescan.data.dna import read_records
 from statescan.data.text import Chunk, InvalidUtf8, Source, find_sources, read_chunks
-from statescan.data.tokenizer import ByteTokenizer, Tokenizer, token_dtype
+from statescan.data.tokenizer import ByteTokenizer, DnaTokenizer, Tokenizer, token_dtype
 from statescan.errors import DataError
 
 __all__ = ["TokenFile", "build_token_file", "default_cache_folder"]
@@ -42,7 +43,8 @@ class TokenFile:
         tokens: all ids, (ids,) uint8 | uint16 | uint32, read-only and memory-mapped. Two documents are parted by the
             tokenizer's `end_of_text`, which belongs to the first of them.
         document_offsets: (documents + 1,) int64: where each document starts, and the number of ids at the end.
-        facts: tokenizer (name), fingerprint, vocab_size, bytes (of the texts), digest, key, sources, skipped.
+        facts: tokenizer (name), fingerprint, vocab_size, bytes (of the texts), digest, key, sources, skipped; of bases
+            also documents, the names of the records.
 
     Raises:
         DataError: no such file, not a token file, or cut short.
@@ -229,7 +231,9 @@ def _write(
     skipped: list[str] = []
     # The mark goes between two documents, so it is written when the next one turns out to have something in it.
     fresh = True
-    chunks = read_chunks(sources, field=field, skipped=skipped)
+    of_bases = isinstance(tokenizer, DnaTokenizer)
+    chunks = read_records(sources) if of_bases else read_chunks(sources, field=field, skipped=skipped)
+    documents: list[str] = []
     for chunk, ids in _encoded(chunks, tokenizer, invalid_utf8):
         fresh = fresh or chunk.starts_document
         if not len(ids):
@@ -240,6 +244,7 @@ def _write(
                 digest.update(separator)
                 count += 1
             offsets.append(count)
+            documents.append(chunk.source)
             fresh = False
         content = np.ascontiguousarray(ids, dtype).tobytes()
         stream.write(content)
@@ -264,6 +269,7 @@ def _write(
             "key": key,
             "sources": [source.label for source in sources],
             "skipped": skipped,
+            **({"documents": documents} if of_bases else {}),
         }
     ).encode()
     facts_at = offsets_at + 8 * len(offsets)
@@ -283,6 +289,10 @@ def _encoded(
     if isinstance(tokenizer, ByteTokenizer):
         for chunk in chunks:
             yield chunk, tokenizer.encode(chunk.content)
+        return
+    if isinstance(tokenizer, DnaTokenizer):
+        for chunk in chunks:
+            yield chunk, tokenizer.encode(chunk.content, record=chunk.source)
         return
     batch: list[Chunk] = []
     size = 0

@@ -101,6 +101,7 @@ def evaluate_tokens(
     context: int = 1024,
     carry_state: bool = False,
     batch_size: int | None = None,
+    documents: Sequence[int] | NDArray[np.int64] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Evaluation:
@@ -116,13 +117,16 @@ def evaluate_tokens(
     Args:
         model: a `statescan.models.CausalLM` or a wrapper with its forward; its training mode is put back.
         tokens: (tokens,) ids: an array, memory map, token file, list, or tensor.
-        tokenizer: counts the bytes of the judged tokens.
+        tokenizer: counts the bytes of the judged tokens. One that names an id `unjudged` (unknown bases of DNA) has no
+            prediction of that id counted.
         bytes_per_token: or their mean bytes per token.
         total_bytes: or the bytes of the whole text (the first token's share is taken off). Exactly one of these three.
         context: length of a window or chunk in tokens. Default 1024.
         carry_state: default False.
         batch_size: windows judged together (default 8). With `carry_state` (default 1): the text is first cut into so
             many stretches of equal length, each of which carries a state of its own.
+        documents: (documents + 1,) where each begins, from 0 to the number of tokens: no context reaches over a border,
+            and the first token of each is not judged. Default: all is one.
         device: where the model computes (default: where its parameters are); the model is not moved.
         progress: called with (tokens judged, tokens to judge) after every forward pass.
 
@@ -146,22 +150,28 @@ def evaluate_tokens(
         tokens = tokens.detach().cpu().numpy()
     elif isinstance(tokens, list):
         tokens = np.asarray(tokens)
-    judged = len(tokens) - 1
+    bounds = [0, len(tokens)] if documents is None else [int(bound) for bound in documents]
+    sizes = [max(0, end - start - 1) for start, end in pairwise(bounds)]
+    judged, longest = sum(sizes), max(sizes, default=0)
     if judged < 1:
         raise DataError(f"evaluate: tokens must hold at least 2 tokens, got {len(tokens)}")
+    unjudged = getattr(tokenizer, "unjudged", None)
     where = torch.device(device) if device is not None else next(model.parameters()).device
 
     block = _BLOCK if carry_state else None
-    curve, whole = _Curve(_half_octaves(judged), block), _Curve(np.array([1, judged + 1]), block)
+    curve, whole = _Curve(_half_octaves(longest), block), _Curve(np.array([1, longest + 1]), block)
     done = 0
     training = model.training
     model.eval()
     try:
         # Not inference_mode: the parameters of a sharded model (FSDP2) can't be gathered there.
         with torch.no_grad():
-            for number, starts, length in _stretches(judged, context, carry_state, lanes):
-                rows = [number + row for row in range(len(starts))]
+            for rows, starts, length in _stretches(bounds, context, carry_state, lanes):
                 for offset, bits in row_bits(model, tokens, starts, length, context if carry_state else length, where):
+                    if unjudged is not None:
+                        ends = [start + offset + 1 for start in starts]
+                        aims = np.stack([np.asarray(tokens[end : end + bits.shape[1]]) for end in ends])
+                        bits = np.where(aims == unjudged, np.nan, bits)
                     curve.add(rows, offset + 1, bits)
                     whole.add(rows, offset + 1, bits)
                     done += bits.size
@@ -172,7 +182,16 @@ def evaluate_tokens(
     finally:
         model.train(training)
 
-    count = _count_bytes(tokens, judged, tokenizer, bytes_per_token, total_bytes)
+    judged = int(whole.count[0])
+    if not judged:
+        raise DataError("evaluate: wanted tokens to judge, got unknown ones alone")
+    if unjudged is None:
+        parts = [(0, judged)] if bytes_per_token or total_bytes else zip(bounds, sizes, strict=False)
+        count = sum(
+            _count_bytes(tokens[start:], size, tokenizer, bytes_per_token, total_bytes) for start, size in parts if size
+        )
+    else:
+        count = judged  # each is a letter
     per_byte = judged / count
     bits_per_token = float(whole.mean()[0])
     error = whole.standard_error()[0]
@@ -206,8 +225,31 @@ def _ways(tokenizer: object, bytes_per_token: object, total_bytes: object) -> di
     return {"tokenizer": tokenizer, "bytes_per_token": bytes_per_token, "total_bytes": total_bytes}
 
 
-def _stretches(judged: int, context: int, carry_state: bool, lanes: int) -> list[tuple[int, list[int], int]]:
-    """What runs together: (number of the first row, where each row starts, predictions in each row).
+def _stretches(
+    bounds: Sequence[int], context: int, carry_state: bool, lanes: int
+) -> list[tuple[list[int], list[int], int]]:
+    """What runs together: (numbers of the rows, where each row starts, predictions in each row)."""
+    if len(bounds) == 2:
+        parts = _parts(bounds[1] - 1, context, carry_state, lanes)
+        return [(list(range(first, first + len(starts))), starts, length) for first, starts, length in parts]
+    # Rows of several documents that are as long run together.
+    alike: dict[int, list[tuple[int, int]]] = {}
+    number = 0
+    for start, end in pairwise(bounds):
+        for _, starts, length in _parts(end - start - 1, context, carry_state, 1) if end - start > 1 else ():
+            for place in starts:
+                alike.setdefault(length, []).append((number, start + place))
+                number += 1
+    out = []
+    for length, rows in alike.items():
+        for first in range(0, len(rows), lanes):
+            some = rows[first : first + lanes]
+            out.append(([row for row, _ in some], [place for _, place in some], length))
+    return out
+
+
+def _parts(judged: int, context: int, carry_state: bool, lanes: int) -> list[tuple[int, list[int], int]]:
+    """Of one document: (number of the first row, where each row starts, predictions in each row).
 
     Rows of one batch have one length, so that none is padded; what remains at the end is a row of its own.
     """
@@ -315,7 +357,9 @@ class _Curve:
         self._open: dict[tuple[int, int, int], tuple[float, int]] = {}
 
     def add(self, rows: Sequence[int], first: int, bits: NDArray[np.float64]) -> None:
-        """Adds predictions (rows, piece) whose first one is made after `first` tokens."""
+        """Adds predictions (rows, piece) whose first one is made after `first` tokens; NaN is none."""
+        judged = ~np.isnan(bits)
+        bits = np.where(judged, bits, 0.0)
         end = first + bits.shape[1]
         cuts = {first, end, *self.edges[(self.edges > first) & (self.edges < end)].tolist()}
         if self.block is not None:
@@ -324,15 +368,15 @@ class _Curve:
         for left, right in pairwise(cuts):
             bucket = int(np.searchsorted(self.edges, left, side="right")) - 1
             part = bits[:, left - first : right - first]
-            sums = part.sum(axis=1)
-            self.count[bucket] += part.size
+            sums, counts = part.sum(axis=1), judged[:, left - first : right - first].sum(axis=1)
+            self.count[bucket] += counts.sum()
             self.reach[bucket] = max(self.reach[bucket], right - 1)
             self._sum[bucket] += sums.sum()
             self._squares[bucket] += (part * part).sum()
             group = 0 if self.block is None else left // self.block
-            for row, value in zip(rows, sums.tolist(), strict=True):
+            for row, value, more in zip(rows, sums.tolist(), counts.tolist(), strict=True):
                 before, n = self._open.get((row, bucket, group), (0.0, 0))
-                self._open[row, bucket, group] = (before + value, n + right - left)
+                self._open[row, bucket, group] = (before + value, n + more)
         # A group that no later prediction can reach is closed, so that memory stays constant.
         for key in [k for k in self._open if k[0] in rows and self._ends(k) <= end]:
             self._close(key)

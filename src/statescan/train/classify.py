@@ -20,9 +20,12 @@ from torch import Tensor
 
 from statescan import __version__
 from statescan.data.labelled import LabelledOrder, LabelledSequences
+from statescan.data.windows import LabelledWindows
 from statescan.errors import CheckpointError, ConfigError, TrainingError
 from statescan.files import atomic_file, make_folder
 from statescan.models import ClassifierConfig, SequenceClassifier
+from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
+from statescan.nn.reverse_complement import complement_ids
 from statescan.train.capture import CapturedStep
 from statescan.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from statescan.train.config import TrainConfig
@@ -30,13 +33,13 @@ from statescan.train.logs import CsvLog, Progress
 from statescan.train.loop import RUN_FILE, Interruption, check_folder
 from statescan.train.optim import learning_rate, parameter_groups
 
-__all__ = ["ClassifyConfig", "ClassifyResult", "Judgement", "Splits", "judge", "train_classifier"]
+__all__ = ["ClassifyConfig", "ClassifyResult", "Judgement", "Splits", "judge", "pick_device", "train_classifier"]
 
 _LOG_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "epoch", "accuracy", "loss")
 # What a resumed run must share with the one it goes on from; all of the model and the data besides.
 _FIXED = ("seed", "batch_size")
-_JUDGED_AT_ONCE = 500
+_JUDGED_AT_ONCE, _JUDGED_POSITIONS = 500, 1 << 20
 # Numbers that live on the device between two rows of log.csv.
 _COUNTERS = ("loss_sum", "norm", "skipped", "skipped_in_row")
 
@@ -44,9 +47,9 @@ _COUNTERS = ("loss_sum", "norm", "skipped", "skipped_in_row")
 class Splits(NamedTuple):
     """What is learnt from, what chooses the epoch, and what is looked at when all is over."""
 
-    train: LabelledSequences
-    valid: LabelledSequences
-    test: LabelledSequences
+    train: LabelledSequences | LabelledWindows
+    valid: LabelledSequences | LabelledWindows
+    test: LabelledSequences | LabelledWindows
 
 
 class Judgement(NamedTuple):
@@ -76,6 +79,7 @@ class ClassifyConfig:
         checkpoint_every: epochs between two checkpoints; 0 for none but the last.
         keep_checkpoints: how many of the newest checkpoints stay.
         log_every: updates between two rows of log.csv.
+        multiple: where rows are of unequal length, a batch's is rounded up to a multiple of it: each has its own graph.
         accelerator: "auto", "cpu", "cuda" or "mps".
         capture: on a CUDA device, run each update as one CUDA graph.
         threads: CPU threads; 0 leaves it to torch.
@@ -96,13 +100,15 @@ class ClassifyConfig:
     checkpoint_every: int = 1
     keep_checkpoints: int = 1
     log_every: int = 100
+    multiple: int = 512
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     capture: bool = True
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(f"config: train.epochs: wanted >= 1, got {self.epochs}")
+        for name in ("epochs", "multiple"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config: train.{name}: wanted >= 1, got {getattr(self, name)}")
         # The fields that both have are checked by the other one.
         shared = {entry.name for entry in dataclasses.fields(TrainConfig)}
         TrainConfig(**{e.name: getattr(self, e.name) for e in dataclasses.fields(self) if e.name in shared})
@@ -135,17 +141,27 @@ class ClassifyResult:
     interrupted: bool
 
 
+Classifier = SequenceClassifier | BackboneClassifier
+
+
+def make_classifier(config: ClassifierConfig | BackboneClassifierConfig) -> Classifier:
+    """The untrained classifier of a configuration."""
+    return BackboneClassifier(config) if isinstance(config, BackboneClassifierConfig) else SequenceClassifier(config)
+
+
 def train_classifier(
-    model: ClassifierConfig,
+    model: ClassifierConfig | BackboneClassifierConfig,
     train: ClassifyConfig,
     data: Splits,
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
+    seconds: float | None = None,
     progress: bool = True,
     facts: Mapping[str, Any] | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
 ) -> ClassifyResult:
-    """Trains a `SequenceClassifier` and judges it; all of it is left in the folder `out`.
+    """Trains a classifier and judges it; all of it is left in the folder `out`.
 
     After each epoch the validation split is judged. The test split is judged once, when the last epoch is over: with
     the last weights, and with those of the best epoch by validation. Interrupted by SIGINT or SIGTERM the run writes a
@@ -158,8 +174,10 @@ def train_classifier(
         data: the splits.
         out: the run's folder; made where it is missing.
         resume: go on with the run in `out`.
+        seconds: stop after so many of this call, as if interrupted.
         progress: a line of progress on standard error, where that is a terminal.
         facts: what run.json shall say of the data besides.
+        pretrained: a language model of the backbone's own shape, whose weights a `BackboneClassifier` starts from.
 
     Returns:
         The `ClassifyResult`.
@@ -176,11 +194,13 @@ def train_classifier(
     if train.threads:
         torch.set_num_threads(train.threads)
     with Interruption() as interruption:
-        trainer = _ClassifierTrainer(model, train, data, out, dict(facts or {}), previous, progress, interruption)
-        return trainer.run()
+        trainer = _ClassifierTrainer(
+            model, train, data, out, dict(facts or {}), previous, progress, interruption, pretrained
+        )
+        return trainer.run(seconds)
 
 
-def _check_fits(model: ClassifierConfig, data: Splits) -> None:
+def _check_fits(model: ClassifierConfig | BackboneClassifierConfig, data: Splits) -> None:
     for part in data:
         wanted = (part.classes, part.vocab_size, 0 if part.vocab_size else 1)
         got = (model.classes, model.vocab_size, model.d_input)
@@ -190,7 +210,8 @@ def _check_fits(model: ClassifierConfig, data: Splits) -> None:
             )
 
 
-def _device(accelerator: str) -> torch.device:
+def pick_device(accelerator: str) -> torch.device:
+    """The device of a name in a run's settings; "auto" takes the fastest there is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in there if there[kind]) if accelerator == "auto" else accelerator
     if not there[name]:
@@ -211,9 +232,12 @@ class _Resident:
     def batch(self, rows: Tensor, length: int, *, vary: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Inputs, labels and mask of some rows, cut at a length: made on the device, without waiting for it.
 
-        With `vary` each row is read through one of the data's views, where it has some.
+        With `vary` each row is read through one of the data's views, or varied as the data says, where it does.
         """
         values, labels = self.values[rows, :length], self.labels[rows].long()
+        lengths = None if self.lengths is None else self.lengths[rows]
+        if vary and self.data.vary is not None and lengths is not None:
+            values, lengths = self.data.vary(values, lengths)
         if vary and self.views is not None:
             chosen = torch.randint(len(self.views), rows.shape, device=rows.device)
             values = F.pad(values, (0, 1)).gather(1, self.views[chosen].long())
@@ -221,15 +245,15 @@ class _Resident:
             inputs = values.long()
         else:
             inputs = ((values.float() / 255 - self.data.mean) / self.data.deviation).unsqueeze(-1)
-        if self.lengths is None:
+        if lengths is None:
             return inputs, labels, None
-        mask = torch.arange(length, device=values.device) < self.lengths[rows].unsqueeze(-1)
+        mask = torch.arange(length, device=values.device) < lengths.unsqueeze(-1)
         return inputs, labels, mask
 
 
 def judge(
-    model: SequenceClassifier,
-    data: LabelledSequences,
+    model: Classifier,
+    data: LabelledSequences | LabelledWindows,
     *,
     batch_size: int = 500,
     autocast: torch.dtype | None = None,
@@ -243,11 +267,15 @@ def judge(
         autocast: dtype of `torch.autocast`; None for none.
     """
     device = next(model.parameters()).device
-    return _judge(model, _Resident(data, device), batch_size, autocast)
+    return _judge(model, _resident(data, device), batch_size, autocast)
 
 
-def _judge(model: SequenceClassifier, data: _Resident, batch_size: int, autocast: torch.dtype | None) -> Judgement:
-    device, lengths = data.values.device, data.data.lengths
+def _judge(
+    model: Classifier, data: _Resident | _ResidentWindows, batch_size: int, autocast: torch.dtype | None
+) -> Judgement:
+    device, lengths = data.labels.device, data.data.lengths
+    # Of long rows fewer at once.
+    batch_size = max(1, min(batch_size, _JUDGED_POSITIONS // data.data.length))
     order = np.arange(len(data.data)) if lengths is None else np.argsort(lengths, kind="stable")
     right, loss = torch.zeros((), device=device, dtype=torch.int64), torch.zeros((), device=device, dtype=torch.float64)
     was_training = model.training
@@ -266,12 +294,43 @@ def _judge(model: SequenceClassifier, data: _Resident, batch_size: int, autocast
     return Judgement(int(right) / len(order), float(loss) / len(order))
 
 
+class _ResidentWindows:
+    """The same for windows of genomes, cut on the device."""
+
+    def __init__(self, data: LabelledWindows, device: torch.device) -> None:
+        self.data = data
+        self.tokens = torch.from_numpy(np.ascontiguousarray(data.tokens)).to(device)
+        self.first, self.room = (torch.from_numpy(part).to(device) for part in (data.first, data.room))
+        self.labels = torch.from_numpy(data.labels).to(device)
+        self.device = device
+
+    def batch(self, rows: Tensor, length: int, *, vary: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, labels and no mask; with `vary` each row begins somewhere in its room, on either strand."""
+        rows = rows.to(self.device)
+        starts, data = self.first[rows], self.data
+        groups = rows.shape[0] // data.together
+        if vary:
+            place = torch.rand(groups, device=self.device).repeat_interleave(data.together)
+            # One place for rows that go together, so in the smallest of their rooms.
+            room = self.room[rows].view(groups, data.together).amin(1).repeat_interleave(data.together)
+            starts = starts + torch.minimum((place * room).long(), room - 1)
+        values = self.tokens[starts[:, None] + torch.arange(length, device=self.device)].long()
+        if vary and data.both_strands:
+            other = (torch.rand(groups, device=self.device) < 0.5).repeat_interleave(data.together)
+            values = torch.where(other[:, None], complement_ids(values), values)
+        return values, self.labels[rows].long(), None
+
+
+def _resident(data: LabelledSequences | LabelledWindows, device: torch.device) -> _Resident | _ResidentWindows:
+    return _ResidentWindows(data, device) if isinstance(data, LabelledWindows) else _Resident(data, device)
+
+
 class _ClassifierTrainer:
     """One call of `train_classifier`."""
 
     def __init__(
         self,
-        model: ClassifierConfig,
+        model: ClassifierConfig | BackboneClassifierConfig,
         config: ClassifyConfig,
         data: Splits,
         out: Path,
@@ -279,10 +338,11 @@ class _ClassifierTrainer:
         previous: dict[str, Any] | None,
         progress: bool,
         interruption: Interruption,
+        pretrained: str | os.PathLike[str] | None = None,
     ) -> None:
         self.config, self.out, self.interruption = config, out, interruption
-        self.device = _device(config.accelerator)
-        self.order = LabelledOrder(data.train, config.batch_size, config.seed)
+        self.device = pick_device(config.accelerator)
+        self.order = LabelledOrder(data.train, config.batch_size, config.seed, multiple=config.multiple)
         self.steps = config.epochs * self.order.batches
         self.schedule = TrainConfig(steps=self.steps, warmup=config.warmup, lr=config.lr, min_lr=config.min_lr)
         self.facts = {"data": facts | _describe(data), "config": _plain(model, config)}
@@ -291,7 +351,12 @@ class _ClassifierTrainer:
             _check_same(previous, self.facts)
 
         torch.manual_seed(config.seed)
-        self.model = SequenceClassifier(model).to(self.device).train()
+        made = make_classifier(model)
+        if pretrained is not None:
+            if not isinstance(made, BackboneClassifier):
+                raise ConfigError("train: pretrained weights go into a BackboneClassifier, got a SequenceClassifier")
+            made.load_backbone(pretrained)
+        self.model = made.to(self.device).train()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
             lr=config.lr,
@@ -300,8 +365,8 @@ class _ClassifierTrainer:
             fused=True,
         )
         self.autocast = torch.bfloat16 if config.precision == "bf16" else None
-        self.train_rows = _Resident(data.train, self.device)
-        self.valid, self.test = _Resident(data.valid, self.device), data.test
+        self.train_rows = _resident(data.train, self.device)
+        self.valid, self.test = _resident(data.valid, self.device), data.test
         self.done, self.in_window, self.seconds = 0, 0, 0.0
         self.loss_sum, self.norm, self.skipped, self.skipped_in_row = torch.zeros(4, device=self.device).unbind()
         self.evaluations: list[tuple[int, float]] = []
@@ -336,8 +401,8 @@ class _ClassifierTrainer:
             getattr(self, name).fill_(state[name])
         self.evaluations = [(epoch, accuracy) for epoch, accuracy in state["evaluations"]]
 
-    def run(self) -> ClassifyResult:
-        """Trains to the end or to an interruption."""
+    def run(self, seconds: float | None = None) -> ClassifyResult:
+        """Trains to the end, to an interruption, or until the time is up."""
         self.begun, self.before = time.perf_counter(), self.seconds
         self.logged_at, self.logged_step = self.begun, self.done
         interrupted = False
@@ -350,7 +415,8 @@ class _ClassifierTrainer:
                     self._log()
                 if place == 0:
                     self._evaluate(epoch)
-                interrupted = self.interruption.wished() and self.done < self.steps
+                late = seconds is not None and time.perf_counter() - self.begun >= seconds
+                interrupted = (late or self.interruption.wished()) and self.done < self.steps
                 every = self.config.checkpoint_every
                 if interrupted or self.done == self.steps or (place == 0 and every and epoch % every == 0):
                     self._save()
@@ -445,9 +511,9 @@ class _ClassifierTrainer:
         final = best = None
         results: dict[str, Any] = {}
         if not interrupted:
-            test = _Resident(self.test, self.device)
+            test = _resident(self.test, self.device)
             final = _judge(self.model, test, _JUDGED_AT_ONCE, self.autocast)
-            chosen = SequenceClassifier.from_pretrained(self.out / "best").to(self.device)
+            chosen = type(self.model).from_pretrained(self.out / "best").to(self.device)
             best = _judge(chosen, test, _JUDGED_AT_ONCE, self.autocast)
             results["test"] = {
                 "final": {"epoch": self.evaluations[-1][0], "valid": self.evaluations[-1][1], **final._asdict()},
@@ -480,7 +546,7 @@ class _ClassifierTrainer:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _plain(model: ClassifierConfig, train: ClassifyConfig) -> dict[str, Any]:
+def _plain(model: ClassifierConfig | BackboneClassifierConfig, train: ClassifyConfig) -> dict[str, Any]:
     return json.loads(json.dumps({"model": model.to_dict(), "train": dataclasses.asdict(train)}))
 
 
@@ -490,7 +556,9 @@ def _describe(data: Splits) -> dict[str, Any]:
         name: {
             "examples": len(part),
             "length": part.length,
-            "digest": zlib.crc32(part.labels.tobytes(), zlib.crc32(part.values.tobytes())),
+            "digest": part.digest
+            if isinstance(part, LabelledWindows)
+            else zlib.crc32(part.labels.tobytes(), zlib.crc32(part.values.tobytes())),
         }
         for name, part in zip(Splits._fields, data, strict=True)
     }

@@ -145,7 +145,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints", "log_every", "num_nodes"):
             _check(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
-        for name in ("warmup", "first_length", "stage_steps", "evaluate_every", "evaluate_tokens", "checkpoint_every", "threads"):
+        for name in ("warmup", "evaluate_every", "evaluate_tokens", "checkpoint_every", "threads"):
+            _check(getattr(self, name) >= 0, f"train.{name}", ">= 0", getattr(self, name))
+        for name in ("first_length", "stage_steps"):
             _check(getattr(self, name) >= 0, f"train.{name}", ">= 0", getattr(self, name))
         for name in ("min_lr", "weight_decay", "eps", "clip"):
             _check(0 <= getattr(self, name) < float("inf"), f"train.{name}", ">= 0 and finite", getattr(self, name))

@@ -231,7 +231,7 @@ def _read_genome(run: RunConfig) -> _Corpus:
     data, config = run.data, run.train
     if data.packing or config.initial_state == "carry":
         name = "data.packing=false" if data.packing else "train.initial_state=zero or noise"
-        raise ConfigError(f"train: wanted {name} with data.modality=dna, whose windows lie within records; leave it out")
+        raise ConfigError(f"train: wanted {name} with data.modality=dna, whose windows lie within records")
     if config.first_length and config.initial_state != "zero":
         raise ConfigError("train: wanted train.first_length=0 with train.initial_state=noise; leave one of them out")
     tokenizer = DnaTokenizer(data.soft_masked, data.gaps)

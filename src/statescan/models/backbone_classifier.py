@@ -1,0 +1,184 @@
+"""A classifier on top of a language model's backbone: from scratch, or from pretrained weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from statescan import checkpoint as files
+from statescan.errors import CheckpointError, ConfigError, ShapeError
+from statescan.models.baseline_config import ModelConfig, config_from_dict
+from statescan.models.causal_lm import Backbone, CausalLM
+from statescan.models.classifier import ClassifierOutput
+from statescan.nn.reverse_complement import ReverseComplement, strand_pair
+
+__all__ = ["BackboneClassifier", "BackboneClassifierConfig"]
+
+_ARCHITECTURE = "BackboneClassifier"
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneClassifierConfig:
+    """What a `BackboneClassifier` is made of.
+
+    Args:
+        classes: number of labels.
+        backbone: configuration of a language model of any family; its head is not used.
+        pooling: "mean" over the positions, or "last". Default "mean".
+        reverse_complement: of DNA: the backbone reads both strands, with the same weights, and a sequence and its
+            reverse complement get the same answer. Default False.
+        dropout: of the pooled vector. Default 0.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    classes: int
+    backbone: ModelConfig
+    pooling: str = "mean"
+    reverse_complement: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._want("classes", self.classes >= 2, "at least 2")
+        self._want("pooling", self.pooling in ("mean", "last"), "'mean' or 'last'")
+        self._want("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        pairs = not self.reverse_complement or (self.pooling == "mean" and self.backbone.vocab_size == 5)
+        self._want("reverse_complement", pairs, "False but for bases (vocab_size 5) and pooling 'mean'")
+
+    def _want(self, name: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise ConfigError(f"BackboneClassifierConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.backbone.vocab_size
+
+    @property
+    def d_input(self) -> int:
+        """0: the sequences are tokens."""
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain values that json can write."""
+        return {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> BackboneClassifierConfig:
+        """Makes a configuration from named fields; ConfigError names one that is unknown."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ConfigError(f"BackboneClassifierConfig: unknown field {unknown[0]!r}; known are {sorted(known)}")
+        return cls(**{**fields, "backbone": config_from_dict(fields["backbone"])})
+
+
+class BackboneClassifier(nn.Module):
+    """Backbone, a pooled position, a linear head.
+
+    Args:
+        config: see `BackboneClassifierConfig`.
+        device: where parameters are made. They are float32; lower precision comes by autocast.
+    """
+
+    def __init__(self, config: BackboneClassifierConfig, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        model = CausalLM(config.backbone, device=device)
+        self.backbone: Backbone = model.backbone
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.backbone.d_model, config.classes, device=device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def load_backbone(self, source: str | os.PathLike[str]) -> None:
+        """Takes the backbone's weights from a pretrained `CausalLM`.
+
+        Raises:
+            CheckpointError: there is no model, or one of another shape.
+        """
+        model = CausalLM.from_pretrained(source)
+        mine, theirs = self.config.backbone.to_dict(), model.config.to_dict()
+        for name in ("recompute", "dropout", "embedding_dropout"):
+            mine.pop(name, None)
+            theirs.pop(name, None)
+        if differing := sorted(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)):
+            name = differing[0]
+            raise CheckpointError(
+                f"{source}: wanted a model with {name} = {mine.get(name)}, as the classifier's backbone has, got "
+                f"{theirs.get(name)}"
+            )
+        self.backbone.load_state_dict(model.backbone.state_dict())
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, *, mask: Tensor | None = None) -> ClassifierOutput:
+        """Classifies a batch.
+
+        Args:
+            inputs: (batch, length) token ids.
+            labels: (batch,) int64. Default: no loss.
+            mask: (batch, length), 1 at real positions, padding behind them. Default: all are real.
+
+        Returns:
+            ClassifierOutput.
+
+        Raises:
+            ShapeError: an argument doesn't fit.
+        """
+        if self.config.reverse_complement:
+            if mask is not None:
+                raise ShapeError(
+                    "BackboneClassifier: with reverse_complement rows must be of one length, got a mask; the other "
+                    "strand would begin with padding"
+                )
+            pair = strand_pair(lambda ids: self.backbone.embed("BackboneClassifier", ids, None, 2), inputs)
+            this, other = ReverseComplement(lambda x: self.backbone.run(x, None, None).hidden)(pair).chunk(2, -1)
+            pooled = (this.mean(1) + other.flip(2).mean(1)) / 2
+        else:
+            pooled = self._pool(self.backbone(inputs, mask=mask).hidden, mask)
+        logits = self.head(self.dropout(pooled)).float()
+        if labels is None:
+            return ClassifierOutput(logits, None)
+        if tuple(labels.shape) != (inputs.shape[0],):
+            raise ShapeError(
+                f"BackboneClassifier: labels must be (batch,) = ({inputs.shape[0]},), got {tuple(labels.shape)}"
+            )
+        return ClassifierOutput(logits, F.cross_entropy(logits, labels.long()))
+
+    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return x.mean(1) if self.config.pooling == "mean" else x[:, -1]
+        real = mask.to(x.dtype)
+        if self.config.pooling == "mean":
+            return (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        last = (real.sum(1).long() - 1).clamp(min=0)
+        return x[torch.arange(x.shape[0], device=x.device), last]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes config.json and the weights into a folder, whole or not at all."""
+        config = {"architecture": _ARCHITECTURE, **self.config.to_dict()}
+        return files.save_folder(folder, config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> BackboneClassifier:
+        """Reads what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: the folder is no such model's, or a file in it is missing, cut short or of another shape.
+        """
+        fields = files.load_config(folder)
+        if fields.pop("architecture", None) != _ARCHITECTURE:
+            raise CheckpointError(f"{folder}: config.json is not a {_ARCHITECTURE}'s; open it with its own class")
+        model = cls(BackboneClassifierConfig.from_dict(fields))
+        wanted = model.state_dict()
+        model.load_state_dict(
+            files.load_tensors(folder, {name: (tuple(value.shape), value.dtype) for name, value in wanted.items()})
+        )
+        return model
