@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,20 @@ def test_the_command_of_the_harness_with_the_model_registered(folder: Path, mana
     assert done.returncode == 0, done.stderr[-2000:]
     assert "hellaswag" in done.stdout
     assert "acc_norm" in done.stdout
+
+
+def test_the_entry_point_names_the_model_that_is_registered() -> None:
+    from importlib.metadata import EntryPoint
+
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import Registry, get_model
+
+    import statescan
+
+    project = Path(statescan.__file__).parents[2] / "pyproject.toml"
+    declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]["lm_eval.models"]
+    # As lm-eval after 0.4.13 finds it, in a registry where nobody has imported the module.
+    fresh: Any = Registry("model", base_cls=LM)
+    for name, value in declared.items():
+        fresh.register(name, target=EntryPoint(name, value, "lm_eval.models"))
+    assert fresh.get("statescan") is StatescanLM is get_model("statescan")

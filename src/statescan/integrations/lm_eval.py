@@ -1,7 +1,7 @@
 """statescan's models in lm-eval: `import statescan.integrations.lm_eval` registers the model "statescan".
 
-lm-eval's own command finds no plugins; ``python -m statescan.integrations.lm_eval`` is that command with the model
-registered::
+lm-eval after 0.4.13 finds the model by this package's entry point. Up to 0.4.13 its command finds no plugins;
+``python -m statescan.integrations.lm_eval`` is that command with the model registered::
 
     python -m statescan.integrations.lm_eval --model statescan --model_args pretrained=FOLDER --tasks lambada_openai
 """
