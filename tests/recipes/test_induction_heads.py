@@ -101,6 +101,35 @@ def test_judging_goes_on_where_it_was_broken_off(small: None, tmp_path: Path) ->
     assert after[64] == before[64]
 
 
+def test_more_examples_are_judged_on_top_of_those_that_were(small: None, tmp_path: Path) -> None:
+    """Told in parts or at once, the same examples: the numbers of right answers add up."""
+    told: list[str] = []
+    for count in (3, 8, 5):
+        recipe.induction_heads(
+            tmp_path, seeds=(0,), examples=lambda length, count=count: count, longest=64, say=told.append
+        )
+    parts = read_scores(tmp_path / "mamba-seed0")[64]
+    assert (parts["asked"], parts["examples"]) == (8, 8)
+    assert sum("length 64" in line for line in told) == 2
+    model = CausalLM.from_pretrained(tmp_path / "mamba-seed0").eval()
+    whole = recipe.evaluate(model, lengths=[64], examples=lambda length: 8)[64][0]
+    assert parts["correct"] == whole.correct
+    last = recipe.evaluate(model, lengths=[64], examples=lambda length: 5, first=3)[64][0]
+    assert (
+        recipe.evaluate(model, lengths=[64], examples=lambda length: 3)[64][0].correct + last.correct == whole.correct
+    )
+
+
+def test_a_long_length_is_kept_in_parts(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "_JUDGED_AT_A_TIME", 256)
+    told: list[str] = []
+    recipe.induction_heads(tmp_path, seeds=(0,), examples=lambda length: 5, longest=128, say=told.append)
+    assert sum("length 64" in line for line in told) == 2
+    assert sum("length 128" in line for line in told) == 3
+    scores = read_scores(tmp_path / "mamba-seed0")
+    assert {length: score["examples"] for length, score in scores.items()} == {64: 5, 128: 5}
+
+
 def test_the_recipe_trains_at_one_length_which_no_test_example_comes_from() -> None:
     for row in recipe.ROWS:
         run = recipe.induction_run(row, 2)

@@ -20,9 +20,9 @@ FACTS = Path(__file__).parents[3] / "shared" / "facts" / "paper.md"
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a moment in place of the recipe's own."""
 
-    def run(row: str = "mamba-s6", seed: int = 0) -> SyntheticRun:
+    def run(row: str = "mamba-s6", seed: int = 0, *, length: int = 4096, share: float = 1.0) -> SyntheticRun:
         known = {**recipe.ROWS, **recipe.ABLATION}[row]
-        stages = (Stage(SelectiveCopying(32), 4, 20), Stage(SelectiveCopying(known.length), 1, 2))
+        stages = (Stage(SelectiveCopying(32), 4, 20), Stage(SelectiveCopying(min(known.length, length)), 1, 2))
         return SyntheticRun(row, known.model.replace(d_model=16), stages, seed)
 
     monkeypatch.setattr(recipe, "selective_copying_run", run)
@@ -61,13 +61,39 @@ def test_every_row_is_trained_as_long_as_the_headline() -> None:
     headline = recipe.selective_copying_run()
     for row, known in {**recipe.ROWS, **recipe.ABLATION}.items():
         run = recipe.selective_copying_run(row, 3)
-        assert run.steps == headline.steps == recipe.STEPS
+        assert run.steps == headline.steps == 35_000
         assert run.stages[-1].task == SelectiveCopying(known.length)
         lengths = [stage.task.total_length for stage in run.stages]
         assert lengths == sorted(lengths)
         assert (run.lr, run.beta2, run.decay) == (headline.lr, headline.beta2, headline.decay)
     with pytest.raises(ConfigError, match="row must be one of mamba-s6, "):
         recipe.selective_copying_run("mamba")
+
+
+def test_a_shorter_and_quicker_table() -> None:
+    """All rows end at the length, the LSTM no later than at its own, with the same updates; the order stays."""
+    for row in ("mamba-s6", "lstm", "selective-none"):
+        run = recipe.selective_copying_run(row, length=512, share=0.5)
+        assert run.steps == (12_000 + 3_000 + 3_000 + 8_000) // 2
+        assert run.stages[0] == Stage(SelectiveCopying(64), 64, 6_000)
+        assert run.stages[-1].task == SelectiveCopying(256 if row == "lstm" else 512)
+    assert recipe.selective_copying_run("lstm", length=128).stages[-1].task == SelectiveCopying(128)
+    with pytest.raises(ConfigError, match=r"length must be one of 128, 256, .*4096, got 100"):
+        recipe.selective_copying_run(length=100)
+    with pytest.raises(ConfigError, match=r"share of updates must be in \(0, 1\], got 0"):
+        recipe.selective_copying_run(share=0)
+
+
+def test_the_table_says_at_which_length(small: None, tmp_path: Path) -> None:
+    results = recipe.selective_copying(
+        tmp_path, rows=["mamba-s6", "lstm"], seeds=(0,), examples=2, length=512, say=lambda line: None
+    )
+    assert results["length"] == 512
+    assert [set(run["scores"]) for run in results["runs"]] == [{"256"}, {"512"}]
+    markdown = (tmp_path / "results.md").read_text()
+    assert "16 tokens among 512;" in markdown
+    assert "| LSTM (at length 256) |  | **" in markdown
+    assert "| Mamba, S6 | 99.8 | **" in markdown
 
 
 def test_the_rows_are_the_papers() -> None:

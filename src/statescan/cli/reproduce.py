@@ -118,6 +118,13 @@ def selective_copying(
         int | None,
         typer.Option("--examples", min=1, show_default="4096; 512 with --evaluate-only", help="Sequences judged."),
     ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", show_default="4096", help="End the curriculum here, and judge here: 128, 256, ..."),
+    ] = None,
+    share: Annotated[
+        float, typer.Option("--share", min=0, max=1, help="Of the recipe's updates, for a quicker table.")
+    ] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Table 1: sixteen tokens among 4,096 of noise, to be said in order; and what S6 must select by for it."""
@@ -146,7 +153,7 @@ def selective_copying(
     with going_on():
         results = recipe.selective_copying(
             out, rows=rows, seeds=range(seeds), device=default_device(device), seconds=seconds,
-            examples=examples or recipe.EXAMPLES, say=note,
+            examples=examples or recipe.EXAMPLES, length=length or recipe.LENGTH, share=share, say=note,
         )  # fmt: skip
     print_results(out, results, as_json)
 

@@ -268,7 +268,7 @@ class InductionHeads:
     ) -> SyntheticBatch:
         """Examples first to first + rows - 1 of a seed: inputs (rows, length), answers (rows, 1); see `pieces`."""
         keys = example_keys(seed, first, rows, device)
-        return SyntheticBatch(self._piece(keys, 0, self.length), self._answers(keys))
+        return SyntheticBatch(self.piece(keys, 0, self.length), self.answers(keys))
 
     def pieces(
         self, seed: int, first: int, rows: int, piece: int, device: torch.device | str | None = None
@@ -286,20 +286,29 @@ class InductionHeads:
             raise ConfigError(f"InductionHeads.pieces: piece must be at least 1, got {piece}")
         keys = example_keys(seed, first, rows, device)
         starts = range(0, self.length, piece)
-        return (self._piece(keys, start, min(start + piece, self.length)) for start in starts), self._answers(keys)
+        return (self.piece(keys, start, min(piece, self.length - start)) for start in starts), self.answers(keys)
+
+    def piece(self, keys: Tensor, start: int | Tensor, count: int) -> Tensor:
+        """Tokens start to start + count - 1 of the examples that have these keys: (rows, count) int64.
+
+        Args:
+            keys: (rows,), from `example_keys`.
+            start: place of the first token, or a 0-d int64 tensor of it on the device.
+            count: how many; the example's end is not passed.
+        """
+        at = torch.arange(count, device=keys.device) + start
+        # Word 1 + t is the token at t.
+        tokens = words_below(_mix(keys.unsqueeze(-1) + (at + 2) * _GAMMA), self.vocab_size - 1)
+        trigger = (at == self._place(keys)) | (at == self.length - 1)
+        return tokens.masked_fill(trigger, self.vocab_size - 1)
+
+    def answers(self, keys: Tensor) -> Tensor:
+        """What must be predicted at the last position of the examples that have these keys: (rows, 1) int64."""
+        # The answer stands one after the trigger.
+        return words_below(_mix(keys.unsqueeze(-1) + (self._place(keys) + 3) * _GAMMA), self.vocab_size - 1)
 
     def _place(self, keys: Tensor) -> Tensor:
         return words_below(random_words(keys, 0, 1), self.length - 2)
-
-    def _answers(self, keys: Tensor) -> Tensor:
-        # Word 1 + t is the token at t, and the answer stands one after the trigger.
-        return words_below(_mix(keys.unsqueeze(-1) + (self._place(keys) + 3) * _GAMMA), self.vocab_size - 1)
-
-    def _piece(self, keys: Tensor, start: int, stop: int) -> Tensor:
-        tokens = words_below(random_words(keys, 1 + start, 1 + stop), self.vocab_size - 1)
-        at = torch.arange(start, stop, device=keys.device)
-        trigger = (at == self._place(keys)) | (at == self.length - 1)
-        return tokens.masked_fill(trigger, self.vocab_size - 1)
 
 
 @dataclass(frozen=True, slots=True)

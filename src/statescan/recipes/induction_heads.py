@@ -50,7 +50,9 @@ TRAINED_LENGTH = 256
 LENGTHS = tuple(2**k for k in range(6, 21))
 EXAMPLES = 4096
 # Updates of every row, on batches of 32.
-STEPS = 32_000
+STEPS = 24_000
+# Tokens between two looks at the scores so far: what was judged is kept, and a later call goes on from there.
+_JUDGED_AT_A_TIME = 1 << 29
 # Attention costs the square of the length, and the paper's Transformers ended here too, for want of memory.
 _LONGEST_ATTENTION, _ATTENTION_EXAMPLES = 2**14, 512
 
@@ -106,7 +108,7 @@ def induction_run(row: str = "mamba", seed: int = 0) -> SyntheticRun:
     quiet = 1e-2 if row == "mamba" else 0.0
     return SyntheticRun(
         row, known.model, stages, seed, lr=known.lr, warmup=1000, decay=1 / 8, clip=1.0, beta2=0.95,
-        quiet=quiet, quiet_after=20_000,
+        quiet=quiet, quiet_after=8_000,
     )  # fmt: skip
 
 
@@ -120,6 +122,7 @@ def evaluate(
     *,
     lengths: Sequence[int] = LENGTHS,
     examples: Callable[[int], int] = lambda length: EXAMPLES,
+    first: int = 0,
     bounded: bool = True,
     at_once: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
@@ -130,6 +133,7 @@ def evaluate(
         model: trained on the task.
         lengths: which.
         examples: how many of a length.
+        first: number of the first of them.
         bounded: its state has a fixed size, so that memory needn't grow with the length. False: whole sequences.
         at_once: tokens in memory. Default: 2^19 on a GPU, 2^15 elsewhere.
         progress: called with (length, done, total).
@@ -149,6 +153,7 @@ def evaluate(
             InductionHeads(length),
             examples(length),
             seed=seed_of_tests(length),
+            first=first,
             at_once=at_once,
             progress=told,
         )
@@ -175,7 +180,7 @@ def induction_heads(
         seeds: each row is trained with each.
         device: where.
         seconds: leave off training after so many. Default: when it is done.
-        examples: how many of each length are judged.
+        examples: how many of each length are judged; those that an earlier call judged count.
         longest: judge no longer ones.
         say: called with lines of progress.
 
@@ -195,15 +200,22 @@ def induction_heads(
         SymbolTokenizer(InductionHeads().symbols).save(folder)
         scores = read_scores(folder)
         for length in LENGTHS:
-            if length in scores or length > longest or (not row.bounded and length > _LONGEST_ATTENTION):
+            if length > longest or (not row.bounded and length > _LONGEST_ATTENTION):
                 continue
-            count = examples(length) if row.bounded else min(examples(length), _ATTENTION_EXAMPLES)
-            score, took = evaluate(
-                trained.model, lengths=[length], examples=lambda _, count=count: count, bounded=row.bounded
-            )[length]
-            scores[length] = score_row(score, took)
-            write_scores(folder, scores)
-            say(f"{trained.run.name}  length {length:,}  {percent(score.accuracy)} % of {score.asked:,}  {took:.1f} s")
+            wanted = examples(length) if row.bounded else min(examples(length), _ATTENTION_EXAMPLES)
+            while (done := int(scores[length]["examples"]) if length in scores else 0) < wanted:
+                part = min(wanted - done, max(1, _JUDGED_AT_A_TIME // length))
+                score, took = evaluate(
+                    trained.model, lengths=[length], examples=lambda _, part=part: part, first=done,
+                    bounded=row.bounded,
+                )[length]  # fmt: skip
+                scores[length] = score_row(score, took, scores.get(length))
+                write_scores(folder, scores)
+                correct, asked = (int(scores[length][name]) for name in ("correct", "asked"))
+                say(
+                    f"{trained.run.name}  length {length:,}  {percent(correct / asked)} % of {asked:,}  "
+                    f"{length * part / took / 1e6:.1f} M tokens/s"
+                )
     return report(out, machine=machine_facts(device))
 
 

@@ -45,9 +45,9 @@ __all__ = ["ABLATION", "PAPER", "ROWS", "report", "selective_copying", "selectiv
 
 LENGTH = 4096
 EXAMPLES = 4096
-# Updates of every row, and (length, updates) of those before the last length.
-STEPS = 35_000
+# (length, updates) of the curriculum, and the updates at the length that it leads to.
 _CURRICULUM = ((64, 12_000), (128, 3_000), (256, 3_000), (512, 3_000), (1024, 3_000), (2048, 3_000))
+_LAST_UPDATES = 8_000
 # Token accuracy in per cent; table 1's rows that have one here.
 PAPER: dict[str, float] = {
     "ungated-s4": 18.3,
@@ -99,21 +99,37 @@ ABLATION: dict[str, Row] = {
 }
 
 
-def selective_copying_run(row: str = "mamba-s6", seed: int = 0) -> SyntheticRun:
+def selective_copying_run(
+    row: str = "mamba-s6", seed: int = 0, *, length: int = LENGTH, share: float = 1.0
+) -> SyntheticRun:
     """How a row of the tables is trained: short sequences first, since most of what is to be learnt is in them.
 
+    Args:
+        row: of `ROWS` or `ABLATION`.
+        seed: of weights and examples.
+        length: where the curriculum ends, and what is judged: a power of 2 from 128. All rows have the updates that it
+            takes to come there, those that end earlier too.
+        share: of these updates, in (0, 1].
+
     Raises:
-        ConfigError: there is no such row.
+        ConfigError: there is no such row; a length or share out of range.
     """
     known = {**ROWS, **ABLATION}
     if row not in known:
         raise ConfigError(f"selective copying: row must be one of {', '.join(known)}, got {row!r}")
-    longest, left = known[row].length, STEPS
+    lengths = [at for at, _ in _CURRICULUM[1:]] + [LENGTH]
+    if length not in lengths:
+        raise ConfigError(f"selective copying: length must be one of {', '.join(map(str, lengths))}, got {length}")
+    if not 0 < share <= 1:
+        raise ConfigError(f"selective copying: the share of updates must be in (0, 1], got {share}")
+    longest = min(known[row].length, length)
+    plan = [(at, max(1, round(share * updates))) for at, updates in (*_CURRICULUM, (LENGTH, _LAST_UPDATES))]
+    left = sum(updates for at, updates in plan[:-1] if at < length) + plan[-1][1]
     stages = []
-    for length, steps in _CURRICULUM:
-        if length < longest:
-            stages.append(Stage(SelectiveCopying(length), 64, steps))
-            left -= steps
+    for at, updates in plan:
+        if at < longest:
+            stages.append(Stage(SelectiveCopying(at), 64, updates))
+            left -= updates
     stages.append(Stage(SelectiveCopying(longest), 64, left))
     return SyntheticRun(
         row, known[row].model, tuple(stages), seed, lr=2e-3, warmup=500, decay=0.25, clip=1.0, beta2=0.95, bf16=True
@@ -128,6 +144,8 @@ def selective_copying(
     device: torch.device | str = "cpu",
     seconds: float | None = None,
     examples: int = EXAMPLES,
+    length: int = LENGTH,
+    share: float = 1.0,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Trains and judges rows of the tables, and goes on where an earlier call stopped.
@@ -139,31 +157,32 @@ def selective_copying(
         device: where.
         seconds: leave off training after so many. Default: when it is done.
         examples: how many are judged.
+        length, share: as in `selective_copying_run`.
         say: called with lines of progress.
 
     Returns:
         What results.json holds; see `report`.
 
     Raises:
-        ConfigError: an unknown row.
+        ConfigError: an unknown row; a length or share out of range.
         CheckpointError: the folder holds a run of the same name with other settings.
     """
     out = make_folder(out)
-    runs = [selective_copying_run(row, seed) for row in rows for seed in seeds]
+    runs = [selective_copying_run(row, seed, length=length, share=share) for row in rows for seed in seeds]
     for trained in train_runs(runs, out, device=device, seconds=seconds, say=say):
         if not trained.finished:
             continue
         folder, task = out / trained.run.name, trained.run.stages[-1].task
         SymbolTokenizer(task.symbols).save(folder)
         scores = read_scores(folder)
-        length = task.total_length - task.asked
-        if length in scores:
+        judged = task.total_length - task.asked
+        if judged in scores:
             continue
         begun = time.perf_counter()
-        score = judge(trained.model, task, examples, seed=seed_of_tests(length))
-        scores[length] = score_row(score, time.perf_counter() - begun)
+        score = judge(trained.model, task, examples, seed=seed_of_tests(judged))
+        scores[judged] = score_row(score, time.perf_counter() - begun)
         write_scores(folder, scores)
-        say(f"{trained.run.name}  length {length:,}  {percent(score.accuracy)} % of {score.asked:,} tokens")
+        say(f"{trained.run.name}  length {judged:,}  {percent(score.accuracy)} % of {score.asked:,} tokens")
     return report(out, machine=machine_facts(device))
 
 
@@ -182,7 +201,7 @@ def report(out: str | os.PathLike[str], *, machine: Mapping[str, Any] | None = N
     results = {
         "recipe": "selective-copying",
         "machine": dict(machine or {}),
-        "length": LENGTH,
+        "length": _longest(runs),
         "paper": PAPER,
         "runs": [{**run, "scores": {str(k): v for k, v in run["scores"].items()}} for run in runs],
     }
@@ -194,6 +213,11 @@ def report(out: str | os.PathLike[str], *, machine: Mapping[str, Any] | None = N
     return results
 
 
+def _longest(runs: Sequence[Mapping[str, Any]]) -> int:
+    """The length that the rows were trained for, but for those that are run at a shorter one."""
+    return max((length for run in runs for length in run["scores"]), default=LENGTH)
+
+
 def _accuracies(runs: Sequence[Mapping[str, Any]], row: str, length: int) -> list[float]:
     scores = [run["scores"][length] for run in runs if run["row"] == row and length in run["scores"]]
     return [score["correct"] / score["asked"] for score in scores]
@@ -201,11 +225,13 @@ def _accuracies(runs: Sequence[Mapping[str, Any]], row: str, length: int) -> lis
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """The tables as Markdown, each row beside the paper's."""
+    longest = _longest(runs)
     lines = [
         "# Selective copying",
         "",
-        f"Token accuracy in per cent, 16 tokens among {LENGTH:,}; chance is 7.14. The interval is Wilson's, 95 %, over "
-        "the tokens of all seeds' examples; what training's randomness adds to it shows in the seeds' own numbers.",
+        f"Token accuracy in per cent, 16 tokens among {longest:,}; chance is 7.14. The paper's are at {LENGTH:,}. The "
+        "interval is Wilson's, 95 %, over the tokens of all seeds' examples; what training's randomness adds to it "
+        "shows in the seeds' own numbers.",
         "",
     ]
     for rows, heading in ((ROWS, "model"), (ABLATION, "Mamba, S6")):
@@ -213,12 +239,13 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         for row, known in rows.items():
             mine = [run for run in runs if run["row"] == row]
             paper = f"{PAPER[row]:g}" if row in PAPER else ""
-            title = known.title if known.length == LENGTH else f"{known.title} (at length {known.length:,})"
-            score = pooled(mine, known.length)
+            length = min(known.length, longest)
+            title = known.title if length == longest else f"{known.title} (at length {length:,})"
+            score = pooled(mine, length)
             if score is None:
                 lines.append(f"| {title} | {paper} | not run | | | | |")
                 continue
-            each = ", ".join(percent(one) for one in _accuracies(runs, row, known.length))
+            each = ", ".join(percent(one) for one in _accuracies(runs, row, length))
             between = " to ".join(interval(*score))
             lines.append(
                 f"| {title} | {paper} | **{percent(score[0] / score[1])}** | {between} | {each} | "
@@ -241,17 +268,19 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    rows = [(row, known) for row, known in {**ROWS, **ABLATION}.items() if _accuracies(runs, row, known.length)]
+    longest = _longest(runs)
+    rows = [(row, known.title, min(known.length, longest)) for row, known in {**ROWS, **ABLATION}.items()]
+    rows = [row for row in rows if _accuracies(runs, row[0], row[2])]
     made, axes = figure(7.5, 0.8 + 0.3 * len(rows))
-    for place, (row, known) in enumerate(rows):
-        for accuracy in _accuracies(runs, row, known.length):
+    for place, (row, _, length) in enumerate(rows):
+        for accuracy in _accuracies(runs, row, length):
             axes.plot(100 * accuracy, place, "o", color="#1f5fa8", markersize=6, alpha=0.7)
         if row in PAPER:
             axes.plot(PAPER[row], place, "d", color="#c8553d", markersize=8, markerfacecolor="none")
-    axes.plot([], [], "o", color="#1f5fa8", alpha=0.7, label="here, one a seed")
-    axes.plot([], [], "d", color="#c8553d", markerfacecolor="none", label="paper")
+    axes.plot([], [], "o", color="#1f5fa8", alpha=0.7, label=f"here, at {longest:,}, one a seed")
+    axes.plot([], [], "d", color="#c8553d", markerfacecolor="none", label=f"paper, at {LENGTH:,}")
     axes.axvline(100 / 14, color="#b0b6bf", linewidth=0.8)
-    titles = [f"{k.title} (at {k.length:,})" if k.length != LENGTH else k.title for _, k in rows]
+    titles = [f"{title} (at {length:,})" if length != longest else title for _, title, length in rows]
     axes.set_yticks(range(len(rows)), titles)
     axes.invert_yaxis()
     axes.set(xlabel="token accuracy, %; the line is chance", xlim=(0, 102))

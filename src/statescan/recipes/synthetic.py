@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statescan import __version__
-from statescan.data.synthetic import InductionHeads, SyntheticBatch, SyntheticTask
+from statescan.data.synthetic import InductionHeads, SyntheticBatch, SyntheticTask, example_keys
 from statescan.errors import CheckpointError, ConfigError, MissingExtraError
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM
@@ -47,6 +47,8 @@ _UNROLLED = 20
 _ROWS = 400
 # Tokens of a row in a piece, where there are rows enough for that.
 _PIECE = 512
+# Pieces of a row from which a CUDA graph of one pays for its making.
+_WORTH_A_GRAPH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,16 +453,18 @@ def judge(
     examples: int,
     *,
     seed: int,
+    first: int = 0,
     at_once: int = 1 << 19,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """How many answers a model gives right, on examples 0 to examples - 1 of a seed, whole sequences at a time.
+    """How many answers a model gives right, on consecutive examples of a seed, whole sequences at a time.
 
     Args:
         model: gives one answer a judged position: the likeliest of all tokens.
         task: of any length.
         examples: how many.
         seed: none that the model was trained on.
+        first: number of the first example.
         at_once: tokens of a batch, at least one example.
         progress: called with (examples done, examples).
 
@@ -470,14 +474,81 @@ def judge(
     device = model.lm_head.weight.device
     rows = max(1, min(examples, at_once // task.total_length))
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for first in range(0, examples, rows):
-        batch = task.batch(seed, first, min(rows, examples - first), device)
+    for start in range(0, examples, rows):
+        batch = task.batch(seed, first + start, min(rows, examples - start), device)
         logits = model(batch.inputs, logits_to_keep=task.asked).logits
         assert logits is not None
         correct += (logits.argmax(-1) == batch.answers).sum()
         if progress is not None:
-            progress(min(first + rows, examples), examples)
+            progress(min(start + rows, examples), examples)
     return Score(int(correct), examples * task.asked, examples)
+
+
+class _Reader:
+    """Reads rows of a task piece after piece, the state carried from each to the next.
+
+    On a GPU a piece, the making of its tokens included, is one CUDA graph: pieces small enough for the GPU's cache have
+    so little work a kernel that the host could not start them fast enough.
+    """
+
+    def __init__(self, model: CausalLM, task: InductionHeads, rows: int, piece: int) -> None:
+        device = model.lm_head.weight.device
+        self._model, self._task, self._piece = model, task, piece
+        self._keys = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._start = torch.zeros((), dtype=torch.int64, device=device)
+        self._state: Any = model.init_state(rows)
+        self._logits = torch.empty(0, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captures = device.type == "cuda" and task.length // piece >= _WORTH_A_GRAPH
+
+    def read(self, keys: Tensor, told: Callable[[int], object]) -> Tensor:
+        """Whole examples, from the state before the first token: (rows, 1, vocabulary), logits at their last position.
+
+        Args:
+            keys: (rows,), of the examples.
+            told: called with the tokens of each piece.
+        """
+        self._keys.copy_(keys)
+        self._start.zero_()
+        for tensor in _tensors(self._state):
+            tensor.zero_()
+        for start in range(0, self._task.length, self._piece):
+            count = min(self._piece, self._task.length - start)
+            if self._graph is not None and count == self._piece:
+                self._graph.replay()
+            else:
+                self._advance(count)
+                # What a first piece makes once (a kernel that is compiled) can't be made while capturing.
+                if self._captures and self._graph is None:
+                    self._capture()
+            told(count * len(keys))
+        return self._logits
+
+    def _advance(self, count: int) -> None:
+        inputs = self._task.piece(self._keys, self._start, count)
+        self._start.add_(count)
+        output = self._model(inputs, state=self._state, logits_to_keep=1)
+        for held, new in zip(_tensors(self._state), _tensors(output.state), strict=True):
+            held.copy_(new)
+        assert output.logits is not None
+        if self._logits.shape != output.logits.shape:
+            self._logits = torch.empty_like(output.logits)
+        self._logits.copy_(output.logits)
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance(self._piece)
+        self._graph = graph
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of a model's state, layer by layer."""
+    if isinstance(state, Tensor):
+        yield state
+    else:
+        for part in state:
+            yield from _tensors(part)
 
 
 @torch.no_grad()
@@ -487,7 +558,8 @@ def judge_pieces(
     examples: int,
     *,
     seed: int,
-    at_once: int = 1 << 19,
+    first: int = 0,
+    at_once: int = 1 << 17,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """As `judge`, with memory that doesn't grow with the length: piece after piece, the state carried from each to the
@@ -495,7 +567,7 @@ def judge_pieces(
 
     Args:
         model: one whose state has a fixed size.
-        task, examples, seed, progress: as in `judge`; progress counts tokens.
+        task, examples, seed, first, progress: as in `judge`; progress counts tokens.
         at_once: tokens of a piece of all rows.
 
     Returns:
@@ -504,22 +576,23 @@ def judge_pieces(
     device = model.lm_head.weight.device
     # Rows first: many short pieces of many rows keep all of a GPU busy, and one row is cut into long ones.
     rows = max(1, min(examples, at_once // min(task.length, _PIECE)))
-    piece = max(1, at_once // rows)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     done = 0
-    for first in range(0, examples, rows):
-        count = min(rows, examples - first)
-        pieces, answers = task.pieces(seed, first, count, piece, device)
-        state = model.init_state(count)
-        logits = None
-        for inputs in pieces:
-            output = model(inputs, state=state, logits_to_keep=1)
-            state, logits = output.state, output.logits
-            done += inputs.numel()
-            if progress is not None:
-                progress(done, examples * task.length)
-        assert logits is not None
-        correct += (logits.argmax(-1) == answers).sum()
+
+    def told(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if progress is not None:
+            progress(done, examples * task.length)
+
+    reader: _Reader | None = None
+    for start in range(0, examples, rows):
+        count = min(rows, examples - start)
+        if reader is None or count != rows:
+            reader = _Reader(model, task, count, max(1, at_once // rows))
+        keys = example_keys(seed, first + start, count, device)
+        logits = reader.read(keys, told)
+        correct += (logits.argmax(-1) == task.answers(keys)).sum()
     return Score(int(correct), examples, examples)
 
 
@@ -541,9 +614,10 @@ def write_scores(folder: Path, scores: Mapping[int, Mapping[str, float]]) -> Non
     _write(folder / _SCORES, json.dumps({str(length): scores[length] for length in sorted(scores)}, indent=2) + "\n")
 
 
-def score_row(score: Score, seconds: float) -> dict[str, float]:
-    """A score as it stands in a file."""
-    return {**score._asdict(), "seconds": round(seconds, 3)}
+def score_row(score: Score, seconds: float, before: Mapping[str, float] | None = None) -> dict[str, float]:
+    """A score as it stands in a file, together with that of the examples before these."""
+    row = {**score._asdict(), "seconds": seconds}
+    return {name: round(value + (before[name] if before else 0), 3) for name, value in row.items()}
 
 
 def machine_facts(device: torch.device | str) -> dict[str, Any]:
