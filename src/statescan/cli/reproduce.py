@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from statescan.cli.reproduce_language import language_scaling
+from statescan.cli.reproduce_language import context_growth, language_scaling
 from statescan.cli.reproducing import chosen_rows, default_device, going_on, print_results
 from statescan.cli.terminal import command, emit_json, note, progress, result_console
 from statescan.cli.zero_shot import zero_shot
@@ -200,6 +200,9 @@ reproduce.command("builtin-model", epilog="Example: statescan reproduce builtin-
 )
 reproduce.command("zero-shot", epilog="Example: statescan reproduce zero-shot --models a,b --data-dir questions")(
     zero_shot
+)
+reproduce.command("context-growth", epilog="Example: statescan reproduce context-growth --data texts --row mamba-2k")(
+    context_growth
 )
 reproduce.command(
     "language-scaling", epilog="Example: statescan reproduce language-scaling --data texts --row mamba-1m"

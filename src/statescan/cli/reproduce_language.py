@@ -14,7 +14,7 @@ from statescan.cli.terminal import command, emit_json, note
 if TYPE_CHECKING:
     from statescan.train import RunConfig
 
-__all__ = ["language_scaling"]
+__all__ = ["context_growth", "language_scaling"]
 
 Data = Annotated[
     Path, typer.Option("--data", help="Folder of novels_train, novels_valid and novels_test (.tar.xz, .txt, ...).")
@@ -23,7 +23,6 @@ Rows = Annotated[
     list[str] | None,
     typer.Option("--row", show_default="all", help="Row of the table; several times for several, or 'all'."),
 ]
-Passes = Annotated[float, typer.Option("--passes", min=0, help="Through the training books.")]
 Device = Annotated[str | None, typer.Option("--device", show_default="cuda where there is one", help="cpu or cuda.")]
 Overrides = Annotated[
     list[str] | None,
@@ -83,6 +82,39 @@ def language_scaling(
             results = recipe.report(out)
         else:
             results = recipe.language_scaling(rows, data, out, passes=passes or recipe.PASSES, seed=seed, **shared)
+    print_results(out, results, as_json)
+
+
+@command
+def context_growth(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Folder of runs, table and figure; resumable.")] = Path(
+        "reproduce/context-growth"
+    ),
+    scaling: Annotated[
+        Path, typer.Option("--scaling", help="Folder of language-scaling, whose rows some of these are.")
+    ] = Path("reproduce/language-scaling"),
+    row: Rows = None,
+    size: Annotated[str, typer.Option("--size", help="Of the scaling table's sizes.")] = "4m",
+    passes: Annotated[float, typer.Option("--passes", min=0, help="Through the training books.")] = 2.0,
+    longest: Annotated[int, typer.Option("--longest", min=2048, help="Positions judged, a power of two.")] = 1 << 20,
+    device: Device = None,
+    only_report: ReportOnly = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Bits per byte over a position up to a million: Mamba of three lengths, two remedies, beside Transformers."""
+    from statescan.recipes import context_growth as recipe
+
+    rows = chosen_rows(row, recipe.ROWS)
+    with going_on():
+        if only_report:
+            results = recipe.report(out)
+        else:
+            results = recipe.context_growth(
+                rows, data, out, scaling=scaling, size=size, passes=passes, longest=longest,
+                device=device_kind(device), change=changed_by(overrides), say=note,
+            )  # fmt: skip
     print_results(out, results, as_json)
 
 

@@ -1,0 +1,349 @@
+"""What more context is worth: bits per byte over the position in a novel, to a million bytes and far beyond training.
+
+A state space model trained on windows of 2,048 bytes meets, after a hundred thousand, states that no window ever came
+to. ``statescan reproduce context-growth`` trains a Mamba on windows of 2,048, 8,192 and 65,536 bytes, and on windows of
+2,048 with two remedies (the state carried along the text, and noise in its place), and judges all of them, beside
+Transformers, at every position of the two unseen novels that are long enough.
+
+Text is not equally hard everywhere, by far more than context is worth. So each byte read after a long context is set
+beside the same byte read by the same model in a window of 2,048, and a bin of positions tells the mean of these
+differences on top of the mean over all windows: no bin has the easier text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from statescan.data import ByteTokenizer
+from statescan.errors import ConfigError, DataError, MissingExtraError
+from statescan.evaluate import row_bits
+from statescan.files import atomic_file, make_folder
+from statescan.models import CausalLM
+from statescan.recipes.language_scaling import PASSES, SIZES, books_of, scaling_run, train_row
+from statescan.recipes.novels import NOVELS, read_corpus
+from statescan.recipes.synthetic import figure, save_figure
+from statescan.train import RunConfig
+
+__all__ = ["ROWS", "GrowthRow", "PositionBin", "context_growth", "growth_run", "judge_positions"]
+
+# Positions to which each kind is judged: a state stays as large as it is, keys and values don't.
+LONGEST, LONGEST_ATTENTION = 1 << 20, 1 << 15
+# Bytes between the places from which a novel is read, a multiple of the window.
+STRIDE, WINDOW = 1 << 16, 2048
+SIZE = "4m"
+# Logits held at once.
+_LOGITS = 1 << 26
+_CURVE = "positions.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GrowthRow:
+    """How a row is trained.
+
+    Args:
+        label: its name in table and figure.
+        family: "mamba", "transformer++" or "pythia", of `language_scaling`.
+        train: fields of `TrainConfig` that differ from the scaling table's row; none: it is that row.
+    """
+
+    label: str
+    family: str = "mamba"
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# As many bytes an update in all, but for windows of 65,536, which are twice an update's.
+ROWS: dict[str, GrowthRow] = {
+    "mamba-2k": GrowthRow("Mamba, 2k"),
+    "mamba-2k-carry": GrowthRow("Mamba, 2k, state carried", train={"initial_state": "carry"}),
+    "mamba-8k": GrowthRow("Mamba, 8k", train={"length": 8192, "batch_size": 4}),
+    "mamba-2k-noise": GrowthRow("Mamba, 2k, noise", train={"initial_state": "noise", "from_zero": 0.5}),
+    "mamba-64k": GrowthRow("Mamba, 64k", train={"length": 65536, "batch_size": 1}),
+    "transformer++-2k": GrowthRow("Transformer++, 2k", "transformer++"),
+    "pythia-2k": GrowthRow("Transformer (Pythia), 2k", "pythia"),
+    "transformer++-8k": GrowthRow("Transformer++, 8k", "transformer++", {"length": 8192, "batch_size": 4}),
+}
+
+
+def growth_run(
+    row: str, data: str | os.PathLike[str], *, size: str = SIZE, passes: float = PASSES, device: str = "cpu"
+) -> RunConfig:
+    """The whole run of a row: `scaling_run`'s of its family and size, with the row's own fields.
+
+    Args:
+        row: one of `ROWS`.
+        data: folder of the novels.
+        size: of `language_scaling.SIZES`.
+        passes, device: as for `scaling_run`.
+
+    Raises:
+        ConfigError: an unknown row or size.
+    """
+    if row not in ROWS or size not in SIZES:
+        raise ConfigError(
+            f"context-growth: the row must be one of {', '.join(ROWS)}, and the size of {', '.join(SIZES)}; "
+            f"got {row!r} and {size!r}"
+        )
+    entry = ROWS[row]
+    run = scaling_run(f"{entry.family}-{size}", data, passes=passes, device=device)
+    if not entry.train:
+        return run
+    plain = run.train
+    length, rows = entry.train.get("length", plain.length), entry.train.get("batch_size", plain.batch_size)
+    steps = max(1, round(plain.steps * plain.batch_size * plain.length / (rows * length)))
+    changed = dataclasses.replace(
+        plain,
+        steps=steps,
+        warmup=round(plain.warmup * steps / plain.steps),
+        log_every=max(1, steps // 64),
+        **entry.train,
+    )
+    return dataclasses.replace(run, train=changed)
+
+
+class PositionBin(NamedTuple):
+    """The predictions made after `first` to `last` bytes of context.
+
+    bits_per_byte: their mean as told above; standard_error: of that mean's difference from the mean over all windows,
+    None of a single place; places: from how many the text was read.
+    """
+
+    first: int
+    last: int
+    bits_per_byte: float
+    standard_error: float | None
+    places: int
+
+
+def judge_positions(
+    model: CausalLM,
+    books: Sequence[NDArray[Any]],
+    *,
+    longest: int = LONGEST,
+    span: int = LONGEST,
+    stride: int = STRIDE,
+    window: int = WINDOW,
+) -> list[PositionBin]:
+    """Bits per byte over the position, by octaves.
+
+    Every book of more than `span` bytes is read from every `stride`-th byte on that leaves `span` bytes, `longest`
+    bytes far, the state carried; and all of these spans in windows. Octaves within a window are the windows' own
+    means; beyond, the mean over all windows plus the mean difference of each byte's bits from those that it costs in its
+    window. Where readings overlap their errors are not independent: the standard error over the readings is widened by
+    the root of how often a byte was counted.
+
+    Args:
+        model: of bytes, in evaluation mode. One whose state grows reads each place in one piece.
+        books: ids of each.
+        longest: positions, a power of two, at least two windows.
+        span: bytes that each place has behind it; the same for all models that are to be compared.
+        stride: between places, a multiple of `window`.
+        window: a power of two.
+
+    Returns:
+        The octaves from 1 on.
+
+    Raises:
+        ConfigError: lengths that don't divide.
+        DataError: no book is long enough.
+    """
+    powers = all(length & (length - 1) == 0 for length in (longest, window))
+    if not powers or not window < longest <= span or stride % window or span % window:
+        raise ConfigError(
+            "judge_positions: longest and window must be powers of two, stride and span multiples of window, and "
+            f"window < longest <= span; got longest={longest}, window={window}, stride={stride}, span={span}"
+        )
+    device, vocabulary = model.lm_head.weight.device, model.config.padded_vocab_size
+    carried = getattr(model.config, "family", None) != "transformer"
+    piece = max(window, longest // 64) if carried else longest
+    octaves = [1 << power for power in range(longest.bit_length() - 1)]
+    bounds = np.array([octave - 1 for octave in octaves if octave >= window])
+    inside: list[NDArray[np.float64]] = []
+    gains: list[NDArray[np.float64]] = []
+    for book in books:
+        places = range(0, len(book) - span, stride)
+        if not places:
+            continue
+        starts = range(0, places[-1] + span, window)
+        alone = [
+            bits.ravel()
+            for some in _batches(starts, max(1, _LOGITS // (window * vocabulary)))
+            for _, bits in row_bits(model, book, some, window, window, device)
+        ]
+        plain = np.concatenate(alone)
+        inside += [plain[start : start + span].reshape(-1, window) for start in places]
+        for some in _batches(places, max(1, _LOGITS // (piece * vocabulary))):
+            pieces = [bits for _, bits in row_bits(model, book, some, longest, piece, device)]
+            more = np.concatenate(pieces, axis=1) - np.stack([plain[start : start + longest] for start in some])
+            # The last position belongs to an octave that is not read.
+            gains.append(np.add.reduceat(more[:, :-1], bounds, axis=1) / (bounds + 1))
+    if not inside:
+        raise DataError(
+            f"context-growth: wanted a book of more than {span} bytes, got {max(map(len, books), default=0)} at most; "
+            "take a longer text or fewer positions"
+        )
+    windows, beyond = np.concatenate(inside), np.concatenate(gains)
+    level, repeated = float(windows.mean()), max(1.0, span / stride)
+    bins = [
+        _bin(first, windows[:, first - 1 : 2 * first - 1].mean(1), 0.0, repeated) for first in octaves if first < window
+    ]
+    for number, first in enumerate(octave for octave in octaves if octave >= window):
+        bins.append(_bin(first, beyond[:, number], level, max(1.0, first / stride)))
+    return bins
+
+
+def _batches(starts: Sequence[int], rows: int) -> list[list[int]]:
+    return [list(starts[first : first + rows]) for first in range(0, len(starts), rows)]
+
+
+def _bin(first: int, values: NDArray[np.float64], level: float, counted: float) -> PositionBin:
+    """The octave from `first` on, of values of which neighbours hold each byte `counted` times."""
+    places = len(values)
+    error = float(values.std(ddof=1)) / math.sqrt(places) * math.sqrt(min(counted, places)) if places > 1 else None
+    return PositionBin(first, 2 * first - 1, level + float(values.mean()), error, places)
+
+
+def context_growth(
+    rows: Iterable[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    scaling: str | os.PathLike[str],
+    size: str = SIZE,
+    passes: float = PASSES,
+    longest: int = LONGEST,
+    device: str = "cpu",
+    change: Callable[[RunConfig], RunConfig] = lambda run: run,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Trains rows, or goes on with them, judges them at every position and writes table and figure of all there are.
+
+    Args:
+        rows: of `ROWS`; none to write the report alone.
+        data: folder of the novels.
+        out: folder of the rows' folders, ``results.json``, ``results.md`` and ``figure.svg``.
+        scaling: folder of the scaling table, whose rows some of these are; trained there where they aren't yet.
+        size, passes, device: as for `growth_run`.
+        longest: positions judged, a power of two; of Transformers 32,768 at most.
+        change: what is made of each run before it starts, for runs of another size.
+        say: called with lines of progress.
+
+    Returns:
+        {"rows", "not_run"}.
+    """
+    out = make_folder(Path(out))
+    for row in rows:
+        run = change(growth_run(row, data, size=size, passes=passes, device=device))
+        entry = ROWS[row]
+        kept = make_folder(out / row)
+        model = train_row(run, kept / "run" if entry.train else Path(scaling) / f"{entry.family}-{size}", say=say)
+        if (kept / _CURVE).exists():
+            continue
+        far = longest if entry.family == "mamba" else min(longest, LONGEST_ATTENTION)
+        books = books_of(read_corpus(data, NOVELS[2]), ByteTokenizer())
+        bins = judge_positions(model, books, longest=far, span=longest)
+        facts = {"row": row, "config": run.to_dict(), "bins": [one._asdict() for one in bins]}
+        _write(kept / _CURVE, json.dumps(facts, indent=1) + "\n")
+        say(f"{row}: judged to position {far:,}")
+    return report(out)
+
+
+def report(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes ``results.json``, ``results.md`` and, with matplotlib, ``figure.svg`` from the rows in a folder."""
+    out = Path(out)
+    rows = {}
+    for row in ROWS:
+        if (out / row / _CURVE).exists():
+            facts = json.loads((out / row / _CURVE).read_text(encoding="utf-8"))
+            rows[row] = facts | summary([PositionBin(**one) for one in facts["bins"]])
+    results = {"rows": rows, "not_run": [row for row in ROWS if row not in rows]}
+    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    _write(out / "results.md", _table(rows, results["not_run"]))
+    if rows:
+        with contextlib.suppress(MissingExtraError):  # the table says all that the picture does
+            _draw(rows, out / "figure.svg")
+    return results
+
+
+def summary(bins: Sequence[PositionBin]) -> dict[str, Any]:
+    """The least of a curve, how far it rises again, and what the octaves from 16k to 256k bring.
+
+    Returns:
+        {"least": first byte of the octave, "rise": highest later octave over the least, minus 1, "from_16k_to_256k":
+        the octave that ends at 256k minus the one that begins at 16k, None where the curve ends before}.
+    """
+    least = min(range(len(bins)), key=lambda number: bins[number].bits_per_byte)
+    later = max(one.bits_per_byte for one in bins[least:])
+    at = {one.first: one.bits_per_byte for one in bins}
+    ends = at.get(1 << 17), at.get(1 << 14)
+    return {
+        "least": bins[least].first,
+        "rise": later / bins[least].bits_per_byte - 1,
+        "from_16k_to_256k": None if ends[0] is None or ends[1] is None else ends[0] - ends[1],
+    }
+
+
+_SHOWN = (1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 17, 1 << 19)
+
+
+def _table(rows: Mapping[str, Any], missing: Sequence[str]) -> str:
+    def short(count: int) -> str:
+        return f"{count >> 20}M" if count >= 1 << 20 else f"{count >> 10}k" if count >= 1 << 10 else str(count)
+
+    heads = [f"{short(first)} to {short(2 * first)}" for first in _SHOWN]
+    lines = [
+        "| trained | " + " | ".join(heads) + " | 16k to 256k | rise above the least |",
+        "|---" + "|---:" * (len(heads) + 2) + "|",
+    ]
+    for row, facts in rows.items():
+        at = {one["first"]: one for one in facts["bins"]}
+        cells = [ROWS[row].label]
+        for first in _SHOWN:
+            one = at.get(first)
+            error = "" if one is None or one["standard_error"] is None else f" ± {one['standard_error']:.4f}"
+            cells.append("" if one is None else f"{one['bits_per_byte']:.4f}{error}")
+        gain = facts["from_16k_to_256k"]
+        cells += ["" if gain is None else f"{gain:+.4f}", f"{100 * facts['rise']:.2f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
+    if missing:
+        lines += ["", f"Not run: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#D55E00", "#E69F00", "#999999")
+
+
+def _draw(rows: Mapping[str, Any], path: Path) -> None:
+    """Bits per byte over the position, from 64 on, one line a row."""
+    made, axes = figure(8.0, 4.8)
+    lowest = math.inf
+    for (row, facts), colour in zip(rows.items(), _COLOURS, strict=False):
+        bins = [one for one in facts["bins"] if one["first"] >= 64]
+        x = [math.sqrt(one["first"] * one["last"]) for one in bins]
+        y = np.array([one["bits_per_byte"] for one in bins])
+        error = np.array([one["standard_error"] or 0.0 for one in bins])
+        axes.fill_between(x, y - error, y + error, color=colour, alpha=0.15, linewidth=0)
+        style = "-" if ROWS[row].family == "mamba" else "--"
+        axes.plot(x, y, style, marker="o", markersize=3, color=colour, linewidth=1.5, label=ROWS[row].label)
+        lowest = min(lowest, float(y.min()))
+    axes.set_xscale("log", base=2)
+    # What leaves the picture at the top has left its training length behind.
+    axes.set_ylim(lowest - 0.03, lowest + 0.6)
+    axes.set_xlabel("bytes of context before the predicted one (band: one standard error)")
+    axes.set_ylabel("bits per byte of unseen novels")
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(made, path)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,235 @@
+"""The scaling table: sizes are matched, rows resume, windows are judged one by one, the report says what is there."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from statescan.data import ByteTokenizer, load_tokenizer
+from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.evaluate import evaluate_tokens
+from statescan.models import CausalLM, MambaConfig, TransformerConfig
+from statescan.models.baseline_config import RecurrentConfig
+from statescan.recipes import language_scaling as recipe
+from statescan.recipes.novels import read_corpus
+from statescan.train import RunConfig
+
+REAL_ROWS = recipe.ROWS
+SMALL = {
+    "mamba-0.3m": MambaConfig(8, 1, 256, d_state=2),
+    "mamba-1m": MambaConfig(16, 1, 256, d_state=2),
+    "transformer++-0.3m": TransformerConfig(8, 1, 256, n_head=1, d_intermediate=16),
+    "lstm-1m": RecurrentConfig(8, 1, 256),
+}
+
+
+@pytest.fixture(scope="module")
+def novels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small parts of several books each."""
+    folder = tmp_path_factory.mktemp("novels")
+    for part, sizes in (("train", (900, 700)), ("valid", (150,)), ("test", (333, 170))):
+        (folder / f"novels_{part}").mkdir()
+        for number, size in enumerate(sizes):
+            text = " ".join(f"{part} {number} said the {i * i % 97}th of them;" for i in range(size))[:size]
+            (folder / f"novels_{part}" / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path_factory.getbasetemp() / "token-cache"))
+    monkeypatch.setattr(recipe, "ROWS", SMALL)
+    monkeypatch.setattr(recipe, "_LENGTH", 32)
+    monkeypatch.setattr(recipe, "_WINDOWS", 4)
+    monkeypatch.setattr(recipe, "_LSTM", recipe._LSTM | {"batch_size": 8, "length": 16})
+
+
+def _silent(_line: str) -> None:
+    pass
+
+
+def test_sizes_are_matched_and_the_counts_are_the_models_own() -> None:
+    rows = REAL_ROWS
+    for size, about in (("0.3m", 0.3e6), ("1m", 1e6), ("4m", 4e6), ("16m", 16e6)):
+        counts = {
+            row: recipe.parameters_outside(CausalLM(config, device="meta"))
+            for row, config in rows.items()
+            if row.endswith(f"-{size}") and not row.startswith(("lstm", "s4"))
+        }
+        assert len(counts) == 3
+        assert max(counts.values()) / min(counts.values()) < 1.005, counts
+        assert abs(counts[f"mamba-{size}"] / about - 1) < 0.1
+    for row in ("lstm-1m", "s4-1m"):
+        assert abs(recipe.parameters_outside(CausalLM(rows[row], device="meta")) / 1.067e6 - 1) < 0.1
+
+
+def test_a_row_says_all_and_follows_the_rule(novels: Path) -> None:
+    run = recipe.scaling_run("mamba-1m", novels, passes=3.0)
+    ids = len(read_corpus(novels, "novels_train"))
+    assert 1600 <= ids <= 1602
+    assert run.train.steps == round(3.0 * ids / (4 * 32))
+    assert run.train.warmup == round(0.05 * run.train.steps)
+    assert run.train.lr == pytest.approx(recipe.RATES["mamba"] * math.sqrt(96 / 16))
+    assert (run.train.precision, run.train.accelerator) == ("float32", "cpu")
+    assert recipe.scaling_run("mamba-1m", novels, device="cuda").train.precision == "bf16"
+    assert RunConfig.from_dict(run.to_dict()) == run
+    lstm = recipe.scaling_run("lstm-1m", novels)
+    assert (lstm.train.initial_state, lstm.train.batch_size) == ("carry", 8)
+    assert lstm.train.lr == recipe.RATES["lstm"]
+    assert recipe.scaling_run("mamba-1m", novels, lr=0.5, dropout=0.25).model.dropout == 0.25
+    with pytest.raises(ConfigError, match=r"the row must be one of mamba-0\.3m, .* got 'mamba-2m'"):
+        recipe.scaling_run("mamba-2m", novels)
+    with pytest.raises(ConfigError, match=r"at least one update of 160\d ids"):
+        recipe.scaling_run("mamba-1m", novels, passes=0.01)
+    with pytest.raises(DataError, match="wanted 'novels_train'"):
+        recipe.scaling_run("mamba-1m", novels / "novels_train")
+
+
+def test_rows_are_trained_judged_and_tabled_once(novels: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = ["mamba-0.3m", "transformer++-0.3m", "mamba-1m"]
+    results = recipe.language_scaling(rows, novels, tmp_path, passes=2.0, say=said.append)
+    assert list(results["rows"]) == ["mamba-0.3m", "mamba-1m", "transformer++-0.3m"]
+    assert results["not_run"] == ["lstm-1m"]
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    table = (tmp_path / "results.md").read_text()
+    for words in ("| Mamba 0.3M |", "Not run: lstm-1m.", "not measured"):
+        assert words in table
+    assert (tmp_path / "figure.svg").exists()
+    assert not (tmp_path / "mamba-0.3m" / "checkpoints").exists()
+    # what a row came to is what the trained model gives on the unseen books, window by window
+    row, file = results["rows"]["mamba-0.3m"], read_corpus(novels, "novels_test")
+    model = CausalLM.from_pretrained(tmp_path / "mamba-0.3m").eval()
+    books = recipe.books_of(file, ByteTokenizer())
+    assert [len(book) for book in books] == [333, 170]
+    told = [evaluate_tokens(model, book, bytes_per_token=1.0, context=32) for book in books]
+    assert row["bits_per_byte"] == pytest.approx(
+        sum(one.bits_per_byte * one.bytes for one in told) / sum(one.bytes for one in told), rel=1e-6
+    )
+    for mine, theirs in zip(row["books"], told, strict=True):
+        assert mine["bytes"] == theirs.bytes
+        assert mine["bits_per_byte"] == pytest.approx(theirs.bits_per_byte, rel=1e-6)
+        assert mine["standard_error"] == pytest.approx(theirs.standard_error, rel=1e-3)
+    beside = row["beside_transformer++"]
+    twin = results["rows"]["transformer++-0.3m"]
+    assert beside[0] == pytest.approx(row["bits_per_byte"] - twin["bits_per_byte"], abs=1e-6)
+    assert 0 < beside[1] < row["standard_error"] + twin["standard_error"]
+    law = results["power_laws"]["mamba"]
+    for name in ("mamba-0.3m", "mamba-1m"):  # a line through two points meets both
+        one = results["rows"][name]
+        fitted = law["scale"] * one["parameters_outside_embedding"] ** -law["exponent"]
+        assert fitted == pytest.approx(one["bits_per_byte"], rel=1e-9)
+    # the same command does nothing again; other settings are refused
+    said.clear()
+    before = (tmp_path / "mamba-1m" / "model.safetensors").stat().st_mtime_ns
+    assert recipe.language_scaling(rows, novels, tmp_path, passes=2.0, say=said.append) == results
+    assert said == []
+    assert (tmp_path / "mamba-1m" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(CheckpointError, match="holds a run with other settings"):
+        recipe.language_scaling(["mamba-1m"], novels, tmp_path, passes=1.0, say=_silent)
+
+
+def test_a_row_that_was_broken_off_goes_on(novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = recipe.scaling_run("mamba-0.3m", novels, passes=1.0)
+    whole = recipe.train_row(run, tmp_path / "whole", say=_silent)
+    real, stops = recipe.train, [True]
+
+    def broken(run: RunConfig, folder: Path, **rest: object):  # type: ignore[no-untyped-def]
+        rest["callbacks"] = [*rest["callbacks"], *([_Stop(5)] if stops else [])]  # type: ignore[misc]
+        return real(run, folder, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recipe, "train", broken)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train_row(run, tmp_path / "parts", say=_silent)
+    stops.clear()
+    parts = recipe.train_row(run, tmp_path / "parts", say=_silent)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, parts.state_dict()[name])
+
+
+class _Stop(recipe.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, row: dict[str, float]) -> None:
+        if row["step"] == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_every_rate_is_tried_and_the_best_one_with_dropout(
+    novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "GRID", (1e-4, 3e-2))
+    found = recipe.tune(["mamba-0.3m"], novels, tmp_path, passes=1.0, say=_silent)
+    assert [(one["row"], one["lr"], one["dropout"]) for one in found] == [
+        ("mamba-0.3m", 1e-4, 0.0),
+        ("mamba-0.3m", 3e-2, 0.0),
+        ("mamba-0.3m", 3e-2, 0.1),
+    ]
+    by_rate = [one["bits_per_byte"] for one in found]
+    assert by_rate[1] < by_rate[0], "three hundred times the rate learns more in a dozen updates"
+    assert json.loads((tmp_path / "tuning.json").read_text()) == found
+
+
+def test_speed_is_measured_in_a_moment_of_training(novels: Path, tmp_path: Path) -> None:
+    told = recipe.measure_speed("mamba-0.3m", novels, tmp_path, updates=50, say=_silent)
+    assert told["tokens_per_second"] > 0
+    assert told["bytes_per_second"] == pytest.approx(told["tokens_per_second"], rel=0.01)
+    assert json.loads((tmp_path / "speed" / "mamba-0.3m.json").read_text()) == told
+    assert [path.name for path in (tmp_path / "speed").iterdir()] == ["mamba-0.3m.json"]
+
+
+def test_ids_of_pairs_are_judged_by_their_bytes(novels: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    path = recipe.bpe_tokenizer(novels, tmp_path, vocab_size=300)
+    assert recipe.bpe_tokenizer(novels, tmp_path, vocab_size=400) == path, "it is read where it stands"
+    ids = load_tokenizer(path)
+    assert ids.vocab_size == 300
+    file = read_corpus(novels, "novels_test", tokenizer=ids)
+    run = recipe.scaling_run("mamba-0.3m", novels, tokenizer=str(path), passes=9.0)
+    assert (run.model.vocab_size, run.train.length) == (300, recipe._BPE_LENGTH)
+    judged = recipe.judge(CausalLM(run.model).eval(), file, ids, 16)
+    books = recipe.books_of(file, ids)
+    whole = [ids.decode_bytes(book) for book in books]
+    assert list(map(len, whole)) == [333, 170]
+    firsts = sum(len(ids.decode_bytes(book[:1])) for book in books)
+    assert judged.bytes.sum() == 333 + 170 - firsts
+    assert judged.book.tolist() == [n for n, book in enumerate(books) for _ in range(math.ceil((len(book) - 1) / 16))]
+
+
+def test_errors_of_ratios_and_pairs() -> None:
+    generator = np.random.default_rng(0)
+    sizes = np.full(400, 8)
+    hard = generator.normal(16, 4, 400)
+    one = recipe.Judged(hard + generator.normal(0, 0.1, 400), sizes, np.zeros(400, int))
+    other = recipe.Judged(hard, sizes, np.zeros(400, int))
+    mean, error = one.mean()
+    assert mean == pytest.approx(one.bits.sum() / 3200)
+    assert error == pytest.approx(one.bits.std(ddof=1) / 8 / 20, rel=1e-9)
+    difference, paired = recipe.paired_difference(one, other)
+    assert difference == pytest.approx((one.bits - other.bits).sum() / 3200)
+    assert paired < error / 20, "what both find hard is in neither's favour"
+    with pytest.raises(ConfigError, match="on the same windows"):
+        recipe.paired_difference(one, other._replace(bytes=sizes + 1))
+
+
+def test_a_power_law_is_found_again() -> None:
+    sizes = [2.7e5, 1.1e6, 4.4e6]
+    law = recipe.fit_power_law(sizes, [3.5 * size**-0.06 for size in sizes])
+    assert law == pytest.approx((3.5, 0.06))
+    assert law.at(1e6) == pytest.approx(3.5 * 1e6**-0.06)
+    with pytest.raises(ConfigError, match="at least two points, got 1 and 1"):
+        recipe.fit_power_law([1.0], [2.0])
+
+
+def test_the_report_needs_no_training(novels: Path, tmp_path: Path) -> None:
+    results = recipe.report(recipe.make_folder(tmp_path))
+    assert (results["rows"], results["not_run"]) == ({}, list(SMALL))
+    assert "Not run: mamba-0.3m" in (tmp_path / "results.md").read_text()
+    assert not (tmp_path / "figure.svg").exists()
