@@ -82,6 +82,31 @@ def test_listops_is_made_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_a_curriculum_goes_from_short_expressions_to_longer_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path / "cache"))
+    common = [*SMALL, "examples=16,2,2"]
+    short = classification("listops", "s4d", overrides=[*common, "lengths=5,20"])
+    data = task_data(short)
+    assert data.train.lengths is not None
+    assert data.train.lengths.min() > 5
+    assert data.train.lengths.max() < 20
+    run_classification(short, tmp_path / "short", progress=False)
+    # With a learning rate of next to nothing what the next run starts from is what it ends with.
+    still = ["train.lr=1e-30", "train.min_lr=0", f"start={tmp_path / 'short'}"]
+    longer = classification("listops", "s4d", overrides=[*common, "lengths=20,40", *still])
+    run_classification(longer, tmp_path / "longer", progress=False)
+    one, other = (SequenceClassifier.from_pretrained(tmp_path / name).state_dict() for name in ("short", "longer"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert load_classification(tmp_path / "longer") == longer
+    (row,) = classification_results([tmp_path / "longer"])
+    assert row["config"]["lengths"] == (20, 40)
+    wider = classification("listops", "s4d", overrides=[*common, "model.d_model=16", f"start={tmp_path / 'short'}"])
+    with pytest.raises(ConfigError, match="wanted a classifier with d_model = 16 to start from, got 8"):
+        run_classification(wider, tmp_path / "wider", progress=False)
+
+
 def test_pictures_must_be_named_where_none_are_installed(monkeypatch: pytest.MonkeyPatch, mnist: str) -> None:
     monkeypatch.setattr(sequence_classification, "find_images", lambda: None)
     with pytest.raises(DataError, match=r"--task smnist wanted pictures, got none; name MNIST's \.npz file"):

@@ -38,6 +38,8 @@ __all__ = [
 TASKS = ("smnist", "psmnist", "listops")
 # The permutation of psMNIST's pixels, the same for every model.
 _PERMUTATION_SEED = 0
+# The Long Range Arena's bounds of a ListOps expression.
+_ARENA = (500, 2000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Classification:
         examples: of ListOps, for training, validation and test, where they are made.
         data_seed: of ListOps's examples, and of the pictures held out for validation.
         shift: pixels by which a picture is moved at random in training.
+        lengths: of ListOps, where they are made: more tokens than the first, fewer than the second. Others than the
+            Arena's make a first step of a curriculum, whose model the next run starts from.
+        start: folder of a classifier whose weights it starts from; "" for none.
         model: the classifier.
         train: the schedule.
     """
@@ -61,6 +66,8 @@ class Classification:
     examples: tuple[int, int, int] = (96_000, 2_000, 2_000)
     data_seed: int = 0
     shift: int = 0
+    lengths: tuple[int, int] = _ARENA
+    start: str = ""
 
 
 # What each mixer has in place of the defaults: four blocks of width 128, of which an LSTM's and a GRU's, that run one
@@ -128,7 +135,10 @@ def task_data(run: Classification) -> Splits:
     if run.task == "listops":
         if run.data:
             return Splits(*read_listops(run.data))
-        return Splits(*listops_splits(run.data_seed, run.examples, cache=default_cache_folder()))
+        rules = (
+            {} if tuple(run.lengths) == _ARENA else dict(zip(("min_length", "max_length"), run.lengths, strict=True))
+        )
+        return Splits(*listops_splits(run.data_seed, run.examples, cache=default_cache_folder(), **rules))
     place = Path(run.data) if run.data else find_images()
     if place is None:
         raise DataError(
@@ -149,8 +159,11 @@ def run_classification(
 ) -> ClassifyResult:
     """Trains and judges; see `statescan.train.train_classifier` for what is left in `out`, and for the errors."""
     facts = {"task": run.task, "path": run.data, "examples": list(run.examples), "data_seed": run.data_seed}
-    facts |= {"shift": run.shift}
-    return train_classifier(run.model, run.train, task_data(run), out, resume=resume, progress=progress, facts=facts)
+    facts |= {"shift": run.shift, "lengths": list(run.lengths), "start": run.start}
+    return train_classifier(
+        run.model, run.train, task_data(run), out,
+        resume=resume, progress=progress, facts=facts, pretrained=run.start or None,
+    )  # fmt: skip
 
 
 def load_classification(out: str | os.PathLike[str]) -> Classification:
@@ -169,6 +182,8 @@ def load_classification(out: str | os.PathLike[str]) -> Classification:
             "examples": facts["examples"],
             "data_seed": facts["data_seed"],
             "shift": facts.get("shift", 0),
+            "lengths": facts.get("lengths", _ARENA),
+            "start": facts.get("start", ""),
             "model": config["model"],
             "train": config["train"],
         }
@@ -212,7 +227,10 @@ def classification_results(folders: Sequence[str | os.PathLike[str]]) -> list[di
                 "test_final": facts.get("test", {}).get("final"),
                 "test_best": facts.get("test", {}).get("best"),
                 "history": facts.get("history", []),
-                "config": {**facts["config"], "shift": run.shift, "data_seed": run.data_seed},
+                "config": {
+                    **facts["config"],
+                    **{name: getattr(run, name) for name in ("shift", "data_seed", "lengths", "start")},
+                },
                 "versions": facts["versions"],
             }
         )

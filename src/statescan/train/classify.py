@@ -177,7 +177,8 @@ def train_classifier(
         seconds: stop after so many of this call, as if interrupted.
         progress: a line of progress on standard error, where that is a terminal.
         facts: what run.json shall say of the data besides.
-        pretrained: a language model of the backbone's own shape, whose weights a `BackboneClassifier` starts from.
+        pretrained: whose weights it starts from: for a `BackboneClassifier` a language model of the backbone's own
+            shape, for a `SequenceClassifier` one of the same configuration but for dropout.
 
     Returns:
         The `ClassifyResult`.
@@ -198,6 +199,19 @@ def train_classifier(
             model, train, data, out, dict(facts or {}), previous, progress, interruption, pretrained
         )
         return trainer.run(seconds)
+
+
+def _start_from(model: SequenceClassifier, folder: str | os.PathLike[str]) -> None:
+    """Gives a classifier the weights of another one."""
+    other = SequenceClassifier.from_pretrained(folder)
+    for field in dataclasses.fields(model.config):
+        wanted, got = getattr(model.config, field.name), getattr(other.config, field.name)
+        if wanted != got and field.name != "dropout":
+            raise ConfigError(
+                f"train: wanted a classifier with {field.name} = {wanted!r} to start from, got {got!r} in '{folder}'; "
+                f"set model.{field.name}={got}, or start from another one"
+            )
+    model.load_state_dict(other.state_dict())
 
 
 def _check_fits(model: ClassifierConfig | BackboneClassifierConfig, data: Splits) -> None:
@@ -353,9 +367,10 @@ class _ClassifierTrainer:
         torch.manual_seed(config.seed)
         made = make_classifier(model)
         if pretrained is not None:
-            if not isinstance(made, BackboneClassifier):
-                raise ConfigError("train: pretrained weights go into a BackboneClassifier, got a SequenceClassifier")
-            made.load_backbone(pretrained)
+            if isinstance(made, BackboneClassifier):
+                made.load_backbone(pretrained)
+            else:
+                _start_from(made, pretrained)
         self.model = made.to(self.device).train()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
