@@ -325,6 +325,18 @@ def test_a_captured_run_is_the_eager_run(
     assert left_by(tmp_path / "eager") == left_by(tmp_path / "captured")
 
 
+def test_a_captured_run_carries_its_states(run: RunConfig, tmp_path: Path) -> None:
+    # Without zeros drawn in between, since a graph draws its numbers from another place of the generator's stream.
+    run = run.apply_overrides(["train.initial_state=carry", "train.from_zero=0"])
+    for name, capture in (("eager", "false"), ("captured", "true")):
+        train(run.apply_overrides([f"train.capture={capture}"]), tmp_path / name, progress=False)
+    assert left_by(tmp_path / "eager") == left_by(tmp_path / "captured")
+    train(run.apply_overrides(["train.initial_state=zero"]), tmp_path / "zero", progress=False)
+    assert left_by(tmp_path / "zero") != left_by(tmp_path / "captured")
+    noisy = run.apply_overrides(["train.initial_state=noise", "train.capture=true"])
+    assert math.isfinite(train(noisy, tmp_path / "noise", progress=False).train_loss)
+
+
 def test_a_captured_run_resumes_to_the_same_bits(run: RunConfig, tmp_path: Path) -> None:
     train(run, tmp_path / "whole", progress=False)
 
