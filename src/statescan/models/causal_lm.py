@@ -22,6 +22,7 @@ from statescan.models.baselines import BaselineBlock, Positions, make_norm
 from statescan.models.config import MambaConfig
 from statescan.nn import Embedding, Mamba, MambaState, Packing, RMSNorm, pack
 from statescan.nn.mamba import is_plain
+from statescan.nn.undrawn import Undrawn
 from statescan.ops import linear_cross_entropy
 from statescan.ops.mamba_inner import Normed
 
@@ -382,6 +383,8 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def _reset_for_depth(self) -> None:
         """What the model sets beyond its layers' own initial values, as GPT-2 did."""
+        if self.lm_head.weight.is_meta:
+            return
         if isinstance(self.config, BaselineConfig):
             self._reset_baseline(self.config)
             return
@@ -602,7 +605,8 @@ class CausalLM(nn.Module):
         """
         opened = files.open_source(source, revision=revision, offline=offline)
         config = config_of(opened)
-        model = cls(config, backend=backend, device="meta", dtype=dtype)
+        with Undrawn():
+            model = cls(config, backend=backend, device="meta", dtype=dtype)
         if isinstance(config, TransformerConfig) and opened.layout == "transformers":
             stored = published_tensors(opened, config, model.saved_shapes())
         else:

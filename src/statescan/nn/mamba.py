@@ -328,7 +328,8 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def _reset_own_parameters(self) -> None:
-        if self.inner != "s6":
+        # On the meta device there is nothing to set, and see `Undrawn`.
+        if self.inner != "s6" or self.A_log.is_meta:
             return
         exact = {"device": self.A_log.device, "dtype": self.A_log.dtype}
         dt_bias = self.dt_bias if "dt" not in self.selected else self.dt_proj.bias
