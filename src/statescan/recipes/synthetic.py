@@ -537,16 +537,21 @@ class _Reader:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance(self._piece)
-        self._graph = graph
+        try:
+            with torch.cuda.graph(graph):
+                self._advance(self._piece)
+        except RuntimeError:
+            # A layer that waits for the device in between runs kernel by kernel.
+            self._captures = False
+        else:
+            self._graph = graph
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:
     """The tensors of a model's state, layer by layer."""
     if isinstance(state, Tensor):
         yield state
-    else:
+    elif state is not None:
         for part in state:
             yield from _tensors(part)
 
