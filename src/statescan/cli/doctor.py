@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hub": ("tokenizer files, the model hub", ("tokenizers", "huggingface_hub")),
     "plot": ("PNG pictures", ("matplotlib",)),
     "zstd": (".zst texts", ("zstandard",)),
+    "audio": ("sound files", ("soundfile", "soxr")),
 }
 
 

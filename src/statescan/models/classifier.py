@@ -151,6 +151,18 @@ class SequenceClassifier(nn.Module):
         Raises:
             ShapeError, DTypeError: an argument doesn't fit.
         """
+        x = self.features(inputs, mask=mask)
+        logits = self.head(x).float()
+        if labels is None:
+            return ClassifierOutput(logits, None)
+        if tuple(labels.shape) != (x.shape[0],):
+            raise ShapeError(
+                f"SequenceClassifier: labels must be (batch,) = ({x.shape[0]},), got {tuple(labels.shape)}"
+            )
+        return ClassifierOutput(logits, F.cross_entropy(logits, labels.long()))
+
+    def features(self, inputs: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """What the head reads, (batch, d_model); arguments as in `forward`."""
         x = self._encode(inputs)
         if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
             raise ShapeError(
@@ -163,15 +175,7 @@ class SequenceClassifier(nn.Module):
             x = x + self.dropout(mixer(norm(x), **given[layer]).output)
             if self.config.d_mlp:
                 x = x + self.dropout(self.mlps[layer](self.mlp_norms[layer](x)))
-        x = self._pool(self.norm_f(x), mask)
-        logits = self.head(x).float()
-        if labels is None:
-            return ClassifierOutput(logits, None)
-        if tuple(labels.shape) != (x.shape[0],):
-            raise ShapeError(
-                f"SequenceClassifier: labels must be (batch,) = ({x.shape[0]},), got {tuple(labels.shape)}"
-            )
-        return ClassifierOutput(logits, F.cross_entropy(logits, labels.long()))
+        return self._pool(self.norm_f(x), mask)
 
     def _encode(self, inputs: Tensor) -> Tensor:
         if self.encoder is not None:

@@ -1,0 +1,211 @@
+"""Recordings as codes: from folders, kept in one file, split, trimmed, varied."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from statescan.data.audio import dequantize, quantize, read_audio, write_audio
+from statescan.data.augment import VaryWaveforms
+from statescan.data.recordings import (
+    SILENCE,
+    Recordings,
+    labelled_recordings,
+    load_recordings,
+    read_recordings,
+    trim_silence,
+)
+from statescan.errors import ConfigError, DataError
+
+
+def noise(length: int, seed: int = 0, size: float = 0.25) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-size, size, length).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pytest.importorskip("soundfile")
+    for number, name in enumerate(("yes_ann_0.wav", "no_ann_0.wav", "yes_bob_1.flac")):
+        path = tmp_path / name.split("_")[1] / name
+        path.parent.mkdir(exist_ok=True)
+        write_audio(path, noise(300 + 100 * number, number), 8000)
+    return tmp_path
+
+
+def test_a_folder_becomes_codes(folder):
+    made = read_recordings([folder], labels="name")
+    assert made.names == ("no_ann_0.wav", "yes_ann_0.wav", "yes_bob_1.flac")
+    assert made.classes == ("no", "yes")
+    assert made.labels is not None
+    assert made.labels.tolist() == [0, 1, 1]
+    assert made.lengths.tolist() == [400, 300, 500]
+    np.testing.assert_array_equal(made[1], quantize(read_audio(folder / "ann" / "yes_ann_0.wav").samples[:, 0]))
+    assert read_recordings([folder], labels="folder").classes == ("ann", "bob")
+    assert read_recordings([folder]).labels is None
+
+
+def test_on_disk_is_the_same(folder):
+    one, other = read_recordings([folder]), read_recordings([folder], on_disk=True)
+    assert isinstance(other.codes, np.memmap)
+    np.testing.assert_array_equal(one.codes, other.codes)
+    assert one.digest == other.digest
+
+
+def test_normalised_the_loudest_sample_is_one(folder):
+    write_audio(folder / "silent.wav", np.zeros(50), 8000)
+    made = read_recordings([folder], normalize=True)
+    for number in range(len(made) - 1):
+        assert np.abs(made.waveform(number)).max() == 1
+    assert (made[len(made) - 1] == SILENCE).all()
+
+
+def test_other_rates_come_to_one(folder):
+    pytest.importorskip("soxr")
+    write_audio(folder / "fast.wav", noise(1600), 16000)
+    assert read_recordings([folder], sample_rate=4000).lengths.tolist() == [200, 150, 250, 400]
+    assert read_recordings([folder]).sample_rate == 8000  # of the first
+
+
+def test_kept_in_a_file(folder, tmp_path):
+    made = read_recordings([folder], labels="name")
+    made.save(tmp_path / "kept.npz")
+    again = load_recordings(tmp_path / "kept.npz")
+    np.testing.assert_array_equal(again.codes, made.codes)
+    assert (again.names, again.classes, again.digest) == (made.names, made.classes, made.digest)
+    assert read_recordings([tmp_path / "kept.npz"]).digest == made.digest
+    plain = read_recordings([folder])
+    plain.save(tmp_path / "plain.npz")
+    assert load_recordings(tmp_path / "plain.npz").labels is None
+
+
+def test_files_that_hold_none(tmp_path):
+    (tmp_path / "text.npz").write_text("no")
+    np.savez(tmp_path / "other.npz", codes=np.zeros(3))
+    for name, words in (("text.npz", "can't be read"), ("other.npz", "got no classes"), ("none.npz", "can't be read")):
+        with pytest.raises(DataError, match=words):
+            load_recordings(tmp_path / name)
+
+
+def made_of(lengths, labels=None) -> Recordings:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    codes = np.random.default_rng(1).integers(0, 256, offsets[-1]).astype(np.uint8)
+    names = tuple(f"{i}.wav" for i in range(len(lengths)))
+    classes = () if labels is None else tuple(map(str, range(max(labels) + 1)))
+    return Recordings(
+        codes, offsets, names, 8000, labels=None if labels is None else np.array(labels, np.uint8), classes=classes
+    )
+
+
+def test_taken_cut_and_split():
+    made = made_of([5, 3, 9, 4], [0, 1, 0, 1])
+    taken = made.take([2, 0])
+    np.testing.assert_array_equal(taken[0], made[2])
+    assert taken.labels is not None
+    assert taken.labels.tolist() == [0, 0]
+    cut = made.cut(4)
+    assert cut.lengths.tolist() == [4, 3, 4, 4]
+    np.testing.assert_array_equal(cut[2], made[2][:4])
+    assert made.cut(9) is made
+    learnt, held = made.split(0.25)
+    assert sorted(learnt.names + held.names) == sorted(made.names)
+    assert len(held) == 1
+    begin, end = made_of([100]).split(0.1)
+    assert (len(begin.codes), len(end.codes)) == (90, 10)
+    for wrong in (0, 1, -1):
+        with pytest.raises(DataError, match="held-out share"):
+            made.split(wrong)
+
+
+def test_what_does_not_go_together():
+    made = made_of([5, 3], [0, 1])
+    with pytest.raises(DataError, match="offsets must rise"):
+        Recordings(made.codes, made.offsets[:-1], made.names, 8000)
+    with pytest.raises(DataError, match="labels must be"):
+        Recordings(made.codes, made.offsets, made.names, 8000, labels=np.array([0, 2], np.uint8), classes=("a", "b"))
+    with pytest.raises(DataError, match="wants labels"):
+        labelled_recordings(made_of([3, 4]), 10)
+    with pytest.raises(DataError, match="got none"):
+        made.take([])
+
+
+def test_rows_for_a_classifier():
+    made = made_of([5, 3, 9], [0, 1, 0])
+    rows = labelled_recordings(made, 6)
+    assert rows.values.shape == (3, 6)
+    assert rows.lengths is not None
+    assert rows.lengths.tolist() == [5, 3, 6]
+    np.testing.assert_array_equal(rows.values[1], [*made[1], SILENCE, SILENCE, SILENCE])
+    # Silence is read as 0.
+    assert (SILENCE / 255 - rows.mean) / rows.deviation == 0
+
+
+def test_where_a_sound_ends():
+    def code(*runs):
+        return np.concatenate([np.full(length, value, np.uint8) for value, length in runs])
+
+    assert trim_silence(code((7, 5), (SILENCE, 20)), 10) == 5
+    assert trim_silence(code((7, 5), (SILENCE, 8), (9, 3), (SILENCE, 20)), 10) == 16
+    assert trim_silence(code((7, 5), (SILENCE, 12), (9, 3)), 10) == 5
+    assert trim_silence(code((SILENCE, 30)), 10) == 1
+    assert trim_silence(code((7, 30)), 10) == 30
+
+
+def rows(batch: int = 4, length: int = 400, real: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
+    wave = np.sin(np.arange(real) / 9) * 0.5
+    codes = np.full((batch, length), SILENCE, np.uint8)
+    codes[:, :real] = quantize(wave)
+    return torch.from_numpy(codes), torch.full((batch,), real)
+
+
+def test_no_variation_changes_nothing():
+    codes, lengths = rows()
+    values, after = VaryWaveforms(gain=0, speed=0, shift=0, noise=0, flip=False)(codes, lengths)
+    torch.testing.assert_close(values, codes.float(), atol=0.51, rtol=0)
+    assert after.tolist() == lengths.tolist()
+    assert (values[:, 300:] == SILENCE).all()
+
+
+def test_each_variation_is_what_it_says():
+    codes, lengths = rows(64)
+    torch.manual_seed(0)
+    louder, _ = VaryWaveforms(gain=1, speed=0, shift=0, noise=0, flip=False)(codes, lengths)
+    before = np.abs(dequantize(codes.numpy())).max(1)
+    peak = np.abs(dequantize(louder.numpy().round())).max(1) / before
+    assert peak.min() > 0.45
+    assert peak.max() < 2.1
+    assert peak.max() / peak.min() > 2
+    _, after = VaryWaveforms(gain=0, speed=0.2, shift=0, noise=0, flip=False)(codes, lengths)
+    assert 300 / 1.21 <= int(after.min()) < 270
+    assert 330 < int(after.max()) <= 361
+    moved, after = VaryWaveforms(gain=0, speed=0, shift=80, noise=0, flip=False)(codes, lengths)
+    for row, length in zip(moved, after.tolist(), strict=True):
+        lead = length - 300
+        assert -20 <= lead <= 80
+        assert (row[length:] == SILENCE).all()
+        if lead > 0:
+            assert (row[:lead] == SILENCE).all()
+            torch.testing.assert_close(row[lead:length], codes[0, :300].float(), atol=0.51, rtol=0)
+    flipped, _ = VaryWaveforms(gain=0, speed=0, shift=0, noise=0)(codes, lengths)
+    turned = ((flipped[:, :300] - SILENCE) * (codes[:, :300].float() - SILENCE)).sum(1) < 0
+    assert 10 < int(turned.sum()) < 54
+    noisy, _ = VaryWaveforms(gain=0, speed=0, shift=0, noise=0.5, flip=False)(codes, lengths)
+    assert (noisy[:, 300:] == SILENCE).all()
+    assert (noisy[:, :300] - codes[:, :300]).abs().mean() > 1
+
+
+def test_a_row_never_outgrows_its_batch():
+    codes, lengths = rows(32, 300, 300)
+    torch.manual_seed(0)
+    values, after = VaryWaveforms(speed=0.5, shift=200)(codes, lengths)
+    assert values.shape == codes.shape
+    assert int(after.max()) == 300
+    assert torch.isfinite(values).all()
+    assert float(values.min()) >= 0
+    assert float(values.max()) <= 255.5
+
+
+def test_variations_out_of_range():
+    for name, value in (("gain", -1), ("noise", float("inf")), ("shift", -3), ("speed", 1)):
+        with pytest.raises(ConfigError, match=name):
+            VaryWaveforms(**{name: value})
