@@ -46,6 +46,7 @@ from statescan.errors import CheckpointError, ConfigError, DataError, MissingExt
 from statescan.evaluate import evaluate_tokens
 from statescan.files import is_leftover, make_folder
 from statescan.models import CausalLM, ModelConfig
+from statescan.train.adapters import add_adapters, merged_weights, save_adapters
 from statescan.train.capture import CapturedStep
 from statescan.train.checkpoint import (
     Checkpoint,
@@ -67,7 +68,7 @@ RUN_FILE = "run.json"
 _LOG_COLUMNS = ("step", "epoch", "tokens", "loss", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "tokens", "bits_per_byte")
 # What a resumed run must share with the one it goes on from: the rest may change, and is named when it does.
-_FIXED = ("seed", "batch_size", "length", "initial_state")
+_FIXED = ("seed", "batch_size", "length", "initial_state", "lora")
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ def check_folder(out: Path, resume: bool) -> dict[str, Any] | None:
     return None
 
 
-def _read_genome(run: RunConfig) -> _Corpus:
+def read_genome(run: RunConfig) -> _Corpus:
+    """The bases of a run, and which of them are trained on and held out."""
     data, config = run.data, run.train
     if data.packing or config.initial_state == "carry":
         name = "data.packing=false" if data.packing else "train.initial_state=zero or noise"
@@ -295,7 +297,7 @@ def _genome_sampler(
 
 def _read_corpus(run: RunConfig) -> _Corpus:
     if run.data.modality == "dna":
-        return _read_genome(run)
+        return read_genome(run)
     data, length = run.data, run.train.length
     if run.train.first_length:
         raise ConfigError("train: wanted train.first_length=0 but for data.modality=dna; leave it out")
@@ -427,6 +429,19 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
+def _initial_weights(folder: str, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The weights that a run starts with."""
+    model = CausalLM.from_pretrained(folder)
+    for entry in dataclasses.fields(config):
+        found = getattr(model.config, entry.name, "no such field")
+        if entry.name not in ("recompute", "dropout", "embedding_dropout") and found != getattr(config, entry.name):
+            raise ConfigError(
+                f"train: train.weights wanted a model with {entry.name} = {getattr(config, entry.name)}, as model.* "
+                f"says, got '{folder}' with {found}; leave model.* as that model has it"
+            )
+    return model.state_dict()
+
+
 class Interruption:
     """SIGINT and SIGTERM as a wish to stop, which all processes learn of at the same update."""
 
@@ -510,6 +525,10 @@ class _Trainer:
         fabric.seed_everything(self.config.seed % 2**32, verbose=False)
         # Every process draws the same initial weights, so that sharding or replicating starts from the same model.
         self.raw = CausalLM(self.model_config)
+        if self.config.weights:
+            self.raw.load_state_dict(_initial_weights(self.config.weights, self.model_config))
+        if self.config.lora:
+            add_adapters(self.raw, self.config.lora)
         self.raw.train()
         compiled = torch.compile(self.raw) if self.config.compile else self.raw
         self.model = fabric.setup_module(compiled)
@@ -891,6 +910,11 @@ class _Trainer:
             model = CausalLM(self.model_config, device="meta")
             model.load_state_dict(whole, strict=False, assign=True)
             model.tie_weights()
+        if self.config.lora:
+            model = CausalLM(self.model_config)
+            model.load_state_dict(merged_weights(self.raw))
+            if self.first:
+                save_adapters(self.raw, folder / "adapter")
         if self.first:
             model.save_pretrained(folder)
             self.corpus.tokenizer.save(folder)
