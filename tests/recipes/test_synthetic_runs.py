@@ -246,14 +246,16 @@ def test_a_small_run_learns_its_task(tmp_path: Path) -> None:
 
 def test_quiet_sinks_the_biases_from_its_time_on(tmp_path: Path) -> None:
     """Without: as plain training. With: every step's bias goes down, in a model that trains on."""
-    plain, late, quiet = (
+    plain, late, never, quiet = (
         train_runs([_run(row=row, **fields)], tmp_path, say=_silent)[0]
         for row, fields in (
             ("plain", {}),
             ("late", {"quiet": 1.0, "quiet_after": 79}),
+            ("never", {"quiet": 1.0, "quiet_after": 80}),
             ("quiet", {"quiet": 1.0, "quiet_after": 20}),
         )
     )
+    assert _same(plain, never)
     biases = [trained.model.backbone.layers[0].mixer.dt_proj.bias for trained in (plain, late, quiet)]  # type: ignore[union-attr]
     # Steps of one graph share its data's position, so that the last chunk of 10 may be quiet and no more.
     assert (biases[1] - biases[0]).abs().max() < 10 * 5e-3

@@ -261,7 +261,8 @@ class _Course:
 
         made: list[SyntheticBatch] = []
         biases = [m.dt_proj.bias for m in model.modules() if isinstance(m, Mamba) and hasattr(m, "dt_proj")]
-        loud = self._where(run.quiet_after)[1] if run.quiet else 0
+        quiet = run.quiet if run.quiet_after < run.steps else 0.0
+        loud = self._where(run.quiet_after)[1] if quiet else 0
 
         def loss() -> Tensor:
             if not made:
@@ -273,9 +274,9 @@ class _Course:
             logits = model(batch.inputs, logits_to_keep=task.asked).logits
             assert logits is not None
             wrong = F.cross_entropy(logits.float().flatten(0, 1), batch.answers.flatten())
-            if not (run.quiet and biases):
+            if not (quiet and biases):
                 return wrong
-            return wrong + run.quiet * (position > loud) * torch.stack([bias.mean() for bias in biases]).mean()
+            return wrong + quiet * (position > loud) * torch.stack([bias.mean() for bias in biases]).mean()
 
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
