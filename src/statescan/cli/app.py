@@ -8,9 +8,11 @@ import typer
 
 from statescan import __version__
 from statescan.cli import terminal
+from statescan.cli.audio import spectrogram
 from statescan.cli.bench import bench
 from statescan.cli.convert import convert
 from statescan.cli.demo import demo
+from statescan.cli.dna import dna, embed
 from statescan.cli.doctor import doctor
 from statescan.cli.evaluate import evaluate
 from statescan.cli.generate import generate
@@ -58,4 +60,7 @@ app.command(epilog="Example: statescan bench scan decode --threads 2")(bench)
 app.command(epilog="Example: statescan convert runs/whale whale-hf --to transformers")(convert)
 app.command(epilog="Example: statescan info 130m --set d_state=32")(info)
 app.command(epilog="Example: statescan demo --out demo-out")(demo)
+app.command(epilog="Example: statescan spectrogram real.wav out.wav -o pictures.png --columns 2")(spectrogram)
+app.command(epilog="Example: statescan embed reads.fa --model runs/genome -o vectors.npy")(embed)
+app.add_typer(dna)
 app.add_typer(reproduce)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from statescan.cli.audio import train_audio
+from statescan.cli.dna import train_dna
 from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, print_rows
 
 if TYPE_CHECKING:
@@ -47,6 +49,15 @@ def train(
         str | None,
         typer.Option("--preset", show_default="tiny", help="Size of the model; `statescan info NAME` shows it."),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Go on from this model's weights: 'builtin', which comes along, or as --model elsewhere."
+        ),
+    ] = None,
+    lora: Annotated[
+        int, typer.Option("--lora", min=0, help="With --from: train adapters of this rank; 0: all weights.")
+    ] = 0,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", show_default="bytes", help="'bytes' or a tokenizer JSON.")
     ] = None,
@@ -58,7 +69,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Trains a language model on texts, or a classifier with --task; interrupted, --resume goes on to the same bits."""
+    """Trains a language model on texts, from nothing or --from a model, or a classifier with --task; resumable."""
     if modality != "text":
         _of_modality(modality)(
             out,
@@ -76,22 +87,31 @@ def train(
         return
     if task is not None or mixer is not None or (resume and _is_classifier(out)):
         strange = {"--valid": valid, "--preset": preset, "--tokenizer": tokenizer, "--config": config}
+        strange |= {"--from": start, "--lora": lora}
         _classify(out, data or [], task, mixer, overrides or [], resume, as_json, [n for n in strange if strange[n]])
         return
 
     from dataclasses import replace
 
+    from statescan.cli.models import model_folder
     from statescan.data import load_tokenizer
     from statescan.errors import ConfigError
     from statescan.models import preset as model_preset
+    from statescan.recipes.finetuning import finetuning_run
     from statescan.train import DataConfig, RunConfig, load_run
     from statescan.train import train as run_training
 
+    if lora and start is None and not resume:
+        raise ConfigError(f"train: --lora {lora} wants --from MODEL, got none; name the model to go on from")
+    if start is not None and config is not None:
+        raise ConfigError("train: --from and --config exclude each other, got both; set train.weights in the config")
     if config is not None:
         # Also with --resume, where the line that started a run is given again: train refuses what may not change.
         run, origin = RunConfig.from_json(config), str(config)
     elif resume:
         run, origin = load_run(out), str(out)
+    elif start is not None and data:
+        run, origin = finetuning_run(model_folder(start), data, lora=lora, tokenizer=tokenizer), str(start)
     elif data:
         run = RunConfig(model_preset(preset or "tiny"), DataConfig(tokenizer=tokenizer or "bytes"))
         run, origin = run.fit_vocabulary(load_tokenizer(tokenizer)), None
@@ -149,7 +169,7 @@ def _of_modality(modality: str) -> Callable[..., None]:
 
 
 # What is no text is trained in a module of its own (cli/dna.py, cli/audio.py), which gets every option of the line.
-_MODALITIES: dict[str, Callable[..., None]] = {}
+_MODALITIES: dict[str, Callable[..., None]] = {"dna": train_dna, "audio": train_audio}
 
 
 def _is_classifier(out: Path) -> bool:

@@ -284,8 +284,10 @@ def write_audio(path: str | os.PathLike[str], samples: NDArray[Any], sample_rate
         raise DataError(
             f"write_audio: samples must be (frames,) or (frames, channels), finite and not empty, got {samples.shape}"
         )
+    # Rounded here: libsndfile rounds otherwise for one format than for the other.
+    whole = np.rint(np.clip(samples, -1, 1) * 32767).astype(np.int16)
     with atomic_file(path) as temporary:
-        soundfile.write(temporary, np.clip(samples, -1, 1), sample_rate, format=kind, subtype="PCM_16")
+        soundfile.write(temporary, whole, sample_rate, format=kind, subtype="PCM_16")
 
 
 def mu_law_encode(samples: NDArray[Any]) -> NDArray[np.uint8]:

@@ -1,0 +1,123 @@
+"""A waveform model's training: windows, resuming to the bit, judging by context."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from statescan.data.recordings import SILENCE, Recordings
+from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.evaluate.waveforms import bits_per_sample
+from statescan.models.waveform import WaveformConfig, WaveformModel
+from statescan.train.waveform import WaveformTraining, train_waveform, window_batch
+
+MODEL = WaveformConfig(stages=("s4d", "mamba"), d_model=8, n_layer=1, d_state=8, d_state_mamba=4, pool=2, dropout=0.1)
+TRAIN = WaveformTraining(steps=6, batch_size=2, window=64, warmup=2, evaluate_every=3, checkpoint_every=2, log_every=1)
+
+
+def sounds(count: int = 6, labels: bool = False) -> Recordings:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(30, 150, count)
+    parts = [
+        128 + 20 * np.sin(np.arange(length) / (2 + i % 3)) + rng.normal(size=length) for i, length in enumerate(lengths)
+    ]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    names = tuple(f"{i}.wav" for i in range(count))
+    known = (np.arange(count) % 2).astype(np.uint8) if labels else None
+    codes = np.concatenate(parts).astype(np.uint8)
+    return Recordings(codes, offsets, names, 8000, labels=known, classes=("a", "b") if labels else ())
+
+
+def test_windows_lie_in_their_recordings_and_every_sample_comes():
+    made, seen = sounds(), np.zeros(0, np.int64)
+    for step in range(200):
+        codes, numbers = window_batch(made, 40, 4, 0, step)
+        again, same = window_batch(made, 40, 4, 0, step)
+        np.testing.assert_array_equal(codes, again)
+        np.testing.assert_array_equal(numbers, same)
+        for row, number in zip(codes, numbers, strict=True):
+            whole = made[int(number)]
+            if len(whole) <= 40:
+                np.testing.assert_array_equal(row[: len(whole)], whole)
+                assert (row[len(whole) :] == SILENCE).all()
+            else:
+                views = np.lib.stride_tricks.sliding_window_view(whole, 40)
+                assert (views == row).all(1).any()
+        seen = np.append(seen, numbers)
+    counts = np.bincount(seen, minlength=len(made)) / len(seen)
+    slots = -(-made.lengths // 40)
+    np.testing.assert_allclose(counts, slots / slots.sum(), atol=0.05)
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    data = sounds(6, True).split(0.3)
+    model = dataclasses.replace(MODEL, classes=2)
+    whole = train_waveform(model, TRAIN, data, tmp_path / "whole", progress=False)
+    assert whole.steps == 6
+    assert not whole.interrupted
+    assert [entry.step for entry in whole.evaluations] == [3, 6]
+    part = train_waveform(model, TRAIN, data, tmp_path / "part", progress=False, seconds=0)
+    assert part.interrupted
+    assert part.steps == 1
+    rest = train_waveform(model, TRAIN, data, tmp_path / "part", progress=False, resume=True)
+    assert rest.steps == 6
+    assert rest.evaluations == whole.evaluations
+    one, other = (WaveformModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part"))
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "part")]
+    assert logs[0] == logs[1]
+
+
+def test_it_learns(tmp_path):
+    data = sounds(12).split(0.3)
+    model = dataclasses.replace(MODEL, dropout=0.0)
+    train = dataclasses.replace(TRAIN, steps=60, lr=1e-2, checkpoint_every=0, evaluate_every=0)
+    result = train_waveform(model, train, data, tmp_path, progress=False)
+    assert result.evaluations[-1].bits < 6.2
+    assert result.evaluations[-1].samples == len(data[1].codes)
+
+
+def test_what_does_not_fit(tmp_path):
+    data = sounds().split(0.3)
+    with pytest.raises(ConfigError, match="sample_rate and quantization"):
+        train_waveform(dataclasses.replace(MODEL, sample_rate=16000), TRAIN, data, tmp_path / "a", progress=False)
+    with pytest.raises(ConfigError, match="2 classes"):
+        train_waveform(dataclasses.replace(MODEL, classes=2), TRAIN, data, tmp_path / "a", progress=False)
+    with pytest.raises(ConfigError, match=r"train\.window"):
+        WaveformTraining(window=1)
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        WaveformTraining(lr=-1)
+    train_waveform(MODEL, dataclasses.replace(TRAIN, steps=1), data, tmp_path / "b", progress=False)
+    other = sounds(7).split(0.3)
+    with pytest.raises(CheckpointError, match="the train recordings"):
+        train_waveform(MODEL, TRAIN, other, tmp_path / "b", progress=False, resume=True)
+    with pytest.raises(CheckpointError, match="model.d_model"):
+        train_waveform(dataclasses.replace(MODEL, d_model=4), TRAIN, data, tmp_path / "b", progress=False, resume=True)
+
+
+@torch.no_grad()
+def test_bits_by_hand():
+    made = sounds(3, True)
+    model = WaveformModel(dataclasses.replace(MODEL, classes=2, dropout=0.0)).double().eval()
+    for context in (7, 64, 1000):
+        nats, count = 0.0, 0
+        assert made.labels is not None
+        for number in range(len(made)):
+            whole = torch.from_numpy(made[number].astype(np.int64))
+            for piece in whole.split(context):
+                inputs = torch.cat([torch.tensor([SILENCE]), piece[:-1]])[None]
+                logits = model(inputs, torch.tensor([made.labels[number]])).logits[0]
+                nats -= float(logits.log_softmax(-1).gather(1, piece[:, None]).sum())
+                count += len(piece)
+        judged = bits_per_sample(model, made, context=context, at_once=200)
+        assert judged.samples == count == len(made.codes)
+        assert judged.bits == pytest.approx(nats / count / np.log(2), rel=1e-12)
+    assert bits_per_sample(model, made, context=7, limit=3).samples <= 21
+    with pytest.raises(ConfigError, match="context"):
+        bits_per_sample(model, made, context=0)
+    with pytest.raises(DataError, match="labels"):
+        bits_per_sample(model, dataclasses.replace(made, labels=None), context=7)
