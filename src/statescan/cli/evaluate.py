@@ -19,7 +19,10 @@ def evaluate(
     model: Annotated[Path, typer.Option("--model", help=MODEL_HELP)] = BUILTIN_MODEL,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="File, folder, glob or packaged:NAME; may be given several times."),
+        typer.Option(
+            "--data",
+            help="File, folder, glob or packaged:NAME; FASTA for a model of bases; may be given several times.",
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -92,8 +95,10 @@ def evaluate(
     of_tasks |= {"--runs-on": runs_on != "auto", "--dtype": dtype != "float32"}
     if unfit := [name for name, given in of_tasks.items() if given]:
         raise ConfigError(f"evaluate: {', '.join(unfit)} is for --tasks, got it with --data; leave it out")
+    import numpy as np
+
     from statescan.cli.models import open_model
-    from statescan.data import build_token_file
+    from statescan.data import DnaTokenizer, build_token_file
     from statescan.evaluate import evaluate_tokens
     from statescan.files import want_folder
 
@@ -102,8 +107,10 @@ def evaluate(
     if png is not None:
         want_folder(png)
     language_model, text_to_ids = open_model(model, device=device, tokenizer=tokenizer)
-    every = build_token_file(data, text_to_ids).tokens
-    tokens = every[len(every) - round(len(every) * last) :]
+    file = build_token_file(data, text_to_ids)
+    every = file.tokens
+    cut = len(every) - round(len(every) * last)
+    tokens = every[cut:]
     if last < 1 and len(tokens) < 2:
         # The first has nothing before it to be predicted from.
         raise ConfigError(
@@ -112,6 +119,9 @@ def evaluate(
         )
     if max_tokens:
         tokens = tokens[:max_tokens]
+    of_bases = isinstance(text_to_ids, DnaTokenizer)
+    # Of bases no context reaches from one record into the next.
+    records = np.unique(np.clip(np.asarray(file.document_offsets) - cut, 0, len(tokens))) if of_bases else None
     with progress("judging", unit="tokens") as report:
         result = evaluate_tokens(
             language_model,
@@ -120,6 +130,7 @@ def evaluate(
             context=context,
             carry_state=carry_state,
             batch_size=batch_size,
+            documents=records,
             progress=report,
         )
     if png is not None:
@@ -130,7 +141,7 @@ def evaluate(
     error = "" if result.standard_error is None else f" +- {result.standard_error:.4f} (standard error)"
     what = "state carried through the text" if carry_state else f"windows of {context} tokens"
     print_rows(
-        ("bits per byte", f"{result.bits_per_byte:.4f}{error}"),
+        ("bits per base" if of_bases else "bits per byte", f"{result.bits_per_byte:.4f}{error}"),
         ("perplexity", f"{result.perplexity:.3f} per token ({result.bits_per_token:.4f} bits)"),
         ("judged", f"{result.tokens:,} tokens, {result.bytes:,} bytes, {what}"),
         *([("picture", str(png))] if png else []),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from statescan.cli.reproduce_dna import dna_pretraining, great_apes, microbes
 from statescan.cli.reproduce_language import context_growth, language_scaling
 from statescan.cli.reproducing import chosen_rows, default_device, going_on, print_results
 from statescan.cli.terminal import command, emit_json, note, progress, result_console
@@ -207,6 +208,14 @@ reproduce.command("context-growth", epilog="Example: statescan reproduce context
 reproduce.command(
     "language-scaling", epilog="Example: statescan reproduce language-scaling --data texts --row mamba-1m"
 )(language_scaling)
+
+reproduce.command(
+    "dna-pretraining", epilog="Example: statescan reproduce dna-pretraining --data genome.fa.gz --row mamba"
+)(dna_pretraining)
+reproduce.command("microbes", epilog="Example: statescan reproduce microbes --data genomes --length 256")(microbes)
+reproduce.command("great-apes", epilog="Example: statescan reproduce great-apes --data apes.npz --length 8192")(
+    great_apes
+)
 
 
 def _model(path: Path | None, packaged: str, device: str | None) -> tuple[CausalLM, str]:

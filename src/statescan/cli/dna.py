@@ -1,0 +1,297 @@
+"""What the command line does with DNA: ``train --modality dna``, ``embed``, and the group ``dna``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, print_rows, progress
+
+if TYPE_CHECKING:
+    from statescan.data import Genome
+    from statescan.models import CausalLM
+
+__all__ = ["dna", "embed", "train_dna"]
+
+dna = typer.Typer(
+    name="dna",
+    help="What a model of DNA says of a genome.",
+    epilog="Example: statescan dna track genome.fa.gz --model runs/genome -o likelihood.bedgraph",
+    no_args_is_help=True,
+)
+
+Model = Annotated[Path, typer.Option("--model", help="Folder of a model of bases, e.g. of a run of --modality dna.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
+BothStrands = Annotated[bool, typer.Option("--both-strands", help="The mean over both strands.")]
+Bed = Annotated[
+    Path | None, typer.Option("--regions", show_default="whole records", help="BED file with what is read.")
+]
+
+
+def train_dna(
+    out: Path,
+    *,
+    data: list[str],
+    valid: list[str],
+    overrides: list[str],
+    resume: bool,
+    as_json: bool,
+    task: str | None,
+    mixer: str | None,
+    preset: str | None,
+    tokenizer: str | None,
+    config: Path | None,
+) -> None:
+    """Trains a model on next-base prediction; resumable."""
+    from dataclasses import replace
+
+    from statescan.data import DnaTokenizer
+    from statescan.errors import ConfigError
+    from statescan.models import preset as model_preset
+    from statescan.train import DataConfig, RunConfig, load_run, train
+
+    strange = {"--task": task, "--mixer": mixer, "--tokenizer": tokenizer}
+    if named := [name for name in strange if strange[name] is not None]:
+        raise ConfigError(f"train: {named[0]} is for texts and tasks, wanted none with --modality dna; leave it out")
+    if config is not None or resume:
+        run = RunConfig.from_json(config) if config is not None else load_run(out)
+        if preset is not None:
+            raise ConfigError(f"train: wanted no --preset with --resume or --config, got '{preset}'; leave it out")
+        run = replace(run, data=replace(run.data, modality="dna", tokenizer="dna"))
+    elif data:
+        run = RunConfig(model_preset(preset or "tiny"), DataConfig(modality="dna", tokenizer="dna"))
+        run = run.fit_vocabulary(DnaTokenizer())
+    else:
+        raise ConfigError("train: wanted FASTA or FASTQ, got none; name a file with --data genome.fa.gz")
+    paths = {"paths": tuple(data or run.data.paths), "valid_paths": tuple(valid or run.data.valid_paths)}
+    run = replace(run, data=replace(run.data, **paths)).apply_overrides(overrides)
+    result = train(run, out, resume=resume)
+    if not result.first_process:
+        raise typer.Exit(INTERRUPTED if result.interrupted else 0)
+    held_out = result.evaluations[-1][1] if result.evaluations else None
+    if as_json:
+        emit_json(
+            {
+                "out": result.out,
+                "steps": result.steps,
+                "train_loss": result.train_loss,
+                "bits_per_base": held_out,
+                "evaluations": [{"step": step, "bits_per_base": bits} for step, bits in result.evaluations],
+                "bases_per_second": result.tokens_per_second,
+                "interrupted": result.interrupted,
+            }
+        )
+    else:
+        print_rows(
+            ("run", str(result.out)),
+            ("steps", f"{result.steps:,} of {run.train.steps:,}"),
+            ("training loss", f"{result.train_loss:.4f} nats per base"),
+            ("held out", "not judged" if held_out is None else f"{held_out:.4f} bits per base"),
+            ("speed", f"{result.tokens_per_second:,.0f} bases/s"),
+        )
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    note(f"next: statescan embed reads.fa --model {shlex.quote(str(out))} -o vectors.npy")
+
+
+@command
+def embed(
+    sequences: Annotated[list[str], typer.Argument(help="FASTA or FASTQ files.", show_default=False)],
+    model: Model,
+    out: Out,
+    both_strands: BothStrands = False,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """One vector for each sequence: (sequences, d_model) float32 as .npy, the names beside it as .names.txt."""
+    import numpy as np
+
+    from statescan.evaluate.genomes import embed_sequence
+    from statescan.files import atomic_file, want_folder
+
+    want_folder(out)
+    language_model, genome = _open(model, sequences, device)
+    vectors = np.empty((len(genome), language_model.config.d_model), np.float32)
+    with progress("reading", unit="sequences") as bar:
+        for number in range(len(genome)):
+            ids = genome.tokens[genome.offsets[number] : genome.offsets[number + 1]]
+            vectors[number] = embed_sequence(language_model, ids, both_strands=both_strands)
+            bar(number + 1, len(genome))
+    names = out.with_name(out.name.removesuffix(".npy") + ".names.txt")
+    with atomic_file(out) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, vectors)
+    with atomic_file(names) as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in genome.names), encoding="utf-8")
+    if as_json:
+        emit_json({"out": out, "names": names, "sequences": len(genome), "width": vectors.shape[1]})
+        return
+    print_rows(("vectors", f"{out}: {vectors.shape[0]:,} x {vectors.shape[1]}, float32"), ("names", str(names)))
+
+
+@dna.command(epilog="Example: statescan dna track genome.fa --model runs/genome -o likelihood.bedgraph")
+@command
+def track(
+    genome: Annotated[list[str], typer.Argument(help="FASTA files.", show_default=False)],
+    model: Model,
+    out: Out,
+    regions: Bed = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, show_default="all that came before", help="Bases of a window."),
+    ] = None,
+    both_strands: BothStrands = False,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The log-likelihood of every base, nats, as a bedGraph track that a genome browser shows."""
+    import numpy as np
+
+    from statescan.data import Region, read_bed
+    from statescan.evaluate.genomes import base_log_likelihoods, bed_graph
+    from statescan.files import atomic_file, want_folder
+
+    want_folder(out)
+    language_model, opened = _open(model, genome, device)
+    asked = read_bed(regions) if regions else _records(opened)
+    for region in asked:
+        opened.span(region)
+    total, count, done = 0.0, 0, 0
+    bases = sum(region.end - region.start for region in asked)
+    with (
+        progress("reading", unit="bases") as bar,
+        atomic_file(out) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="\n") as lines,
+    ):
+        lines.write(f'track type=bedGraph name="log-likelihood" description="{model.name}: nats per base"\n')
+        for record, start, end, *_ in map(Region._make, asked):
+            ids = opened.fetch(record, start, end)
+            said = base_log_likelihoods(language_model, ids, context=context, both_strands=both_strands)
+            lines.writelines(bed_graph(record, start, said))
+            total, count = total + float(np.nansum(said)), count + int((~np.isnan(said)).sum())
+            done += end - start
+            bar(done, bases)
+    mean = -total / count / float(np.log(2)) if count else None
+    if as_json:
+        emit_json({"out": out, "bases": count, "bits_per_base": mean})
+        return
+    print_rows(("track", str(out)), ("judged", f"{count:,} bases"), ("mean", f"{mean or 0:.4f} bits per base"))
+
+
+@dna.command(epilog="Example: statescan dna variants calls.vcf --genome genome.fa --model runs/genome -o effects.vcf")
+@command
+def variants(
+    vcf: Annotated[Path, typer.Argument(help="VCF, plain or .gz.", show_default=False)],
+    genome: Annotated[list[str], typer.Option("--genome", help="FASTA of the reference; several times for several.")],
+    model: Model,
+    out: Out,
+    context: Annotated[int, typer.Option("--context", min=1, help="Bases that are read on either side.")] = 512,
+    one_strand: Annotated[bool, typer.Option("--one-strand", help="The given strand alone, not the mean.")] = False,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The effect of variants: the VCF again, with log p(ALT) - log p(REF) of every alternative, nats, as INFO/LLR."""
+    from statescan.evaluate.genomes import Variant, read_vcf, variant_effects
+    from statescan.files import atomic_file, want_folder
+
+    want_folder(out)
+    language_model, opened = _open(model, genome, device)
+    head = (
+        '##INFO=<ID=LLR,Number=A,Type=Float,Description="log p(ALT) - log p(REF) in nats, '
+        f'{context} bases on either side, statescan {model.name}">\n'
+    )
+    count = 0
+    with (
+        progress("judging", unit="variants") as bar,
+        atomic_file(out) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="\n") as lines,
+    ):
+
+        def judged() -> Iterator[Variant]:
+            for line in read_vcf(vcf):
+                if isinstance(line, Variant):
+                    yield line
+                else:
+                    if line.startswith("#CHROM"):
+                        lines.write(head)
+                    lines.write(line)
+
+        effects = variant_effects(language_model, opened, judged(), context=context, both_strands=not one_strand)
+        for variant, ratios in effects:
+            shown = ",".join("." if ratio is None else f"{ratio:.4f}" for ratio in ratios)
+            before = variant.fields[7]
+            info = f"LLR={shown}" if before in (".", "") else f"{before};LLR={shown}"
+            lines.write("\t".join([*variant.fields[:7], info, *variant.fields[8:]]) + "\n")
+            count += 1
+            bar(count, count)
+    if as_json:
+        emit_json({"out": out, "variants": count})
+        return
+    print_rows(("variants", f"{count:,}"), ("written", str(out)))
+
+
+@dna.command(epilog="Example: statescan dna window --length 1048576 --device cuda")
+@command
+def window(
+    length: Annotated[int, typer.Option("--length", min=1, help="Bases of the window.")] = 1 << 20,
+    recompute: Annotated[
+        str, typer.Option("--recompute", help="What the backward pass makes again: none, cheap or block.")
+    ] = "none",
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Mamba blocks of width 128; 12 are 1.4 M.")] = 12,
+    device: Device = "cuda",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """One window forward and backward through the 1.4 M-parameter model: seconds and memory."""
+    import torch
+
+    from statescan.bench.long_window import long_window
+    from statescan.errors import ConfigError
+    from statescan.models import CausalLM, MambaConfig
+
+    config = MambaConfig(d_model=128, n_layer=layers, vocab_size=5, recompute=recompute)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"dna window: wanted --device {device}, which this machine has not; take --device cpu")
+    try:
+        found = long_window(config, length, device=device, precision="bf16" if device != "cpu" else "float32")
+    except torch.OutOfMemoryError as problem:
+        raise ConfigError(
+            f"dna window: {length:,} bases with --recompute {recompute} don't fit ({problem}); take --recompute block"
+        ) from None
+    parameters = CausalLM(config, device="meta").parameter_count()
+    if as_json:
+        emit_json({"length": length, "recompute": recompute, "parameters": parameters, **found._asdict()})
+        return
+    peak = "not counted here" if found.peak_bytes is None else f"{found.peak_bytes / 1e9:.2f} GB at most"
+    print_rows(
+        ("window", f"{length:,} bases, {parameters:,} parameters, recompute {recompute}"),
+        ("time", f"{found.seconds:.3f} s forward and backward, {length / found.seconds:,.0f} bases/s"),
+        ("memory", peak),
+    )
+
+
+def _open(model: Path, paths: list[str], device: str) -> tuple[CausalLM, Genome]:
+    """The model, and the sequences as its own tokenizer reads them."""
+    from statescan.cli.models import open_model
+    from statescan.data import DnaTokenizer, Genome
+    from statescan.errors import ConfigError
+
+    language_model, tokenizer = open_model(model, device=device)
+    if not isinstance(tokenizer, DnaTokenizer):
+        raise ConfigError(
+            f"dna: wanted a model of bases, got '{model}', which reads {tokenizer.name}; train one with "
+            "statescan train --modality dna"
+        )
+    return language_model, Genome(list(paths), tokenizer)
+
+
+def _records(genome: Genome) -> list[Any]:
+    import numpy as np
+
+    from statescan.data import Region
+
+    sizes = np.diff(genome.offsets).tolist()
+    return [Region(name, 0, size) for name, size in zip(genome.names, sizes, strict=True)]
