@@ -14,8 +14,9 @@ __all__ = ["ReverseComplement", "complement_ids", "strand_pair"]
 
 def complement_ids(ids: Tensor) -> Tensor:
     """The other strand of ids in A C G T N, (..., length), read from its own start."""
-    table = torch.tensor([3, 2, 1, 0, 4], dtype=ids.dtype, device=ids.device)
-    return table[ids.flip(-1).long()]
+    ids = ids.flip(-1)
+    # Without a table, which a CUDA graph could not copy to the device.
+    return torch.where(ids < 4, 3 - ids, ids)
 
 
 def strand_pair(embed: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
