@@ -260,7 +260,7 @@ class DnaTokenizer:
             cure = "take it out of the file"
         raise DataError(
             f"dna: wanted letters of the nucleotide code (ACGTUN, RYSWKMBDHV, of either case){where}, got "
-            f"{letter!r}, the {place:,}th here; {cure}"
+            f"{letter!r} at place {place:,}; {cure}"
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint8]]:

@@ -254,7 +254,9 @@ def _write(
     if not count:
         names = ", ".join(source.label for source in sources[:3]) + (" ..." if len(sources) > 3 else "")
         cause = f" ({len(skipped)} binary files were left out)" if skipped else ""
-        raise DataError(f"data: wanted text, got none in {names}{cause}; name files that hold some")
+        raise DataError(
+            f"data: wanted {'bases' if of_bases else 'text'}, got none in {names}{cause}; name files that hold some"
+        )
     offsets.append(count)
     position = _HEADER.size + count * dtype.itemsize
     offsets_at = -(-position // 64) * 64
