@@ -95,7 +95,7 @@ def test_what_does_not_fit(tmp_path):
     other = sounds(7).split(0.3)
     with pytest.raises(CheckpointError, match="the train recordings"):
         train_waveform(MODEL, TRAIN, other, tmp_path / "b", progress=False, resume=True)
-    with pytest.raises(CheckpointError, match="model.d_model"):
+    with pytest.raises(CheckpointError, match=r"model\.d_model"):
         train_waveform(dataclasses.replace(MODEL, d_model=4), TRAIN, data, tmp_path / "b", progress=False, resume=True)
 
 

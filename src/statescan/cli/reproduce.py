@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from statescan.cli.reproduce_audio import raw_audio, spoken_digits
 from statescan.cli.reproduce_dna import dna_pretraining, great_apes, microbes
 from statescan.cli.reproduce_language import context_growth, language_scaling
 from statescan.cli.reproducing import chosen_rows, default_device, going_on, print_results
@@ -216,6 +217,10 @@ reproduce.command("microbes", epilog="Example: statescan reproduce microbes --da
 reproduce.command("great-apes", epilog="Example: statescan reproduce great-apes --data apes.npz --length 8192")(
     great_apes
 )
+reproduce.command("spoken-digits", epilog="Example: statescan reproduce spoken-digits --data recordings --row all")(
+    spoken_digits
+)
+reproduce.command("raw-audio", epilog="Example: statescan reproduce raw-audio --data recordings --row all")(raw_audio)
 
 
 def _model(path: Path | None, packaged: str, device: str | None) -> tuple[CausalLM, str]:

@@ -18,9 +18,9 @@ __all__ = ["Spectrogram", "draw_spectrograms", "spectrogram"]
 class Spectrogram(NamedTuple):
     """decibels: (frequencies, times), 0 for a sine at full scale; hertz: (frequencies,); seconds: (times,), middles."""
 
-    decibels: NDArray[np.float64]
-    hertz: NDArray[np.float64]
-    seconds: NDArray[np.float64]
+    decibels: NDArray[Any]
+    hertz: NDArray[Any]
+    seconds: NDArray[Any]
 
 
 def spectrogram(samples: NDArray[Any], sample_rate: int, *, window: int = 256, hop: int = 64) -> Spectrogram:

@@ -1,0 +1,474 @@
+"""Raw sound foretold sample by sample: which stages of the SaShiMi backbone want a fixed A, and which want selection.
+
+And spoken digits made by label, judged by the classifier of `statescan.recipes.spoken_digits`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from statescan.data.audio import quantize, write_audio
+from statescan.data.recordings import Recordings, labelled_recordings, load_recordings, trim_silence
+from statescan.errors import CheckpointError, ConfigError, MissingExtraError
+from statescan.evaluate.waveforms import bits_per_sample, sound_scores
+from statescan.files import atomic_file, make_folder
+from statescan.generate.waveform import generate_waveforms
+from statescan.inspect.spectrogram import draw_spectrograms
+from statescan.models import SequenceClassifier
+from statescan.models.waveform import WaveformConfig, WaveformModel
+from statescan.recipes.spoken_digits import LONGEST, SPEAKERS, digit_parts, read_digits
+from statescan.recipes.synthetic import figure, save_figure
+from statescan.train.config import apply_overrides
+from statescan.train.loop import RUN_FILE
+from statescan.train.waveform import WaveformTraining, train_waveform
+
+__all__ = [
+    "CONTEXTS",
+    "ROWS",
+    "Row",
+    "WaveformRun",
+    "judge_digits",
+    "judge_sounds",
+    "make_digits",
+    "raw_audio",
+    "report",
+    "waveform_run",
+    "write_sounds",
+]
+
+# Samples of context at which the held-out recordings are judged.
+CONTEXTS = (16, 64, 256, 1024, 4096, LONGEST)
+_SCORES = "scores.json"
+# A tenth of a second of digital silence ends a sound.
+_REST = 800
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its title, what differs in the model, and in the training."""
+
+    title: str
+    model: Mapping[str, Any]
+    train: Mapping[str, Any]
+    paper: str = ""
+
+
+# The paper's table 5 has the outer stages before the centre; all rows here have about 1.9 million parameters.
+ROWS: dict[str, Row] = {
+    "s4-mamba": Row("S4 outside, Mamba in the centre", {"stages": ("s4", "s4", "mamba")}, {}, "1.859"),
+    "s4-s4": Row("S4 everywhere (SaShiMi)", {"stages": ("s4", "s4", "s4")}, {}, "1.867"),
+    "mamba-mamba": Row("Mamba everywhere", {"stages": ("mamba", "mamba", "mamba")}, {}, "1.852"),
+    "mamba-s4": Row("Mamba outside, S4 in the centre", {"stages": ("mamba", "mamba", "s4")}, {}, "1.853"),
+    "s4-complex": Row("S4 outside, Mamba with complex A in the centre", {"stages": ("s4", "s4", "mamba-complex")}, {}),
+    "s4d-mamba": Row("S4D outside, Mamba in the centre", {"stages": ("s4d", "s4d", "mamba")}, {}),
+    "s4-attention": Row("S4 outside, attention in the centre", {"stages": ("s4", "s4", "attention")}, {}, "1.859"),
+    "conv": Row("dilated CNN (WaveNet's units)", {"stages": ("conv",), "d_model": 136, "n_layer": 20}, {}),
+    # Serial, so on shorter windows, with as many samples an update, by cuDNN's own loops in place of one graph.
+    "lstm": Row(
+        "LSTM",
+        {"stages": ("lstm",), "d_model": 312, "n_layer": 2},
+        {"window": LONGEST // 8, "batch_size": 128, "capture": False},
+    ),
+}
+CONDITIONAL = "conditional"
+
+
+@dataclass(frozen=True)
+class WaveformRun:
+    """A model of sound and its schedule."""
+
+    model: WaveformConfig
+    train: WaveformTraining
+
+
+def waveform_run(row: str, overrides: Sequence[str] = ()) -> WaveformRun:
+    """The model and schedule of a row of the table, or of "conditional", the model that says digits by their label.
+
+    Raises:
+        ConfigError: an unknown row or field.
+    """
+    model: dict[str, Any] = {"n_layer": 2, "d_model": 64}
+    train: dict[str, Any] = {"steps": 2000, "batch_size": 16, "window": LONGEST, "precision": "bf16", "lr": 2e-3}
+    train |= {"evaluate_every": 0, "checkpoint_every": 500, "log_every": 20}
+    if row == CONDITIONAL:
+        model |= {"n_layer": 4, "classes": 10, "dropout": 0.1, "stages": ("s4", "s4", "mamba")}
+        train |= {"steps": 6000, "evaluate_every": 1000}
+    elif row in ROWS:
+        model |= ROWS[row].model
+        train |= ROWS[row].train
+    else:
+        raise ConfigError(f"raw audio: the row must be one of {', '.join(ROWS)} or {CONDITIONAL}, got {row!r}")
+    return apply_overrides(WaveformRun(WaveformConfig(**model), WaveformTraining(**train)), overrides)
+
+
+def raw_audio(
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    rows: Sequence[str] = ("s4-mamba", "s4-s4"),
+    overrides: Sequence[str] = (),
+    contexts: Sequence[int] = CONTEXTS,
+    seconds: float | None = None,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Trains each row on the spoken digits and judges it on the official test by the context it is given.
+
+    Args:
+        out: folder of the runs, of the names of the rows, and of results.json, results.md and figure.svg.
+        data: see `statescan.recipes.spoken_digits.read_digits`.
+        rows: of `ROWS`, or "conditional".
+        overrides: of the models and schedules, see `waveform_run`.
+        contexts: samples of context at which the test is judged.
+        seconds: leave off training after so many; the same call goes on.
+        say: called with lines of progress.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ConfigError, DataError: an unknown row, data that can't be read.
+        CheckpointError: a folder holds a run with other settings.
+    """
+    out, begun = make_folder(out), time.perf_counter()
+    recordings = read_digits(data)
+    learnt, valid, test = digit_parts(recordings, "official")
+    # The few that are longer end where a window does: a window always starts where a recording does.
+    learnt, valid = learnt.cut(LONGEST), valid.cut(LONGEST)
+    for row in rows:
+        run, folder = waveform_run(row, overrides), out / row
+        status = _status(folder)
+        if status != "finished":
+            left = None if seconds is None else seconds - (time.perf_counter() - begun)
+            if left is not None and left <= 0:
+                say(f"{row}: no time left, not begun")
+                continue
+            result = train_waveform(
+                run.model, run.train, (learnt, valid), folder, resume=status is not None, seconds=left,
+                facts={"recipe": "raw-audio", "row": row},
+            )  # fmt: skip
+            say(
+                f"{row}: {result.steps:,} of {run.train.steps:,} steps, {result.train_bits:.3f} bits in training, "
+                f"{result.samples_per_second:,.0f} samples/s, {result.peak_bytes / 2**30:.2f} GiB"
+            )
+            if result.interrupted:
+                continue
+        path = folder / _SCORES
+        if not path.exists():
+            model = WaveformModel.from_pretrained(folder, device=_device()).eval()
+            autocast = torch.bfloat16 if run.train.precision == "bf16" and _device() == "cuda" else None
+            scores = {}
+            for context in contexts:
+                judged = bits_per_sample(model, test, context=context, autocast=autocast)
+                scores[str(context)] = judged._asdict()
+                say(f"{row}: {judged.bits:.4f} bits per sample of the test with {context:,} samples of context")
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        report(out)
+    return report(out)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _status(folder: Path) -> str | None:
+    path = folder / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.exists() else None
+
+
+def make_digits(
+    out: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    *,
+    each: int = 50,
+    temperature: float = 1.0,
+    seed: int = 0,
+    at_once: int = 500,
+    say: Callable[[str], object] = print,
+) -> Recordings:
+    """Sounds that a conditioned model makes, `each` for each label, and keeps in a file; made once.
+
+    Args:
+        out: the .npz file.
+        model: folder of the model.
+        each: sounds of each label.
+        temperature, seed: as in `generate_waveforms`.
+        at_once: rows that are drawn side by side.
+        say: called with a line on the speed.
+
+    Returns:
+        The sounds, each as long as it lasts, scaled as the recordings are.
+
+    Raises:
+        CheckpointError: the folder is no model's.
+        ConfigError: the model is not conditioned.
+    """
+    if Path(out).exists():
+        return load_recordings(out)
+    made = WaveformModel.from_pretrained(model, device=_device())
+    classes = made.config.classes
+    if not classes:
+        raise ConfigError(f"make digits: the model in '{model}' must be conditioned by labels, got one that is not")
+    labels = np.repeat(np.arange(classes), each)
+    begun = time.perf_counter()
+    rows = [
+        generate_waveforms(made, LONGEST, rows=len(part), labels=part, temperature=temperature, seed=seed + start)
+        for start, part in ((start, labels[start : start + at_once]) for start in range(0, len(labels), at_once))
+    ]
+    seconds = time.perf_counter() - begun
+    say(
+        f"{len(labels)} sounds of {LONGEST:,} samples in {seconds:.1f} s, "
+        f"{len(labels) * LONGEST / seconds:,.0f} samples a second"
+    )
+    sounds = Recordings(
+        np.concatenate([row for part in rows for row in part]),
+        np.arange(len(labels) + 1, dtype=np.int64) * LONGEST,
+        tuple(f"{label}_made_{number % each}.wav" for number, label in enumerate(labels)),
+        made.config.sample_rate,
+        made.config.quantization,
+        labels.astype(np.uint8),
+        tuple(map(str, range(classes))),
+    )
+    sounds = _as_recorded(sounds)
+    sounds.save(out)
+    return sounds
+
+
+def _as_recorded(sounds: Recordings) -> Recordings:
+    """Each up to where it falls silent, and scaled to a loudest sample of 1, as the recordings are."""
+    parts = []
+    for number in range(len(sounds)):
+        wave = sounds.waveform(number)[: trim_silence(sounds[number], _REST)]
+        parts.append(quantize(wave / (np.abs(wave).max() or 1), sounds.quantization))
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    return Recordings(
+        np.concatenate(parts),
+        offsets,
+        sounds.names,
+        sounds.sample_rate,
+        sounds.quantization,
+        sounds.labels,
+        sounds.classes,
+    )
+
+
+@torch.no_grad()
+def judge_sounds(sounds: Recordings, classifier: str | os.PathLike[str], recordings: Recordings) -> dict[str, Any]:
+    """What the digit classifier says of made sounds, and of real ones beside them.
+
+    Args:
+        sounds: from `make_digits`.
+        classifier: folder of a run of `spoken_digits` on the official split.
+        recordings: from `read_digits`.
+
+    Returns:
+        "made", "test", "train": `SoundScores` each as a dictionary, the Fréchet distance to the training recordings;
+        "each": the part recognised of each label; "confused": (labels, labels) counts, asked for by heard.
+    """
+    model = SequenceClassifier.from_pretrained(classifier).to(_device()).eval()
+    learnt, _, test = digit_parts(recordings, "official")
+    scale = labelled_recordings(learnt, LONGEST)
+    read = {name: _read(model, part, scale.mean, scale.deviation) for name, part in
+            (("train", learnt), ("test", test), ("made", sounds))}  # fmt: skip
+    real, labels = read["train"][1], scale.labels
+    parts = {"train": learnt, "test": test, "made": sounds}
+    result: dict[str, Any] = {
+        name: sound_scores(*read[name], real, labels, part.labels)._asdict() for name, part in parts.items()
+    }
+    assert sounds.labels is not None
+    confused = np.zeros((len(sounds.classes), model.config.classes), int)
+    np.add.at(confused, (sounds.labels, read["made"][0].argmax(1)), 1)
+    result["each"] = [float(row[label] / max(1, row.sum())) for label, row in enumerate(confused)]
+    result["confused"] = confused.tolist()
+    result["seconds"] = {name: float(part.lengths.mean() / part.sample_rate) for name, part in parts.items()}
+    return result
+
+
+def _read(
+    model: SequenceClassifier, part: Recordings, mean: float, deviation: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(logits, features) of each recording, as the classifier reads it."""
+    rows, device = labelled_recordings(part, LONGEST), model.head.weight.device
+    assert rows.lengths is not None
+    order = np.argsort(rows.lengths, kind="stable")
+    logits = np.empty((len(rows), model.config.classes), np.float32)
+    features = np.empty((len(rows), model.config.d_model), np.float32)
+    for start in range(0, len(order), 250):
+        chosen = order[start : start + 250]
+        length = int(rows.lengths[chosen].max())
+        inputs = torch.from_numpy(rows.values[chosen, :length]).to(device)
+        mask = torch.arange(length, device=device) < torch.from_numpy(rows.lengths[chosen]).to(device).unsqueeze(1)
+        known = model.features(((inputs.float() / 255 - mean) / deviation).unsqueeze(-1), mask=mask)
+        features[chosen] = known.float().cpu().numpy()
+        logits[chosen] = model.head(known).float().cpu().numpy()
+    return logits, features
+
+
+def report(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes results.json, results.md and figure.svg from the runs in a folder, and gives what results.json holds."""
+    out, runs = Path(out), []
+    for path in sorted(out.glob(f"*/{RUN_FILE}")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.get("data", {}).get("recipe") != "raw-audio":
+            continue
+        scores = path.parent / _SCORES
+        runs.append(
+            {
+                "row": facts["data"]["row"],
+                **{
+                    name: facts.get(name)
+                    for name in ("status", "parameters", "steps", "seconds", "device", "train_bits")
+                },
+                **{name: facts.get(name) for name in ("samples_per_second", "peak_bytes")},
+                "valid": facts["evaluations"],
+                "scores": json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {},
+                "config": facts["config"],
+            }
+        )
+    order = [*ROWS, CONDITIONAL]
+    runs.sort(key=lambda run: order.index(run["row"]))
+    results: dict[str, Any] = {"recipe": "raw-audio", "runs": runs}
+    judged = out / "judged.json"
+    if judged.exists():
+        results["judged"] = json.loads(judged.read_text(encoding="utf-8"))
+    for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", table(results))):
+        with atomic_file(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    with contextlib.suppress(MissingExtraError):
+        draw(runs, out / "figure.svg")
+    return results
+
+
+def _title(row: str) -> str:
+    return "conditioned by the digit, S4 outside, Mamba in the centre" if row == CONDITIONAL else ROWS[row].title
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The runs as Markdown: bits per sample of the test over the context; and the judgement of made digits."""
+    contexts = sorted({int(context) for run in results["runs"] for context in run["scores"]})
+    lines = [
+        "# Raw audio",
+        "",
+        "Bits per sample of the spoken digits' official test (8 kHz, 256 mu-law levels, each recording scaled to a "
+        "loudest sample of 1), by the samples of context; silence behind a recording is not judged. The paper's "
+        "numbers are nats per sample on SC09 (16 kHz, other data): for the order, not for the size.",
+        "",
+        f"| model | paper | {' | '.join(map(str, contexts))} | parameters | steps | samples/s | GiB |",
+        "|---" * (6 + len(contexts)) + "|",
+    ]
+    for run in results["runs"]:
+        paper = ROWS[run["row"]].paper if run["row"] in ROWS else ""
+        cells = [f"{run['scores'][str(c)]['bits']:.3f}" if str(c) in run["scores"] else "" for c in contexts]
+        speed, peak = run["samples_per_second"] or 0, (run["peak_bytes"] or 0) / 2**30
+        lines.append(
+            f"| {_title(run['row'])} | {paper} | {' | '.join(cells)} | {run['parameters']:,} | {run['steps']:,} | "
+            f"{speed:,.0f} | {peak:.2f} |"
+        )
+    if "judged" in results:
+        lines += ["", "Digits made by label, judged by the classifier trained here on the official split:", ""]
+        lines += ["| | recognised, % | IS | mIS | AM | Fréchet | mean seconds |", "|---" * 7 + "|"]
+        judged = results["judged"]
+        for name in ("made", "test", "train"):
+            one = judged[name]
+            lines.append(
+                f"| {name} ({one['sounds']}) | {100 * one['accuracy']:.1f} | {one['inception']:.2f} | "
+                f"{one['modified_inception']:.1f} | {one['activation_maximization']:.2f} | {one['frechet']:.2f} | "
+                f"{judged['seconds'][name]:.2f} |"
+            )
+        each = ", ".join(f"{digit}: {100 * part:.0f}" for digit, part in enumerate(judged["each"]))
+        lines += ["", f"Recognised of each digit, per cent: {each}."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bits per sample over the context.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    made, axes = figure(7.0, 4.2)
+    for run in runs:
+        if run["scores"] and run["row"] in ROWS:
+            contexts = sorted(map(int, run["scores"]))
+            bits = [run["scores"][str(context)]["bits"] for context in contexts]
+            axes.plot(contexts, bits, "o-", label=_title(run["row"]), linewidth=1.4, markersize=3.5)
+    axes.set(xlabel="samples of context", ylabel="bits per sample of the test", xscale="log")
+    axes.set_xscale("log", base=2)
+    if axes.lines:
+        axes.legend(fontsize=8, frameon=False)
+    save_figure(made, path)
+
+
+def judge_digits(
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    classifier: str | os.PathLike[str],
+    *,
+    each: int = 50,
+    temperature: float = 1.0,
+    seed: int = 0,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Digits made by the conditioned model in `out`, judged; leaves made.npz and judged.json there.
+
+    Raises:
+        CheckpointError: no finished conditioned model, or no classifier.
+    """
+    out = Path(out)
+    if _status(out / CONDITIONAL) is None:
+        raise CheckpointError(f"judge digits: '{out}' must hold a run of the row {CONDITIONAL}; train it first")
+    sounds = make_digits(out / "made.npz", out / CONDITIONAL, each=each, temperature=temperature, seed=seed, say=say)
+    judged = judge_sounds(sounds, classifier, read_digits(data))
+    with atomic_file(out / "judged.json") as temporary:
+        temporary.write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
+    say(f"{100 * judged['made']['accuracy']:.1f} % of {len(sounds)} made digits recognised")
+    report(out)
+    return judged
+
+
+def write_sounds(
+    out: str | os.PathLike[str], data: str | os.PathLike[str], folder: str | os.PathLike[str], *, each: int = 1
+) -> list[Path]:
+    """Some of the made digits as wav files, and their spectrograms above those of recordings of the same digits.
+
+    Args:
+        out: folder in which `judge_digits` left made.npz.
+        data: see `statescan.recipes.spoken_digits.read_digits`.
+        folder: of the wav files and of spectrograms.png.
+        each: sounds of each digit, the first ones: nobody chose.
+
+    Returns:
+        The wav files.
+
+    Raises:
+        DataError: no digits were made.
+        MissingExtraError: soundfile or matplotlib is not installed.
+    """
+    made, folder = load_recordings(Path(out) / "made.npz"), make_folder(folder)
+    assert made.labels is not None
+    _, _, test = digit_parts(read_digits(data), "official")
+    assert test.labels is not None
+    written, tops, bottoms = [], [], []
+    for digit, name in enumerate(made.classes):
+        for number, row in enumerate(np.flatnonzero(made.labels == digit)[:each]):
+            path = folder / f"{name}-{number}.wav"
+            write_audio(path, made.waveform(int(row)), made.sample_rate)
+            written.append(path)
+        tops.append((f"made: {name}", made.waveform(int(np.flatnonzero(made.labels == digit)[0])), made.sample_rate))
+        spoken = np.flatnonzero(test.labels == digit)
+        # Another speaker's with each digit.
+        real = int(spoken[digit * len(spoken) // len(SPEAKERS) % len(spoken)])
+        bottoms.append((f"recorded: {name}", test.waveform(real), test.sample_rate))
+    draw_spectrograms(folder / "spectrograms.png", tops + bottoms, columns=len(tops))
+    return written

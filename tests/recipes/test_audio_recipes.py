@@ -1,0 +1,164 @@
+"""The sound recipes on a few made recordings: the splits, a resumed table, digits made and judged."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from statescan.cli.app import app
+from statescan.data.audio import dequantize, quantize, write_audio
+from statescan.data.recordings import Recordings, load_recordings
+from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.recipes import raw_audio, spoken_digits
+from statescan.recipes.spoken_digits import digit_parts, digit_run, read_digits, speaker_and_take
+
+
+def digit(number: int, speaker: int, take: int) -> np.ndarray:
+    """A tone whose pitch says the digit: what even a tiny model hears."""
+    rng = np.random.default_rng([number, speaker, take])
+    time = np.arange(160 + 8 * take)
+    return 0.2 * np.sin(time * 0.08 * (number + 1) + speaker) + 0.01 * rng.normal(size=len(time))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    parts, names, labels = [], [], []
+    for number in range(10):
+        for speaker, name in enumerate(("ann", "bob")):
+            for take in (0, 1, 5, 7, 8, 9, 10):
+                parts.append(quantize(digit(number, speaker, take)))
+                names.append(f"{number}_{name}_{take}.wav")
+                labels.append(number)
+    made = Recordings(
+        np.concatenate(parts),
+        np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
+        tuple(names),
+        8000,
+        labels=np.array(labels, np.uint8),
+        classes=tuple("0123456789"),
+    )
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    made.save(path)
+    return str(path)
+
+
+CLASSIFIER = ["train.epochs=1", "train.batch_size=16", "model.d_model=8", "model.n_layer=1", "train.warmup=2"]
+WAVEFORM = ["train.steps=2", "train.window=64", "train.batch_size=2", "model.d_model=4", "model.n_layer=1"]
+
+
+def test_the_splits_share_nothing(data):
+    recordings = read_digits(data)
+    assert len(recordings) == 140
+    for split, sizes in (("official", (80, 20, 40)), ("bob", (50, 20, 70))):
+        parts = digit_parts(recordings, split)
+        assert tuple(map(len, parts)) == sizes
+        names = [set(part.names) for part in parts]
+        assert sum(map(len, names)) == len(set.union(*names)) == 140
+    official = digit_parts(recordings, "official")[2]
+    assert all(speaker_and_take(name)[1] < 5 for name in official.names)
+    assert all(speaker_and_take(name)[0] == "bob" for name in digit_parts(recordings, "bob")[2].names)
+    assert not any(
+        speaker_and_take(name)[0] == "bob" for part in digit_parts(recordings, "bob")[:2] for name in part.names
+    )
+    with pytest.raises(ConfigError, match="split must be official or one of"):
+        digit_parts(recordings, "carl")
+
+
+def test_a_folder_is_read_as_the_file(data, tmp_path):
+    pytest.importorskip("soundfile")
+    made = load_recordings(data)
+    for number in range(10):
+        wave = dequantize(made[14 * number])
+        write_audio(tmp_path / "wav" / made.names[14 * number], 0.1 * wave, 8000)
+    read = read_digits(tmp_path / "wav")
+    assert read.classes == made.classes
+    assert all(np.abs(read.waveform(number)).max() == 1 for number in range(10))
+    write_audio(tmp_path / "wav" / "noise.wav", wave, 8000)
+    with pytest.raises(DataError, match="named digit_speaker_take"):
+        read_digits(tmp_path / "wav")
+    for name in ("7_ann.wav", "7_ann_x.wav"):
+        with pytest.raises(DataError, match="names must be"):
+            speaker_and_take(name)
+
+
+def test_rows_that_are_none():
+    with pytest.raises(ConfigError, match="row must be"):
+        digit_run("s5")
+    with pytest.raises(ConfigError, match="row must be"):
+        raw_audio.waveform_run("s5")
+    sizes = []
+    for row in raw_audio.ROWS:
+        run = raw_audio.waveform_run(row)
+        model = raw_audio.WaveformModel(run.model, device="meta")
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+        # As many samples an update.
+        assert run.train.window * run.train.batch_size == raw_audio.LONGEST * 16
+    assert max(sizes) < 1.15 * min(sizes)
+
+
+def test_digits_are_learnt_resumed_and_tabled(data, tmp_path):
+    options = {
+        "rows": ("s4d", "mamba"),
+        "splits": ("official", "bob"),
+        "overrides": CLASSIFIER,
+        "say": lambda text: None,
+    }
+    part = spoken_digits.spoken_digits(tmp_path, data, seconds=0, **options)
+    assert part["runs"] == []
+    spoken_digits.spoken_digits(tmp_path, data, **{**options, "rows": ("s4d",), "splits": ("official",)})
+    whole = spoken_digits.spoken_digits(tmp_path, data, **options)
+    assert [(run["row"], run["split"]) for run in whole["runs"]] == [
+        ("s4d", "official"), ("mamba", "official"), ("s4d", "bob"), ("mamba", "bob")
+    ]  # fmt: skip
+    assert all(run["status"] == "finished" for run in whole["runs"])
+    assert whole["runs"][0]["examples"] == {"train": 80, "valid": 20, "test": 40}
+    table = (tmp_path / "results.md").read_text()
+    assert "| S4D | official |" in table
+    assert "| Mamba | speaker bob |" in table
+    with pytest.raises(CheckpointError, match="d_model"):
+        (tmp_path / "mamba-bob" / "run.json").write_text(
+            (tmp_path / "mamba-bob" / "run.json").read_text().replace('"finished"', '"interrupted"')
+        )
+        spoken_digits.spoken_digits(tmp_path, data, **{**options, "overrides": [*CLASSIFIER, "model.d_model=4"]})
+
+
+def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(raw_audio, "LONGEST", 64)
+    monkeypatch.setattr(raw_audio, "CONTEXTS", (16, 64))
+    out = tmp_path / "raw"
+    line = ["reproduce", "raw-audio", "--data", data, "--out", str(out)]
+    changes = [part for change in WAVEFORM for part in ("--set", change)]
+    for row in ("s4d-mamba", "conditional"):
+        result = CliRunner().invoke(app, [*line, "--row", row, *changes, "--json"])
+        assert result.exit_code == 0, result.stderr
+    runs = json.loads(result.stdout)["runs"]
+    assert [run["row"] for run in runs] == ["s4d-mamba", "conditional"]
+    assert 5 < runs[0]["scores"]["64"]["bits"] < 10
+    digits = tmp_path / "digits"
+    result = CliRunner().invoke(
+        app,
+        ["reproduce", "spoken-digits", "--data", data, "--out", str(digits), "--row", "s4d", "--json"]
+        + [part for change in CLASSIFIER for part in ("--set", change)],
+    )
+    assert result.exit_code == 0, result.stderr
+    pytest.importorskip("soundfile")
+    result = CliRunner().invoke(
+        app,
+        [*line, "--row", "conditional", *changes, "--classifier", str(digits / "s4d-official"), "--each", "2"]
+        + ["--wav", str(tmp_path / "wav")],
+    )
+    assert result.exit_code == 0, result.stderr
+    judged = json.loads((out / "results.json").read_text())["judged"]
+    assert judged["made"]["sounds"] == 20
+    assert judged["train"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert np.sum(judged["confused"]) == 20
+    assert "| made (20) |" in (out / "results.md").read_text()
+    assert len(list((tmp_path / "wav").glob("*.wav"))) == 10
+    assert (tmp_path / "wav" / "spectrograms.png").exists()
+    with pytest.raises(CheckpointError, match="row conditional"):
+        raw_audio.judge_digits(tmp_path / "none", data, digits / "s4d-official")
+    with pytest.raises(ConfigError, match="conditioned by labels"):
+        raw_audio.make_digits(tmp_path / "made.npz", out / "s4d-mamba")
