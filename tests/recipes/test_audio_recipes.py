@@ -144,21 +144,8 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     )
     assert result.exit_code == 0, result.stderr
     pytest.importorskip("soundfile")
-    result = CliRunner().invoke(
-        app,
-        [
-            *line,
-            "--row",
-            "conditional",
-            *changes,
-            "--classifier",
-            str(digits / "s4d-official"),
-            "--each",
-            "2",
-            "--wav",
-            str(tmp_path / "wav"),
-        ],
-    )
+    judging = ["--classifier", str(digits / "s4d-official"), "--each", "2", "--wav", str(tmp_path / "wav")]
+    result = CliRunner().invoke(app, [*line, "--row", "conditional", *changes, *judging])
     assert result.exit_code == 0, result.stderr
     judged = json.loads((out / "results.json").read_text())["judged"]
     assert judged["made"]["sounds"] == 20
