@@ -1,0 +1,135 @@
+"""A classifier over a language model's backbone, and a block that treats both strands alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from statescan.errors import CheckpointError, ConfigError, ShapeError
+from statescan.models import CausalLM, MambaConfig
+from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
+from statescan.models.baseline_config import ConvConfig, TransformerConfig
+from statescan.nn import Mamba
+from statescan.nn.reverse_complement import ReverseComplement, complement_ids, strand_pair
+
+BACKBONE = MambaConfig(d_model=16, n_layer=2, vocab_size=5)
+
+
+def classifier(**fields: object) -> BackboneClassifier:
+    torch.manual_seed(0)
+    model = BackboneClassifier(BackboneClassifierConfig(3, **{"backbone": BACKBONE, **fields})).double().eval()  # type: ignore[arg-type]
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def bases(rows: int, length: int) -> Tensor:
+    return torch.randint(0, 5, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_complement_of_ids() -> None:
+    ids = torch.tensor([[0, 0, 1, 2, 3, 4]])
+    assert complement_ids(ids).tolist() == [[4, 0, 1, 2, 3, 3]]
+    assert (complement_ids(complement_ids(bases(3, 9))) == bases(3, 9)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_block_is_equivariant_and_its_inner_module_is_not(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mixer = Mamba(8, dtype=dtype)
+    block = ReverseComplement(lambda x: mixer(x).output)
+    x = torch.randn(2, 33, 16, dtype=dtype)
+    y, turned = block(x), block(x.flip(1, 2))
+    assert torch.equal(turned, y.flip(1, 2))
+    assert not torch.allclose(mixer(x[..., :8]).output.flip(1, 2), mixer(x[..., :8].flip(1, 2)).output, atol=1e-3)
+    assert torch.equal(y[..., :8], block(torch.cat([x[..., :8], torch.zeros_like(x[..., 8:])], -1))[..., :8])
+    with pytest.raises(ShapeError, match=r"\(batch, length, 2 d\), got \(2, 33, 15\)"):
+        block(x[..., :15])
+
+
+def test_the_pair_of_the_other_strand_is_the_flip_of_the_pair() -> None:
+    embed = torch.nn.Embedding(5, 6)
+    ids = bases(2, 11)
+    assert torch.equal(strand_pair(embed, complement_ids(ids)), strand_pair(embed, ids).flip(1, 2))
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        BACKBONE,
+        ConvConfig(d_model=16, n_layer=2, vocab_size=5),
+        TransformerConfig(d_model=16, n_layer=1, vocab_size=5, n_head=2),
+    ],
+)
+def test_both_strands_get_one_answer(backbone) -> None:
+    ids = bases(3, 40)
+    model = classifier(backbone=backbone, reverse_complement=True)
+    assert torch.allclose(model(ids).logits, model(complement_ids(ids)).logits, atol=1e-6)
+    plain = classifier(backbone=backbone)
+    assert not torch.allclose(plain(ids).logits, plain(complement_ids(ids)).logits, atol=1e-3)
+    # It is the mean of what the backbone says of either strand.
+    hidden = (plain.backbone(ids).hidden.mean(1) + plain.backbone(complement_ids(ids)).hidden.mean(1)) / 2
+    assert torch.allclose(model(ids).logits, plain.head(hidden).float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_padding_changes_nothing(pooling: str) -> None:
+    model = classifier(pooling=pooling)
+    ids = bases(2, 12)
+    mask = torch.arange(12) < torch.tensor([[7], [12]])
+    together = model(ids, torch.tensor([0, 2]), mask=mask)
+    for row, length in enumerate((7, 12)):
+        assert torch.allclose(together.logits[row], model(ids[row : row + 1, :length]).logits[0], atol=1e-6)
+    expected = torch.nn.functional.cross_entropy(together.logits, torch.tensor([0, 2]))
+    assert torch.equal(together.loss, expected)
+
+
+def test_pretrained_weights_are_taken_and_others_refused(tmp_path: Path) -> None:
+    language_model = CausalLM(BACKBONE)
+    language_model.save_pretrained(tmp_path)
+    model = BackboneClassifier(BackboneClassifierConfig(3, BACKBONE.replace(dropout=0.1)))
+    model.load_backbone(tmp_path)
+    ids = bases(2, 9)
+    assert torch.equal(model.eval().backbone(ids).hidden, language_model.eval().backbone(ids).hidden)
+    with pytest.raises(
+        CheckpointError, match=r"wanted a model with d_state = 8, as the classifier's backbone has, got"
+    ):
+        BackboneClassifier(BackboneClassifierConfig(3, BACKBONE.replace(d_state=8))).load_backbone(tmp_path)
+
+
+def test_saved_and_read_again(tmp_path: Path) -> None:
+    model = classifier(reverse_complement=True).float()
+    model.save_pretrained(tmp_path)
+    again = BackboneClassifier.from_pretrained(tmp_path).eval()
+    assert again.config == model.config
+    assert torch.equal(again(bases(2, 9)).logits, model(bases(2, 9)).logits)
+    CausalLM(BACKBONE).save_pretrained(tmp_path / "lm")
+    with pytest.raises(CheckpointError, match="is not a BackboneClassifier's"):
+        BackboneClassifier.from_pretrained(tmp_path / "lm")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"classes": 1}, "classes must be at least 2"),
+        ({"pooling": "max"}, "pooling must be 'mean' or 'last'"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"reverse_complement": True, "pooling": "last"}, "reverse_complement must be False but for bases"),
+        ({"reverse_complement": True, "backbone": MambaConfig(16, 1, 256)}, "reverse_complement must be False"),
+    ],
+)
+def test_configurations_out_of_range(fields, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BackboneClassifierConfig(**{"classes": 3, "backbone": BACKBONE, **fields})
+    with pytest.raises(ConfigError, match="unknown field 'x'"):
+        BackboneClassifierConfig.from_dict({"classes": 3, "backbone": BACKBONE.to_dict(), "x": 1})
+
+
+def test_wrong_arguments() -> None:
+    model = classifier(reverse_complement=True)
+    with pytest.raises(ShapeError, match="rows must be of one length, got a mask"):
+        model(bases(2, 9), mask=torch.ones(2, 9))
+    with pytest.raises(ShapeError, match=r"labels must be \(batch,\) = \(2,\), got \(3,\)"):
+        model(bases(2, 9), torch.zeros(3, dtype=torch.long))
