@@ -15,6 +15,7 @@ from statescan.models.convert import convert
 from statescan.models.counters import Flops, flops_per_token, parameter_count, state_bytes
 from statescan.models.export import ExportedModel, export, flat_state, load_program
 from statescan.models.presets import PRESETS, preset
+from statescan.models.waveform import WaveformConfig, WaveformModel, WaveformOutput
 
 __all__ = [
     "PRESETS",
@@ -34,6 +35,9 @@ __all__ = [
     "S4Config",
     "SequenceClassifier",
     "TransformerConfig",
+    "WaveformConfig",
+    "WaveformModel",
+    "WaveformOutput",
     "config_from_dict",
     "convert",
     "export",
