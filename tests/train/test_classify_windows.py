@@ -12,8 +12,8 @@ import torch
 from statescan.data import reverse_complement
 from statescan.data.labelled import LabelledOrder
 from statescan.data.windows import LabelledWindows, window_rows
-from statescan.errors import CheckpointError, ConfigError, DataError
-from statescan.models import CausalLM, ClassifierConfig, MambaConfig
+from statescan.errors import CheckpointError, DataError
+from statescan.models import CausalLM, MambaConfig
 from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
 from statescan.train.classify import ClassifyConfig, Splits, _ResidentWindows, train_classifier
 
@@ -115,10 +115,7 @@ def test_starts_from_pretrained_weights(data: Splits, tmp_path: Path) -> None:
     torch.manual_seed(3)
     CausalLM(BACKBONE).save_pretrained(tmp_path / "lm")
     slow = replace(TRAIN, epochs=1, lr=1e-12, min_lr=0.0)
-    plain = ClassifierConfig(2, vocab_size=5, d_model=8, n_layer=1)
     train_classifier(MODEL, slow, data, tmp_path / "run", progress=False, pretrained=tmp_path / "lm")
     tuned = BackboneClassifier.from_pretrained(tmp_path / "run").backbone.layers[0].mixer.in_proj.weight  # type: ignore[union-attr]
     start = CausalLM.from_pretrained(tmp_path / "lm").backbone.layers[0].mixer.in_proj.weight  # type: ignore[union-attr]
     assert torch.allclose(tuned, start, atol=1e-6)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="pretrained weights go into a BackboneClassifier"):
-        train_classifier(plain, slow, data, tmp_path / "other", progress=False, pretrained=tmp_path / "lm")
