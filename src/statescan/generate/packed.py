@@ -409,7 +409,7 @@ class PackedModel:
     def _activation_dtype(self) -> torch.dtype:
         if self.dtype in ("float32", "float16"):
             return torch.float32 if self.dtype == "float32" else torch.float16
-        return torch.bfloat16 if _multiplies_bfloat16(self.device) else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
 
     def _prefill_products(self) -> list[dict[str, Callable[[Tensor], Tensor]]]:
         """Products for long prompts, with the copies of the weights that they need, made once."""
@@ -472,7 +472,7 @@ def _decode_products(block: BlockWeights) -> dict[str, Callable[[Tensor], Tensor
     }
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are faster than float32's here; without the instructions they are emulated."""
     if device.type != "cpu":
         return True

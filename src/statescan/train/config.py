@@ -91,6 +91,9 @@ class TrainConfig:
             time); "noise", a draw with the root mean square that the last windows' final states had. Both teach a
             model states that no window of `length` ids from zeros ever comes to.
         from_zero: with "carry" and "noise", the share of windows that start from zeros all the same, drawn each time.
+        weights: folder of a model of the same shape whose weights the run starts with; empty: they are drawn.
+        lora: rank of the low-rank adapters that are trained in place of the weights (`statescan.train.adapters`), which
+            the run's model has merged; 0: all weights are trained.
         seed: of the initial weights and of the order of the data.
         max_nonfinite: updates in a row with a gradient that is not finite, each of them left out, that end the run.
         evaluate_every: updates between two evaluations of the held-out text; 0 for none but the last.
@@ -126,6 +129,8 @@ class TrainConfig:
     precision: Literal["float32", "bf16"] = "float32"
     initial_state: Literal["zero", "carry", "noise"] = "zero"
     from_zero: float = 0.015625
+    weights: str = ""
+    lora: int = 0
     seed: int = 0
     max_nonfinite: int = 20
     evaluate_every: int = 100
@@ -145,7 +150,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints", "log_every", "num_nodes"):
             _check(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
-        for name in ("warmup", "evaluate_every", "evaluate_tokens", "checkpoint_every", "threads"):
+        for name in ("warmup", "evaluate_every", "evaluate_tokens", "checkpoint_every", "threads", "lora"):
             _check(getattr(self, name) >= 0, f"train.{name}", ">= 0", getattr(self, name))
         for name in ("first_length", "stage_steps"):
             _check(getattr(self, name) >= 0, f"train.{name}", ">= 0", getattr(self, name))
@@ -166,6 +171,7 @@ class TrainConfig:
             "> 0 just where train.first_length is",
             self.stage_steps,
         )
+        _check(not self.lora or self.strategy != "fsdp", "train.lora", "0 with train.strategy=fsdp", self.lora)
         _check(self.max_nonfinite >= 1, "train.max_nonfinite", ">= 1", self.max_nonfinite)
         _check(self.devices == "auto" or self.devices >= 1, "train.devices", ">= 1 or auto", self.devices)
         _check(self.batch_size % self.accumulate == 0, "train.batch_size", "a multiple of accumulate", self.batch_size)
