@@ -169,6 +169,14 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path, zipped: bool) -> No
     assert proof.exists()  # it would have run
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_bare_pickle_is_refused_in_one_line(tmp_path: Path) -> None:
+    path, proof = tmp_path / "pytorch_model.bin", tmp_path / "ran"
+    path.write_bytes(pickle.dumps(Code(proof), protocol=4))
+    refused(tmp_path, str(path), "something else than tensors", "was not run")
+    assert not proof.exists()
+
+
 def test_a_pickle_of_other_things(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     for content, words in (({"a": torch.zeros(2), "step": 3}, "got 'step'"), ([torch.zeros(2)], "got list")):

@@ -10,7 +10,7 @@ import torch
 
 from statescan.checkpoint import CONFIG_FILE, WEIGHTS_FILE, tensor_shapes
 from statescan.errors import CheckpointError, ConfigError
-from statescan.models import CausalLM, MambaConfig
+from statescan.models import CausalLM, MambaConfig, convert
 
 CONFIG = MambaConfig(d_model=8, n_layer=2, vocab_size=11, d_state=4)
 IDS = torch.tensor([[1, 5, 10, 0]])
@@ -73,6 +73,18 @@ def test_weights_of_another_configuration(tmp_path: Path) -> None:
     with_config(n_layer=2, d_stat=3)
     with pytest.raises(ConfigError, match="did you mean 'd_state'"):
         CausalLM.from_pretrained(tmp_path)
+
+
+def test_more_layers_than_any_file_holds_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    CausalLM(CONFIG).save_pretrained(tmp_path / "model")
+    place = tmp_path / "model" / CONFIG_FILE
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"n_layer": 10**9}))
+    for read in (CausalLM.from_pretrained, lambda source: convert(source, tmp_path / "new", "transformers")):
+        with pytest.raises(
+            CheckpointError, match=r"tensors, fewer than the 1000000000 layers that .*config\.json says"
+        ):
+            read(tmp_path / "model")
+    assert not (tmp_path / "new").exists()
 
 
 def test_another_architecture(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,22 @@ class Source:
     fields: dict[str, Any]
     weights_path: Path
 
+    @functools.cached_property
+    def _weights(self) -> Weights:
+        return open_weights(self.weights_path)
+
+    def check_layers(self, layers: int) -> None:
+        """Refuses more layers than there are tensors, before a model of so many is made.
+
+        Raises:
+            CheckpointError: the weights hold fewer tensors, or they can't be opened.
+        """
+        if layers > len(self._weights.specs):
+            raise CheckpointError(
+                f"load: {self._weights.path} holds {len(self._weights.specs)} tensors, fewer than the {layers} layers "
+                f"that {self.folder / CONFIG_FILE} says; it belongs to another configuration"
+            )
+
     def tensors(self, wanted: Mapping[str, tuple[int, ...]], tied: bool) -> SourceTensors:
         """Opens the weights and checks every name and shape.
 
@@ -48,7 +65,7 @@ class Source:
         Raises:
             CheckpointError: a file is cut short or no such file, a name is missing or surplus, a shape is wrong.
         """
-        weights = open_weights(self.weights_path)
+        weights = self._weights
         names = {name: their_name(self.layout, name) for name in wanted}
         if names[_EMBEDDING] not in weights.specs and _EMBEDDING in weights.specs:
             names[_EMBEDDING] = _EMBEDDING  # transformers reads the other layout's name too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -264,7 +265,9 @@ def _map_safetensors(path: Path) -> dict[str, Tensor]:
 def _load_bin(path: Path) -> dict[str, Tensor]:
     try:
         mapped = zipfile.is_zipfile(path)
-        found = torch.load(path, map_location="cpu", mmap=mapped or None, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters of it is refused below
+            found = torch.load(path, map_location="cpu", mmap=mapped or None, weights_only=True)
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL ([\w.]+)", str(error))
         what = f"code beside tensors ({names[0]})" if names else "something else than tensors"

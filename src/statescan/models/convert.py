@@ -56,6 +56,7 @@ def convert(
     destination = Path(destination)
     opened = files.open_source(source, revision=revision, offline=offline)
     config = config_of(opened)
+    opened.check_layers(config.n_layer)
     if not isinstance(config, MambaConfig):
         return _convert_baseline(opened, config, destination, layout, shard_bytes)
     tied = config.tie_embeddings
