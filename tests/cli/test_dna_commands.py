@@ -1,0 +1,223 @@
+"""DNA on the command line: from FASTA to a trained, judged model, vectors, a track and variants' effects."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("dnaio")
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = [
+    f"--set={text}"
+    for text in (
+        "model.d_model=8",
+        "model.n_layer=1",
+        "train.steps=6",
+        "train.batch_size=4",
+        "train.length=64",
+        "train.first_length=16",
+        "train.stage_steps=2",
+        "train.log_every=2",
+        "train.accelerator=cpu",
+        "train.threads=1",
+    )
+]
+
+
+def letters(count: int, seed: int) -> str:
+    return "".join("ACGT"[i] for i in np.random.default_rng(seed).integers(0, 4, count))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def genome(tmp_path: Path) -> Path:
+    path = tmp_path / "genome.fa.gz"
+    # Soft-masked and unknown bases and a record shorter than a window are what genomes hold.
+    text = f">chr1 first\n{letters(3000, 0)}\n>chr2\n{letters(900, 1).lower()}NNNRY\n>scrap\nACGT\n"
+    path.write_bytes(gzip.compress(text.encode()))
+    return path
+
+
+@pytest.fixture
+def trained(run: Run, genome: Path, tmp_path: Path) -> Path:
+    code, _, err = run("train", "--modality", "dna", "--data", genome, "--out", tmp_path / "run", *SMALL)
+    assert code == 0, err
+    return tmp_path / "run"
+
+
+def test_trains_tells_and_goes_on_to_the_same_bits(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
+    held = json.loads((trained / "run.json").read_text())
+    assert held["config"]["model"]["vocab_size"] == 5
+    assert held["data"]["records"] == 3
+    code, shown, err = run(
+        "train", "--resume", "--modality", "dna", "--out", trained, "--set", "train.steps=8", "--json"
+    )
+    assert code == 0
+    told = json.loads(shown)
+    assert told["steps"] == 8
+    assert 1.5 < told["bits_per_base"] < 4
+    assert "resuming" in err
+    # The same in one go; --resume without the modality knows it from the run.
+    other = tmp_path / "other"
+    code, shown, _ = run(
+        "train", "--modality", "dna", "--data", genome, "--out", other, *SMALL, "--set", "train.steps=4"
+    )
+    assert (code, "bits per base" in shown, "nats per base" in shown) == (0, True, True)
+    code, _, _ = run("train", "--resume", "--out", other, "--set", "train.steps=6")
+    assert code == 0
+    assert (other / "log.csv").read_text().splitlines()[1:3] == (trained / "log.csv").read_text().splitlines()[1:3]
+
+
+def test_regions_of_bed_files_are_held_out_and_trained_on(run: Run, genome: Path, tmp_path: Path) -> None:
+    bed = tmp_path / "valid.bed"
+    bed.write_text("chr1\t0\t500\nchr2\t100\t300\n")
+    line = ("train", "--modality", "dna", "--data", genome, *SMALL, "--set", f"data.valid_regions={bed}")
+    code, _, err = run(*line, "--out", tmp_path / "run")
+    assert code == 0, err
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (data["valid_tokens"], data["train_tokens"]) == (700, 3000 + 905 + 4 - 700)
+    train = tmp_path / "train.bed"
+    train.write_text("chr1\t499\t900\n")
+    code, _, err = run(*line, "--set", f"data.regions={train}", "--out", tmp_path / "no")
+    assert code == 1
+    assert "without a base in common, got 1 bases in both" in err
+    assert not (tmp_path / "no").exists()
+
+
+def test_judged_by_record_in_bits_per_base(run: Run, genome: Path, trained: Path) -> None:
+    code, shown, _ = run("evaluate", "--model", trained, "--data", genome, "--context", 100, "--json")
+    told = json.loads(shown)
+    # All bases but the first of each record and the five that are unknown.
+    assert (code, told["tokens"]) == (0, 3000 + 900 + 4 - 3)
+    assert told["bits_per_byte"] == told["bits_per_token"]
+    code, shown, _ = run("evaluate", "--model", trained, "--data", genome, "--carry-state")
+    assert (code, "bits per base" in shown) == (0, True)
+
+
+def test_vectors(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors.npy"
+    code, shown, err = run("embed", genome, "--model", trained, "-o", out, "--json")
+    assert code == 0, err
+    vectors = np.load(out)
+    assert (vectors.shape, vectors.dtype) == ((3, 8), np.float32)
+    assert (tmp_path / "vectors.names.txt").read_text() == "chr1\nchr2\nscrap\n"
+    assert json.loads(shown)["sequences"] == 3
+    assert np.isfinite(vectors).all()
+    assert len(np.unique(vectors, axis=0)) == 3
+
+
+def test_track(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
+    out, bed = tmp_path / "a.bedgraph", tmp_path / "a.bed"
+    bed.write_text("chr2\t10\t40\n")
+    code, shown, err = run("dna", "track", genome, "--model", trained, "-o", out, "--regions", bed)
+    assert code == 0, err
+    lines = out.read_text().splitlines()
+    assert lines[0].startswith("track type=bedGraph")
+    covered = [(int(start), int(end)) for _, start, end, _ in (line.split("\t") for line in lines[1:])]
+    assert (covered[0][0], covered[-1][1]) == (11, 40)
+    assert all(before[1] == after[0] for before, after in pairwise(covered))
+    assert "29 bases" in shown
+
+
+def test_variants(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
+    reference = letters(3000, 0)[99]
+    other = "A" if reference != "A" else "C"
+    vcf, out = tmp_path / "a.vcf", tmp_path / "b.vcf"
+    head = '##fileformat=VCFv4.2\n##INFO=<ID=DP,Number=1,Type=Integer,Description="x">\n'
+    head += "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\tFORMAT\tS1\n"
+    vcf.write_text(
+        f"{head}chr1\t100\trs1\t{reference}\t{other},<DEL>\t9\tPASS\tDP=4\tGT\t0/1\n"
+        f"chr1\t100\t.\t{reference}\t{reference}\t.\t.\t.\tGT\t0/0\n"
+    )
+    code, shown, err = run("dna", "variants", vcf, "--genome", genome, "--model", trained, "-o", out)
+    assert code == 0, err
+    lines = out.read_text().splitlines()
+    assert lines[2].startswith("##INFO=<ID=LLR,Number=A,Type=Float")
+    assert lines[3].startswith("#CHROM")
+    first, second = (line.split("\t") for line in lines[4:])
+    assert first[:7] == ["chr1", "100", "rs1", reference, f"{other},<DEL>", "9", "PASS"]
+    assert first[7].startswith("DP=4;LLR=")
+    assert first[7].endswith(",.")
+    assert first[8:] == ["GT", "0/1"]
+    assert second[7] in ("LLR=0.0000", "LLR=-0.0000")
+    assert "2" in shown
+    # What goes wrong on the way leaves the file that stood there.
+    before = out.read_text()
+    vcf.write_text(vcf.read_text() + "chr9\t1\t.\tA\tC\t.\t.\t.\n")
+    code, _, err = run("dna", "variants", vcf, "--genome", genome, "--model", trained, "-o", out)
+    assert (code, out.read_text()) == (1, before)
+    assert f"{vcf}:6: dna: wanted the name of a record, got 'chr9'" in err
+
+
+def test_a_long_window_is_timed(run: Run) -> None:
+    code, shown, err = run("dna", "window", "--length", 512, "--layers", 1, "--device", "cpu", "--json")
+    assert code == 0, err
+    told = json.loads(shown)
+    assert (told["length"], told["peak_bytes"]) == (512, None)
+    assert 1 < told["loss"] < 4
+
+
+GOOD = gzip.compress(f">a\n{letters(500, 3)}\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("e.fa", b"", "got an empty file"),
+        ("p.fa", b">p\nMKLVEFIRST\n", "looks like protein"),
+        ("g.fa", b">g\nACGT--ACGT\n", "data.gaps=n"),
+        ("t.fa.gz", GOOD[:100], "cut short or damaged"),
+        ("s.fa", b">s\nACGTACGT\n", "the window is longer than every record"),
+    ],
+)
+def test_bad_files_get_one_line_and_leave_nothing(run: Run, tmp_path: Path, name, content, message) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, shown, err = run("train", "--modality", "dna", "--data", tmp_path / name, "--out", tmp_path / "run", *SMALL)
+    assert (code, shown) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_gaps_are_read_as_asked(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "g.fa").write_text(f">g\n{letters(300, 0)}--{letters(300, 1)}\n")
+    code, _, err = run(
+        "train", "--modality", "dna", "--data", tmp_path / "g.fa", "--out", tmp_path / "run", *SMALL,
+        "--set", "data.gaps=drop", "--set", "data.valid_fraction=0",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["tokens"] == 600
+
+
+def test_wrong_lines(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
+    line = ("train", "--modality", "dna", "--out", tmp_path / "x")
+    for more, message in (
+        ((), "wanted FASTA or FASTQ, got none"),
+        (("--data", genome, "--tokenizer", "bytes"), "--tokenizer is for texts and tasks"),
+        (("--data", genome, "--task", "smnist"), "--task is for texts and tasks"),
+        (("--data", genome, "--set", "data.packing=true"), "wanted data.packing=false"),
+        (("--data", genome, "--set", "train.first_length=8"), "train.stage_steps: wanted > 0 just where"),
+    ):
+        code, _, err = run(*line, *more)
+        assert (code, message in err) == (1, True), err
+    code, _, err = run("train", "--modality", "film", "--data", genome, "--out", tmp_path / "x")
+    assert "--modality must be one of text, dna" in err
+    words = tmp_path / "words"
+    small = [text for text in SMALL if "first_length" not in text and "stage_steps" not in text]
+    (tmp_path / "a.txt").write_text("it was the whale " * 200)
+    assert run("train", "--data", tmp_path / "a.txt", "--out", words, *small)[0] == 0
+    code, _, err = run("embed", genome, "--model", words, "-o", tmp_path / "v.npy")
+    assert (code, "wanted a model of bases, got" in err) == (1, True)
+    code, _, err = run("embed", genome, "--model", trained, "-o", tmp_path / "none" / "v.npy")
+    assert (code, "there is no folder" in err) == (1, True)
