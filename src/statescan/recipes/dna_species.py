@@ -128,10 +128,11 @@ def microbe_splits(
     sources = find_sources(paths)
     if len(sources) < 2:
         raise DataError(f"species: wanted a file for each of at least two species, got {len(sources)}")
-    block = max(1 << 14, 4 * length)
     tokens, found, offset = [], [], 0
     for source in sources:
         genome = Genome(source.path, cache=cache)
+        # Blocks of many windows, and enough of them in a small genome.
+        block = max(min(1 << 14, len(genome.tokens) // 64), 4 * length)
         parts = split_regions(genome.spans(), [_TEST, _VALID], block=block, seed=seed)
         found.append([part + offset for part in parts])
         tokens.append(np.asarray(genome.tokens))
@@ -253,11 +254,10 @@ def ape_splits(aligned: AlignedBlocks, length: int, rows: int, *, seed: int = 0,
             if wanted is None:
                 firsts.append(first[chosen])
                 continue
-            # The homologue begins at the same part of the same block as the first species' window.
+            # The homologue begins as many bases into the same block as the first species' window.
             start = each[0][0][chosen]
             block = np.searchsorted(aligned.offsets[0], start, side="right") - 1
-            size = np.maximum(1, aligned.offsets[0][block + 1] - aligned.offsets[0][block])
-            inside = (start - aligned.offsets[0][block]) * (ends[block + 1] - ends[block]) // size
+            inside = np.minimum(start - aligned.offsets[0][block], ends[block + 1] - ends[block])
             firsts.append(np.minimum(ends[block] + inside, ends[end] - length))
         first = np.stack(firsts, 1)
         room = np.minimum(
@@ -334,6 +334,7 @@ def dna_species(
     species: Sequence[str],
     pretrained: str | os.PathLike[str] | None = None,
     kmers: int = 4,
+    seconds: float | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Trains a classifier, or goes on with it, or takes it as it lies finished; and the k-mer regression beside it.
@@ -345,6 +346,7 @@ def dna_species(
         species: the names of the labels.
         pretrained: a language model whose backbone it starts from.
         kmers: bases of the regression's words.
+        seconds: leave off training after so many; the next call goes on.
         say: called with a line when there is something to tell.
 
     Returns:
@@ -363,7 +365,14 @@ def dna_species(
     done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if done is None or done["status"] != "finished":
         result = train_classifier(
-            run.model, run.train, splits, folder, resume=done is not None, facts=facts, pretrained=pretrained
+            run.model,
+            run.train,
+            splits,
+            folder,
+            resume=done is not None,
+            facts=facts,
+            pretrained=pretrained,
+            seconds=seconds,
         )
         if result.interrupted:
             raise KeyboardInterrupt

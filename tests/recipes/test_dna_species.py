@@ -1,0 +1,208 @@
+"""Species from windows: splits without a base in common, homologues together, unknown bases alike, runs that go on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from statescan.data.windows import LabelledWindows, window_rows
+from statescan.errors import ConfigError, DataError
+from statescan.evaluate.kmers import kmer_frequencies, kmer_regression
+from statescan.models import CausalLM, MambaConfig
+from statescan.recipes import dna_species as recipe
+
+
+def write(path: Path, records: list[np.ndarray]) -> None:
+    np.savez(
+        path,
+        seq=np.concatenate(records).astype(np.uint8),
+        reclen=np.array([len(record) for record in records]),
+        names=np.array([f"r{i}" for i in range(len(records))]),
+    )
+
+
+@pytest.fixture
+def genomes(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    folder = tmp_path / "genomes"
+    folder.mkdir()
+    for name, gc, size in (("aa", 0.3, 90_000), ("bb", 0.5, 200_000), ("cc", 0.7, 120_000)):
+        p = np.array([1 - gc, gc, gc, 1 - gc]) / 2
+        write(folder / f"{name}.npz", [draw.choice(4, size - 3000, p=p), draw.choice(4, 3000, p=p)])
+    return folder
+
+
+def shown(windows: LabelledWindows) -> np.ndarray:
+    """Which bases any window may show."""
+    seen = np.zeros(len(windows.tokens), bool)
+    for first, room in zip(windows.first, windows.room, strict=True):
+        seen[first : first + room - 1 + windows.length] = True
+    return seen
+
+
+def test_microbes_are_parted_without_a_base_in_common(genomes: Path, tmp_path: Path) -> None:
+    splits, names = recipe.microbe_splits(genomes, 256, 100, cache=tmp_path / "cache")
+    assert names == ["aa", "bb", "cc"]
+    train, valid, test = map(shown, splits)
+    assert not (train & valid).any()
+    assert not (train & test).any()
+    assert not (valid & test).any()
+    for part in splits:
+        counts = np.bincount(part.labels)
+        assert len(set(counts)) == 1, "every species as often"
+        ends = np.cumsum([90_000, 200_000, 120_000])
+        assert (np.searchsorted(ends, part.first, side="right") == part.labels).all()
+    assert len(splits.train) == 300
+    with pytest.raises(DataError, match="file for each of at least two species, got 1"):
+        recipe.microbe_splits(genomes / "aa.npz", 256, 10, cache=tmp_path / "cache")
+
+
+def aligned(seed: int = 0, species: int = 3, blocks: int = 60) -> recipe.AlignedBlocks:
+    """Species that differ in one base of twenty and in the lengths of their blocks."""
+    draw = np.random.default_rng(seed)
+    ancestor = [draw.integers(0, 4, draw.integers(40, 120)) for _ in range(blocks)]
+    tokens, offsets, start = [], [], 0
+    for number in range(species):
+        own = [
+            np.where(draw.random(len(b)) < 0.05, draw.integers(0, 4, len(b)), b)[: len(b) - number] for b in ancestor
+        ]
+        lengths = np.array([len(block) for block in own])
+        offsets.append(start + np.concatenate([[0], np.cumsum(lengths)]))
+        tokens.append(np.concatenate(own))
+        start = int(offsets[-1][-1])
+    return recipe.AlignedBlocks(list("abc")[:species], np.concatenate(tokens).astype(np.uint8), np.stack(offsets))
+
+
+def test_unknown_bases_are_masked_alike() -> None:
+    plain = aligned()
+    tokens = plain.tokens.copy()
+    # A stretch inside a block, one over a border, single ones at both ends of a block.
+    own = plain.offsets[1]
+    tokens[own[5] + 10 : own[5] + 25] = 4
+    tokens[own[9] - 4 : own[9] + 6] = 4
+    tokens[[own[20], own[21] - 1]] = 4
+    masked = recipe.mask_alike(replace(plain, tokens=tokens))
+    counts = []
+    for ends in masked.offsets:
+        unknown = masked.tokens[ends[0] : ends[-1]] == 4
+        each = np.add.reduceat(unknown, ends[:-1] - ends[0])
+        assert set(np.flatnonzero(each)) == {5, 8, 9, 20}
+        counts.append(each)
+    # To a base or two, which rounding up of a part of a block makes.
+    assert np.abs(np.diff(counts, axis=0)).max() <= 2
+    known = masked.tokens != 4
+    assert (masked.tokens[known] == plain.tokens[known]).all()
+    assert (masked.tokens[tokens == 4] == 4).all()
+
+
+def test_apes_are_parted_by_block_and_homologues_go_together() -> None:
+    blocks = aligned(blocks=200)
+    splits = recipe.ape_splits(blocks, 64, 50, seed=1)
+    for number, (low, high) in enumerate(((0, 170), (170, 180), (180, 200))):
+        part = splits[number]
+        assert isinstance(part, LabelledWindows)
+        for first, room, label in zip(part.first, part.room, part.labels, strict=True):
+            ends = blocks.offsets[label]
+            assert ends[low] <= first
+            assert first + room - 1 + 64 <= ends[high]
+        assert len(set(np.bincount(part.labels))) == 1
+    assert splits.train.together == 3  # type: ignore[union-attr]
+    assert len(splits.train) == 150
+    rows = splits.train.values.reshape(-1, 3, 64)
+    # Of one place, so that most bases agree, up to where a block of one species is shorter; of others a quarter would.
+    assert (rows[:, 0, :10] == rows[:, 1, :10]).mean() > 0.75
+    with pytest.raises(DataError, match="the window is longer than every record or block"):
+        recipe.ape_splits(blocks, 100_000, 1)
+
+
+def test_blocks_from_arrays_and_from_records(tmp_path: Path) -> None:
+    pytest.importorskip("dnaio")
+    blocks = aligned(species=2, blocks=4)
+    arrays, folder = {}, tmp_path / "apes"
+    folder.mkdir()
+    for name, ends in zip("ab", blocks.offsets, strict=True):
+        arrays[name] = blocks.tokens[ends[0] : ends[-1]]
+        arrays[f"{name}_blocklen"] = np.diff(ends)
+        text = "".join(
+            f">block{i}\n{''.join('ACGT'[b] for b in blocks.tokens[ends[i] : ends[i + 1]])}\n" for i in range(4)
+        )
+        (folder / f"{name}.fa").write_text(text)
+    np.savez(tmp_path / "apes.npz", **arrays)
+    for read in (recipe.read_blocks(tmp_path / "apes.npz"), recipe.read_blocks(folder, cache=tmp_path / "cache")):
+        assert (read.names, read.blocks) == (["a", "b"], 4)
+        assert (read.tokens == blocks.tokens).all()
+        assert (read.offsets == blocks.offsets).all()
+    (folder / "b.fa").write_text(">block0\nACGT\n")
+    with pytest.raises(DataError, match=r"with as many blocks each in .*, got 2 with \[1, 4\]"):
+        recipe.read_blocks(folder, cache=tmp_path / "cache")
+
+
+def test_words_of_bases() -> None:
+    ids = np.array([[0, 1, 0, 1, 4, 3]], np.uint8)  # AC CA AC, then words with an unknown base
+    found = kmer_frequencies(ids, 2)
+    assert found.shape == (1, 16)
+    assert found[0, [1, 4]].tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert found.sum() == pytest.approx(1)
+    with pytest.raises(ConfigError, match=r"k must be within 1 \.\. 8"):
+        kmer_frequencies(ids, 9)
+
+
+def test_regression_tells_compositions_apart_and_nothing_from_noise(genomes: Path, tmp_path: Path) -> None:
+    splits, _ = recipe.microbe_splits(genomes, 256, 60, cache=tmp_path / "cache")
+    right, judged = kmer_regression(splits.train, splits.test, 2)  # type: ignore[arg-type]
+    assert judged == len(splits.test)
+    assert right / judged > 0.95
+    noise = np.random.default_rng(0).integers(0, 4, 40_000).astype(np.uint8)
+    first, room = window_rows(np.array([[0, 40_000]]), 100)
+    labels = np.random.default_rng(1).integers(0, 2, len(first)).astype(np.uint8)
+    alike = LabelledWindows(noise, first, room, labels, 2, 100)
+    right, judged = kmer_regression(alike.take(slice(0, 200)), alike.take(slice(200, 400)), 2)
+    assert abs(right / judged - 0.5) < 0.15
+
+
+SMALL = ["model.backbone.d_model=8", "model.backbone.n_layer=1", "train.batch_size=12", "train.epochs=1"]
+SMALL += ["train.precision=float32", "train.accelerator=cpu", "train.threads=1", "rows=24"]
+
+
+def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", []
+    run = recipe.microbe_run(256, 3, overrides=SMALL)
+    splits, names = recipe.microbe_splits(genomes, 256, run.rows, cache=tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        recipe.dna_species(run, splits, out, species=names, seconds=0, say=lines.append)
+    assert recipe.report(out)["rows"] == []
+    recipe.dna_species(run, splits, out, species=names, say=lines.append)
+    stamp = (out / run.name / "model.safetensors").stat().st_mtime_ns
+    recipe.dna_species(run, splits, out, species=names, say=lines.append)
+    assert (out / run.name / "model.safetensors").stat().st_mtime_ns == stamp, "a finished run is taken as it lies"
+    blocks = aligned(blocks=200)
+    backbone = MambaConfig(d_model=8, n_layer=1, vocab_size=5)
+    CausalLM(backbone).save_pretrained(tmp_path / "lm")
+    for start in (None, tmp_path / "lm"):
+        ape = recipe.ape_run(
+            64, backbone, classes=3, pretrained=start is not None, overrides=[o for o in SMALL if "backbone" not in o]
+        )
+        recipe.dna_species(
+            ape, recipe.ape_splits(blocks, 64, ape.rows), out, species=blocks.names, pretrained=start, kmers=2,
+            say=lines.append,
+        )  # fmt: skip
+    results = recipe.report(out)
+    assert [(row["task"], row["origin"]) for row in results["rows"]] == [
+        ("apes", "pretrained"),
+        ("apes", "scratch"),
+        ("microbes", "scratch"),
+    ]
+    row = results["rows"][2]
+    told = json.loads((out / run.name / "run.json").read_text())["test"]["best"]["accuracy"]
+    assert row["right"] / row["judged"] == told
+    assert row["judged"] == len(splits.test)
+    table = (out / "results.md").read_text()
+    assert f"| microbes | 256 | scratch | {recipe.percent(told)} |" in table
+    assert "(k = 4)" in table
+    assert (out / "apes.svg").read_text().count("the paper") == 3
+    with pytest.raises(ConfigError, match="just for a run that starts from one, got scratch"):
+        recipe.dna_species(run, splits, out, species=names, pretrained=tmp_path / "lm")
