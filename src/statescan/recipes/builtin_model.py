@@ -25,11 +25,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from statescan.data import ByteTokenizer
 from statescan.errors import CheckpointError, ConfigError, TrainingError
-from statescan.evaluate import evaluate_tokens
+from statescan.evaluate import evaluate_tokens, row_bits
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, ModelConfig, TransformerConfig
 from statescan.recipes.novels import SHIPPED_TEXTS, read_corpus
@@ -328,7 +327,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@torch.no_grad()
 def overlapping_bits(
     model: CausalLM, tokens: NDArray[np.uint8], length: int, stride: int, *, batch_size: int = 16
 ) -> float:
@@ -349,24 +347,20 @@ def overlapping_bits(
     """
     if not 0 < stride <= length:
         raise ConfigError(f"overlapping_bits: stride must be in [1, length = {length}], got {stride}")
-    device = model.lm_head.weight.device
     starts = list(range(0, len(tokens) - length, stride))
     if not starts:
         raise ConfigError(f"overlapping_bits: wanted at least length + 1 = {length + 1} bytes, got {len(tokens)}")
     total, count = 0.0, 0
     for first in range(0, len(starts), batch_size):
-        some = starts[first : first + batch_size]
-        ids = torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in some]).astype(np.int64))
-        ids = ids.to(device)
-        logits = model(ids[:, :-1]).logits
-        assert logits is not None
-        loss = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-        kept = loss[:, -stride:].double()
-        total, count = total + float(kept.sum()), count + kept.numel()
+        pieces = row_bits(
+            model, tokens, starts[first : first + batch_size], length, length, model.lm_head.weight.device
+        )
+        bits = np.concatenate([piece for _, piece in pieces], axis=1)
+        new = bits[:, -stride:]
+        total, count = total + float(new.sum()), count + new.size
         if first == 0:
-            head = loss[0, :-stride].double()
-            total, count = total + float(head.sum()), count + head.numel()
-    return total / count / float(np.log(2))
+            total, count = total + float(bits[0, :-stride].sum()), count + length - stride
+    return total / count
 
 
 def judge(model: CausalLM, tokens: NDArray[np.uint8], length: int = 2048) -> dict[str, Any]:
