@@ -278,6 +278,11 @@ def test_a_loss_that_waits_is_refused_when_it_is_captured() -> None:
     with pytest.raises(ConfigError, match=r"can't be captured in a CUDA graph .*must not wait for the device"):
         step.step(data[3])
     assert len(seen) == 3
+    # Random numbers can be drawn again, and go on where they were.
+    torch.manual_seed(5)
+    first = torch.rand(3, device="cuda")
+    torch.manual_seed(5)
+    assert torch.equal(first, torch.rand(3, device="cuda"))
 
 
 # ---- the training loop ----------------------------------------------------------------------------------------------

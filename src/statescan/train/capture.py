@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,23 @@ from torch import Tensor
 from statescan.errors import ConfigError, ShapeError
 from statescan.train.optim import guarded_update
 
-__all__ = ["CapturedStep"]
+__all__ = ["CapturedStep", "end_failed_capture"]
+
+
+def end_failed_capture(generators: Iterable[torch.Generator] = ()) -> None:
+    """Makes the random generators of the current device usable again after a capture that failed.
+
+    Torch ends their part of a capture only with one that succeeds; until then every draw, dropout's too, is refused as
+    one "outside graph capture". So here one succeeds.
+
+    Args:
+        generators: those that were registered with the failed graph, besides the device's own.
+    """
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
 
 
 class CapturedStep:
@@ -298,6 +314,7 @@ class CapturedStep:
             with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 self._run(batch)
         except RuntimeError as problem:
+            end_failed_capture(self._generators)
             # What ends a capture early is told first; that it ended early is raised on top of it.
             first = problem.__context__ or problem
             if isinstance(first, torch.OutOfMemoryError):
