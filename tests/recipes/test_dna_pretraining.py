@@ -1,0 +1,94 @@
+"""Next-base prediction of four families: as many parameters, the same windows, the loss over the context."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from statescan.errors import ConfigError
+from statescan.models import CausalLM
+from statescan.recipes import dna_pretraining as recipe
+from statescan.train.loop import read_genome
+
+
+def test_rows_have_as_many_parameters() -> None:
+    counts = {name: CausalLM(config, device="meta").parameter_count() for name, (config, _) in recipe.ROWS.items()}
+    assert counts["mamba"] == 1_400_448
+    assert all(abs(count / counts["mamba"] - 1) < 0.003 for count in counts.values()), counts
+
+
+def test_the_length_doubles_over_the_first_half() -> None:
+    config = recipe.pretraining_run("mamba", ["x.fa"], length=1 << 15, steps=1000).train
+    assert (config.first_length, config.stage_steps, config.batch_size * config.length) == (1 << 10, 100, 1 << 17)
+    assert recipe.pretraining_run("mamba", ["x.fa"], length=1 << 18, steps=1000).train.batch_size == 1
+    short = recipe.pretraining_run("conv", ["x.fa"], length=512, steps=10).train
+    assert (short.first_length, short.stage_steps) == (0, 0)
+    with pytest.raises(ConfigError, match="--row must be one of mamba, s4, conv, transformer, got 'x'"):
+        recipe.pretraining_run("x", ["x.fa"])
+
+
+def test_octaves_weigh_their_halves() -> None:
+    buckets = [(1, 1, 10, 2.0), (2, 2, 10, 1.9), (3, 3, 30, 1.5), (4, 5, 20, 1.0), (6, 7, 20, 3.0), (8, 8, 10, 9.0)]
+    judged = {
+        "by_position": [
+            {"first": a, "last": b, "count": n, "bits_per_token": bits, "standard_error": 0.1}
+            for a, b, n, bits in buckets
+        ]
+    }
+    found = recipe.octaves(judged)
+    # The last one holds one position of eight: the windows' end.
+    assert list(found) == [1, 2, 4]
+    assert found[2] == pytest.approx((1.6, 0.1))
+    assert found[4] == pytest.approx((2.0, 0.1))
+
+
+@pytest.fixture
+def genome(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    # Every second base says what the next one is.
+    bases = draw.integers(0, 4, 12_000)
+    bases[1::2] = (bases[::2] + 1) % 4
+    path = tmp_path / "g.npz"
+    np.savez(path, seq=bases.astype(np.uint8), reclen=np.array([8000, 4000]), names=np.array(["a", "b"]))
+    return path
+
+
+def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) -> None:
+    bed, out = tmp_path / "v.bed", tmp_path / "out"
+    bed.write_text("b\t500\t3000\n")
+    small = ["model.d_model=16", "model.n_layer=2", "train.batch_size=4", "train.accelerator=cpu", "train.threads=1"]
+    small += [f"data.cache={tmp_path / 'cache'}", "data.both_strands=false", "train.lr=2e-2"]
+
+    def runs(steps: int, *rows: str) -> dict:
+        return {
+            row: recipe.pretraining_run(
+                row, [str(genome)], length=256, valid_regions=str(bed), steps=steps, overrides=small
+            )
+            for row in rows
+        }
+
+    lines: list[str] = []
+    recipe.dna_pretraining(runs(60, "mamba"), out, context=512, carried=2048, say=lines.append)
+    before = (out / "mamba" / "model.safetensors").read_bytes()
+    results = recipe.dna_pretraining(runs(60, "mamba", "conv"), out, context=512, carried=2048, say=lines.append)
+    assert (out / "mamba" / "model.safetensors").read_bytes() == before, "a finished row is taken as it lies"
+    assert [row["row"] for row in results["rows"]] == ["mamba", "conv"]
+    mamba, conv = results["rows"]
+    assert mamba["bases"] == conv["bases"] == 60 * 4 * 256
+    corpus = read_genome(runs(60, "mamba")["mamba"])
+    assert len(corpus.valid) == 2500
+    # Windows of whole length within the region held out, every position of which is judged on the same ones.
+    assert mamba["window"]["tokens"] == 4 * 512
+    assert {bucket["count"] % 4 for bucket in mamba["window"]["by_position"]} == {0}
+    assert mamba["carried"]["tokens"] == 2048
+    assert conv["carried"] is None
+    # Half of the bases are known from the one before: 1 bit in place of 2.
+    assert 0.95 < mamba["window"]["bits_per_token"] < 1.6
+    table = (out / "results.md").read_text()
+    assert "| Mamba | " in table
+    assert "state carried" in table
+    assert (out / "context.svg").exists()
+    assert json.loads((out / "results.json").read_text())["benchmark"] == "dna-pretraining"
