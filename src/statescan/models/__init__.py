@@ -1,5 +1,6 @@
 """Models: frozen configurations, presets, the causal language model, a classifier of sequences."""
 
+from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
 from statescan.models.baseline_config import (
     ConvConfig,
     ModelConfig,
@@ -20,6 +21,8 @@ from statescan.models.waveform import WaveformConfig, WaveformModel, WaveformOut
 __all__ = [
     "PRESETS",
     "Backbone",
+    "BackboneClassifier",
+    "BackboneClassifierConfig",
     "BackboneOutput",
     "Block",
     "CausalLM",

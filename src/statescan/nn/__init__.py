@@ -8,6 +8,7 @@ from statescan.nn.mlp import MLP, GatedMLP
 from statescan.nn.norm import LayerNorm, RMSNorm
 from statescan.nn.packing import Packing, pack
 from statescan.nn.recurrent import GRU, LSTM
+from statescan.nn.reverse_complement import ReverseComplement
 from statescan.nn.s4 import S4, S4D, LinearLayerOutput
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MambaState",
     "Packing",
     "RMSNorm",
+    "ReverseComplement",
     "StepProjection",
     "over_its_rms",
     "pack",
