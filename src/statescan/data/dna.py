@@ -210,10 +210,11 @@ class Genome:
         if regions is None:
             return np.stack([self.offsets[:-1], self.offsets[1:]], 1)
         found = sorted(self.span(region) for region in regions)
+        borders = set(self.offsets.tolist())
         merged: list[list[int]] = []
         for start, end in found:
             # Two records that touch are two spans: nothing reads across their border.
-            if merged and start <= merged[-1][1] and start not in self.offsets:
+            if merged and start <= merged[-1][1] and start not in borders:
                 merged[-1][1] = max(merged[-1][1], end)
             else:
                 merged.append([start, end])
