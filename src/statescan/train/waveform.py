@@ -128,7 +128,8 @@ class WaveformResult:
         train_bits: of the last updates, silence behind short recordings included.
         evaluations: on the way and at the end, where all held-out recordings are judged.
         seconds: of training with its evaluations, those before a resume too.
-        samples_per_second: of this call's updates alone.
+        samples_per_second: of this call's updates alone, where there are more without the first `log_every`, which
+            compile and capture.
         peak_bytes: of the device's memory; 0 where that is not known.
         interrupted: a signal or the time given ended it early.
     """
@@ -429,7 +430,7 @@ class _WaveformTrainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         begun, before = time.perf_counter(), self.seconds
         self.logged_at, self.logged_step = begun, self.done
-        self.first, self.spent = self.done, 0.0
+        self.timed: list[tuple[int, float]] = []
         stopped = self.done >= config.steps
         interrupted = False
         try:
@@ -444,13 +445,19 @@ class _WaveformTrainer:
                 late = seconds is not None and time.perf_counter() - begun >= seconds
                 interrupted = (late or self.interruption.wished()) and not last
                 stopped = last or interrupted
+                if interrupted:
+                    float(self.loss_sum)  # waits for the device
+                    self._time()
                 if stopped or (config.checkpoint_every and self.done % config.checkpoint_every == 0):
                     self.seconds = before + time.perf_counter() - begun
                     self._save()
             self.model.save_pretrained(self.out)
             self.seconds = before + time.perf_counter() - begun
             peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-            speed = (self.done - self.first) * config.batch_size * config.window / self.spent if self.spent else 0.0
+            timed = [entry for entry in self.timed if entry[0]]
+            timed = timed[1:] or timed or [(0, 1.0)]
+            updates, taken = (sum(column) for column in zip(*timed, strict=True))
+            speed = updates * config.batch_size * config.window / taken
             self._write_run("interrupted" if interrupted else "finished", samples_per_second=speed, peak_bytes=peak)
             if interrupted:
                 self.progress.note(f"interrupted after step {self.done}, which is saved; go on with --resume")
@@ -477,10 +484,7 @@ class _WaveformTrainer:
     def _log(self) -> None:
         config = self.config
         self.bits = float(self.loss_sum) / self.in_window / math.log(2)
-        now = time.perf_counter()
-        self.spent += now - self.logged_at
-        speed = (self.done - self.logged_step) * config.batch_size * config.window / max(now - self.logged_at, 1e-9)
-        self.logged_at, self.logged_step = now, self.done
+        updates, taken = self._time()
         self.loss_sum.zero_()
         self.in_window = 0
         self.log.append(
@@ -490,12 +494,20 @@ class _WaveformTrainer:
             gradient_norm=float(self.update.norm),
             skipped=int(self.skipped),
         )
+        speed = updates * config.batch_size * config.window / taken
         self.progress.show(loss=f"{self.bits:.3f}", speed=f"{speed:,.0f}")
         if (in_row := int(self.skipped_in_row)) >= config.max_nonfinite:
             raise TrainingError(
                 f"train: the last {in_row} gradients up to step {self.done} were infinite or no numbers, "
                 "and were left out; lower train.lr or lengthen train.warmup, then go on with resume"
             )
+
+    def _time(self) -> tuple[int, float]:
+        """Notes the updates since the last time, and the seconds that they took."""
+        now = time.perf_counter()
+        self.timed.append((self.done - self.logged_step, max(now - self.logged_at, 1e-9)))
+        self.logged_at, self.logged_step = now, self.done
+        return self.timed[-1]
 
     def _evaluate(self, *, whole: bool) -> None:
         started = time.perf_counter()
