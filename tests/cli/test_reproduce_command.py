@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from statescan.cli.reproduce import _judged
 from statescan.data import InductionHeads, SelectiveCopying
 from statescan.models import CausalLM
 from statescan.recipes import induction_heads, selective_copying
@@ -33,7 +35,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         model = induction_heads.ROWS[row].model.replace(d_model=16)
         return SyntheticRun(row, model, (Stage(InductionHeads(8), 2, 20),), seed)
 
-    def copying(row: str = "mamba-s6", seed: int = 0) -> SyntheticRun:
+    def copying(row: str = "mamba-s6", seed: int = 0, **_: object) -> SyntheticRun:
         model = selective_copying.ROWS[row].model.replace(d_model=16)
         return SyntheticRun(row, model, (Stage(SelectiveCopying(4096), 1, 1),), seed)
 
@@ -105,4 +107,10 @@ def test_an_unknown_row_is_named(run: Run, tmp_path: Path) -> None:
 def test_an_unknown_packaged_model_is_named(run: Run) -> None:
     code, _, err = run("inspect", "ab", "--model", "packaged:heads")
     assert code == 1
-    assert "wanted one of the packaged models (induction-heads, selective-copying), got 'heads'" in err
+    assert re.search(r"wanted one of the packaged models \(.*induction-heads, selective-copying\), got 'heads'", err)
+
+
+def test_a_budget_of_tokens_takes_fewer_of_the_long_sequences() -> None:
+    count = _judged(4096, 2**20)
+    assert [count(2**k) for k in (6, 8, 10, 19, 20, 21)] == [4096, 4096, 1024, 2, 2, 2]
+    assert {_judged(7, None)(2**k) for k in (6, 20)} == {7}

@@ -161,11 +161,6 @@ def test_evaluate_gives_each_length_its_score() -> None:
     assert [score for score, _ in scores.values()] == [score for score, _ in whole.values()]
 
 
-def test_examples_within_a_budget_of_tokens() -> None:
-    count = recipe.examples_within(2**20)
-    assert [count(2**k) for k in (6, 8, 10, 19, 20)] == [4096, 4096, 1024, 2, 2]
-
-
 def test_the_papers_numbers_are_those_of_its_table() -> None:
     if not FACTS.exists():
         pytest.skip("the facts are not beside this checkout")

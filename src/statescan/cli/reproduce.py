@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,6 +54,12 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
 
 
+def _judged(examples: int, tokens: int | None) -> Callable[[int], int]:
+    """How many examples of a length to judge: as many as asked for, but fewer where that many tokens are less, 2 at
+    least."""
+    return lambda length: examples if tokens is None else min(examples, max(2, tokens // length))
+
+
 @command
 def induction_heads(
     out: Annotated[Path, typer.Option("--out", help="Folder of runs, table and figure; resumable.")] = Path(
@@ -77,6 +83,10 @@ def induction_heads(
             help="Fresh sequences judged of every length.",
         ),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, show_default="no end", help="Judge so many tokens of a length at most."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Table 11: recall the token after a trigger, trained at length 256, judged from 64 to 1,048,576."""
@@ -85,7 +95,7 @@ def induction_heads(
     if evaluate_only:
         language_model, name = _model(model, "induction-heads", device)
         lengths = [length for length in recipe.LENGTHS if full or length <= _SHORT]
-        wanted = (lambda length: examples) if examples else recipe.examples_within(_TOKENS)
+        wanted = _judged(recipe.EXAMPLES if examples is None else examples, tokens or (None if examples else _TOKENS))
         scores = {}
         with progress("judging", unit="tokens") as bar:
             for length in lengths:
@@ -96,11 +106,10 @@ def induction_heads(
         _print_scores(name, scores, paper, as_json)
         return
     rows = chosen_rows(row, recipe.ROWS, "mamba")
-    judged = (lambda length: examples) if examples else (lambda length: recipe.EXAMPLES)
     with going_on():
         results = recipe.induction_heads(
             out, rows=rows, seeds=range(seeds), device=default_device(device), seconds=seconds,
-            examples=judged, say=note,
+            examples=_judged(examples or recipe.EXAMPLES, tokens), say=note,
         )  # fmt: skip
     print_results(out, results, as_json)
 

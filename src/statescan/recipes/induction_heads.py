@@ -112,11 +112,6 @@ def induction_run(row: str = "mamba", seed: int = 0) -> SyntheticRun:
     )  # fmt: skip
 
 
-def examples_within(tokens: int) -> Callable[[int], int]:
-    """How many examples of a length to judge with about so many tokens a length: 2 to 4,096."""
-    return lambda length: max(2, min(EXAMPLES, tokens // length))
-
-
 def evaluate(
     model: CausalLM,
     *,

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from statescan.errors import CheckpointError, ConfigError, MissingExtraError
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM
 from statescan.nn import Mamba
-from statescan.train.capture import CapturedStep
+from statescan.train.capture import CapturedStep, end_failed_capture
 from statescan.train.optim import parameter_groups
 
 __all__ = ["Score", "Stage", "SyntheticRun", "TrainedRun", "judge", "judge_pieces", "train_runs", "wilson"]
@@ -43,6 +44,8 @@ _LOG = "log.csv"
 _SAVE_EVERY, _LOOK_EVERY = 60.0, 2.0
 # Steps in one graph: enough that the host starts each of many runs rarely, few enough to stop at any moment.
 _UNROLLED = 20
+# Graphs that the host may be ahead of the device: a look at the losses, and so a stop, waits for no more than these.
+_AHEAD = 8
 # Rows of a run's log.
 _ROWS = 400
 # Tokens of a row in a piece, where there are rows enough for that.
@@ -202,6 +205,7 @@ class _Course:
         self.log: list[tuple[int, float, float]] = []
         self._row = max(1, run.steps // _ROWS)
         self._waiting: list[Tensor] = []
+        self._ahead: deque[torch.cuda.Event] = deque()
         self._losses: list[float] = []
         self._last = math.nan
         self._stage = -1
@@ -220,7 +224,13 @@ class _Course:
             if number != self._stage or left < self._unrolled:
                 self._enter(number, min(_UNROLLED, left))
             self._waiting.append(self._step.step().reshape(-1))
+            if self.stream is not None:
+                done = torch.cuda.Event()
+                done.record(self.stream)
+                self._ahead.append(done)
         self.steps += self._unrolled
+        if len(self._ahead) > _AHEAD:
+            self._ahead.popleft().synchronize()
 
     def look(self) -> float:
         """Waits for the steps that were started, and logs; gives the last loss."""
@@ -488,8 +498,8 @@ def judge(
 class _Reader:
     """Reads rows of a task piece after piece, the state carried from each to the next.
 
-    On a GPU a piece, the making of its tokens included, is one CUDA graph: pieces small enough for the GPU's cache have
-    so little work a kernel that the host could not start them fast enough.
+    On a GPU a piece, the making of its tokens included, is one CUDA graph: the host has next to nothing to do. It waits
+    every few pieces, so that what was told is done, and an interruption leaves little behind.
     """
 
     def __init__(self, model: CausalLM, task: InductionHeads, rows: int, piece: int) -> None:
@@ -513,8 +523,10 @@ class _Reader:
         self._start.zero_()
         for tensor in _tensors(self._state):
             tensor.zero_()
-        for start in range(0, self._task.length, self._piece):
+        for number, start in enumerate(range(0, self._task.length, self._piece)):
             count = min(self._piece, self._task.length - start)
+            if self._keys.is_cuda and number % _AHEAD == 0:
+                torch.cuda.current_stream(self._keys.device).synchronize()
             if self._graph is not None and count == self._piece:
                 self._graph.replay()
             else:
@@ -543,6 +555,7 @@ class _Reader:
                 self._advance(self._piece)
         except RuntimeError:
             # A layer that waits for the device in between runs kernel by kernel.
+            end_failed_capture()
             self._captures = False
         else:
             self._graph = graph
@@ -565,7 +578,7 @@ def judge_pieces(
     *,
     seed: int,
     first: int = 0,
-    at_once: int = 1 << 17,
+    at_once: int = 1 << 19,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """As `judge`, with memory that doesn't grow with the length: piece after piece, the state carried from each to the
