@@ -207,11 +207,6 @@ def test_inspect_writes_a_page_and_a_picture(run: Run, model: Path, tmp_path: Pa
     assert [layer["layer"] for layer in facts["layers"]] == [0, 1]
 
 
-def test_inspect_without_a_model_says_how_to_get_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert "--model DIR" in one_line(run("inspect", "It was the whale."))
-
-
 def test_train_then_resume_then_use_the_run(run: Run, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("lightning_fabric")
     out = tmp_path / "run"

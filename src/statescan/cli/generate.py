@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from statescan.cli.audio import generate_audio
+from statescan.cli.models import BUILTIN_MODEL, MODEL_HELP
 from statescan.cli.terminal import command, emit_json, note
+from statescan.errors import ConfigError
 
 if TYPE_CHECKING:
     from statescan.generate import Generation, Piece
@@ -25,6 +28,7 @@ _LARGEST_SEED = 2**53 - 1
 class Weights(enum.StrEnum):
     """How the weights are packed for decoding."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -33,14 +37,15 @@ class Weights(enum.StrEnum):
 
 @command
 def generate(
-    model: Annotated[
-        Path, typer.Option("--model", help="Folder of a model or of a training run, or owner/name on the hub.")
-    ],
     prompt: Annotated[
-        list[str], typer.Option("--prompt", help="Text to write on from; may be given several times; '-' reads stdin.")
-    ],
+        list[str] | None,
+        typer.Option("--prompt", help="Text to write on from; may be given several times; '-' reads stdin."),
+    ] = None,
+    model: Annotated[Path, typer.Option("--model", help=MODEL_HELP)] = BUILTIN_MODEL,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = 200,
-    dtype: Annotated[Weights, typer.Option("--dtype", help="Of the packed weights.")] = Weights.float32,
+    dtype: Annotated[
+        Weights, typer.Option("--dtype", help="Of the packed weights; auto: as they are stored, or float32.")
+    ] = Weights.auto,
     temperature: Annotated[float, typer.Option("--temperature", help="0: the most likely token.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability.")] = 1.0,
@@ -56,10 +61,30 @@ def generate(
         str | None, typer.Option("--tokenizer", show_default="the model's own", help="'bytes' or a tokenizer JSON.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0, help="Of a model of sound: how long a sound to make, with -o.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Of a model of sound: the .wav or .flac.")] = None,
+    label: Annotated[
+        str | None, typer.Option("--label", help="Of a model of sound that was trained with labels: one of them.")
+    ] = None,
+    spectrogram: Annotated[
+        Path | None, typer.Option("--spectrogram", help="Of a model of sound: draw what was made into this PNG.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of streaming.")] = False,
 ) -> None:
-    """Writes on from a prompt; the text streams to standard output as it comes."""
-    from statescan.cli.models import open_model
+    """Writes on from a prompt, streamed to standard output as it comes; or makes sound with --seconds and -o."""
+    if seconds is not None or out is not None:
+        generate_audio(
+            model, out, seconds=seconds, label=label, temperature=temperature, seed=seed, device=device,
+            picture=spectrogram, as_json=as_json, prompt=prompt,
+        )  # fmt: skip
+        return
+    if not prompt:
+        raise ConfigError(
+            "generate: wanted a --prompt to write on from, got none; give one, or --seconds and -o for a model of sound"
+        )
+    from statescan.cli.models import model_folder, open_model, stored_dtype
     from statescan.generate import Engine, SamplingParams
 
     params = SamplingParams(
@@ -74,7 +99,8 @@ def generate(
     )
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
     language_model, text_to_ids = open_model(model, device=device, tokenizer=tokenizer)
-    engine = Engine(language_model, text_to_ids, dtype=dtype.value)
+    packed = stored_dtype(model_folder(model)) if dtype is Weights.auto else dtype.value
+    engine = Engine(language_model, text_to_ids, dtype=packed)
 
     start = time.perf_counter()
     pieces = engine.stream(prompts, params)
@@ -84,7 +110,7 @@ def generate(
         rows = [results[row]._asdict() for row in range(len(prompts))]
         emit_json([{"prompt": text, **row} for text, row in zip(prompts, rows, strict=True)])
     count = sum(len(result.tokens) for result in results.values())
-    note(f"{count:,} tokens in {seconds:.2f} s with the prompt read, {count / seconds:,.0f} tokens/s, {dtype.value}")
+    note(f"{count:,} tokens in {seconds:.2f} s with the prompt read, {count / seconds:,.0f} tokens/s, {packed}")
 
 
 def _silently(pieces: Iterator[Piece]) -> dict[int, Generation]:

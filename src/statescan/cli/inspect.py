@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
+from statescan.cli.models import BUILTIN_MODEL, MODEL_HELP
 from statescan.cli.terminal import command, emit_json, note, result_console
 
 __all__ = ["inspect"]
-
-_DEMO = Path("demo-out/model")
 
 
 @command
@@ -20,12 +19,7 @@ def inspect(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The text to look at; '-' reads standard input.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page, one HTML file.")] = Path("report.html"),
     png: Annotated[bool, typer.Option("--png", help="Also draw a PNG beside the page.")] = False,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", show_default=str(_DEMO), help="Folder of a model or of a training run, or owner/name on the hub."
-        ),
-    ] = None,
+    model: Annotated[Path, typer.Option("--model", help=MODEL_HELP)] = BUILTIN_MODEL,
     layer: Annotated[
         int | None,
         typer.Option("--layer", show_default="the middle one", help="Shown channel by channel; -1: the last."),
@@ -35,16 +29,11 @@ def inspect(
 ) -> None:
     """Shows which characters of a text a model writes into its state, and which it lets pass."""
     from statescan.cli.models import open_model
-    from statescan.errors import CheckpointError
     from statescan.files import want_folder
     from statescan.inspect import inspect_text
 
-    if model is None and not _DEMO.is_dir():
-        raise CheckpointError(
-            "inspect: wanted a model, got none; name one with --model DIR (`statescan demo` makes one)"
-        )
     want_folder(out)
-    language_model, tokenizer = open_model(model or _DEMO)
+    language_model, tokenizer = open_model(model)
     report = inspect_text(
         language_model, tokenizer, sys.stdin.read() if text == "-" else text, layer=layer, max_tokens=max_tokens
     )

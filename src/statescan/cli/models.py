@@ -1,6 +1,7 @@
 """Finds and opens the model that a command was given.
 
-A folder (a training run's is one), owner/name on the hub, or packaged:NAME, which comes with the package.
+A folder (a training run's is one), owner/name on the hub, or packaged:NAME, which comes with the package; "builtin" is
+the language model among those, and what a command takes where none is named.
 """
 
 from __future__ import annotations
@@ -16,7 +17,25 @@ if TYPE_CHECKING:
     from statescan.data import Tokenizer
     from statescan.models import CausalLM, ModelConfig
 
-__all__ = ["model_folder", "open_model", "read_config"]
+__all__ = ["BUILTIN_MODEL", "MODEL_HELP", "model_folder", "open_model", "or_packaged", "read_config", "stored_dtype"]
+
+# What a command takes where no model is named.
+BUILTIN_MODEL = Path("builtin")
+MODEL_HELP = "Folder of a model or of a training run, owner/name on the hub, or packaged:NAME."
+
+
+def or_packaged(path: Path) -> Path:
+    """`path`, or the folder of the packaged model that it names: by packaged:NAME, or as "builtin" where no folder is
+    called so.
+
+    Raises:
+        CheckpointError: no packaged model has that name.
+    """
+    from statescan.recipes.shipped import PACKAGED, shipped_model
+
+    if path.as_posix().startswith(PACKAGED) or (path == BUILTIN_MODEL and not path.exists()):
+        return shipped_model(path.as_posix())
+    return path
 
 
 def model_folder(path: Path) -> Path:
@@ -26,10 +45,8 @@ def model_folder(path: Path) -> Path:
         CheckpointError: it holds none, or the hub has no such thing.
     """
     from statescan.checkpoint import is_hub_id, locate
-    from statescan.recipes.shipped import PACKAGED, shipped_model
 
-    if path.as_posix().startswith(PACKAGED):
-        return shipped_model(path.as_posix())
+    path = or_packaged(path)
     if is_hub_id(path.as_posix()):
         path = locate(path.as_posix())
     if (path / "config.json").is_file():
@@ -49,6 +66,19 @@ def read_config(folder: Path) -> ModelConfig:
     from statescan.models.causal_lm import config_of
 
     return config_of(open_source(folder))
+
+
+def stored_dtype(folder: Path) -> str:
+    """What a model's weights lose nothing by when they are packed for decoding: "bfloat16" where the matrices are
+    stored so, else "float32"."""
+    import torch
+
+    from statescan.checkpoint import open_source
+    from statescan.checkpoint.weights import open_weights
+
+    specs = open_weights(open_source(folder).weights_path).specs
+    matrices = {spec.dtype for name, spec in specs.items() if name.endswith("_proj.weight")}
+    return "bfloat16" if matrices == {torch.bfloat16} else "float32"
 
 
 def open_model(

@@ -1,4 +1,7 @@
-"""Small trained models that come with the package, as ``packaged:NAME`` wherever a model is asked for."""
+"""Trained models that come with the package, as ``packaged:NAME`` wherever a model is asked for.
+
+The one called ``builtin``, a byte-level language model, is what commands take where no model is named.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from pathlib import Path
 
 from statescan.errors import CheckpointError
 
-__all__ = ["PACKAGED", "SHIPPED", "shipped_model"]
+__all__ = ["BUILTIN", "PACKAGED", "SHIPPED", "shipped_model"]
 
 PACKAGED = "packaged:"
+BUILTIN = "builtin"
 # Name: how it came to be; docs/reproduction.md says what it can do.
 SHIPPED = {
+    BUILTIN: "statescan reproduce builtin-model",
     "induction-heads": "statescan reproduce induction-heads, seed 0",
     "selective-copying": "statescan reproduce selective-copying, seed 0",
 }
