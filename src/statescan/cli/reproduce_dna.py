@@ -110,7 +110,7 @@ def great_apes(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Table 13: which great ape a window of 2^10 to 2^17 bases is from, unknown bases masked alike in all of them."""
+    """Appendix E.3: which great ape a window of 2^10 to 2^17 bases is from, unknown bases masked alike in all of them."""
     from statescan.cli.models import model_folder, read_config
     from statescan.models import MambaConfig
     from statescan.recipes import dna_species as recipe

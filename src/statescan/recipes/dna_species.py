@@ -43,7 +43,7 @@ __all__ = [
     "report",
 ]
 
-# Table 13 of the paper, five apes (chance 20 %): length to accuracy in per cent.
+# The table of great apes in the paper (appendix E.3), five species (chance 20 %): length to accuracy in per cent.
 PAPER = {
     "HyenaDNA 1.4 M": {2**10: 28.04, 2**12: 28.43, 2**14: 41.17, 2**16: 42.22, 2**18: 31.10, 2**20: 54.87},
     "Mamba 1.4 M": {2**10: 31.47, 2**12: 27.50, 2**14: 27.66, 2**16: 40.72, 2**18: 42.41, 2**20: 71.67},
