@@ -10,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from statescan.data import DnaTokenizer
+from statescan.models import CausalLM, MambaConfig
 
 pytest.importorskip("dnaio")
 
@@ -40,23 +44,29 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def genome(tmp_path: Path) -> Path:
-    path = tmp_path / "genome.fa.gz"
+@pytest.fixture(scope="module")
+def genome(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("genome") / "genome.fa.gz"
     # Soft-masked and unknown bases and a record shorter than a window are what genomes hold.
     text = f">chr1 first\n{letters(3000, 0)}\n>chr2\n{letters(900, 1).lower()}NNNRY\n>scrap\nACGT\n"
     path.write_bytes(gzip.compress(text.encode()))
     return path
 
 
-@pytest.fixture
-def trained(run: Run, genome: Path, tmp_path: Path) -> Path:
-    code, _, err = run("train", "--modality", "dna", "--data", genome, "--out", tmp_path / "run", *SMALL)
+@pytest.fixture(scope="module")
+def trained(genome: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that some tests read."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    CausalLM(MambaConfig(d_model=8, n_layer=1, vocab_size=5)).save_pretrained(folder)
+    DnaTokenizer().save(folder)
+    return folder
+
+
+def test_trains_tells_and_goes_on_to_the_same_bits(run: Run, genome: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "run"
+    code, _, err = run("train", "--modality", "dna", "--data", genome, "--out", trained, *SMALL)
     assert code == 0, err
-    return tmp_path / "run"
-
-
-def test_trains_tells_and_goes_on_to_the_same_bits(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
     held = json.loads((trained / "run.json").read_text())
     assert held["config"]["model"]["vocab_size"] == 5
     assert held["data"]["records"] == 3

@@ -19,7 +19,7 @@ from statescan.train.classify import ClassifyConfig, Splits, _ResidentWindows, t
 
 BACKBONE = MambaConfig(d_model=16, n_layer=1, vocab_size=5)
 MODEL = BackboneClassifierConfig(2, BACKBONE, reverse_complement=True, dropout=0.1)
-TRAIN = ClassifyConfig(epochs=3, batch_size=8, lr=1e-2, warmup=5, log_every=4, accelerator="cpu", threads=1)
+TRAIN = ClassifyConfig(epochs=2, batch_size=8, lr=1e-2, warmup=5, log_every=4, accelerator="cpu", threads=1)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_rows_begin_in_their_room_on_either_strand(data: Splits) -> None:
     assert (labels.numpy() == windows.labels).all()
     assert mask is None
     starts, strands = set(), [0, 0]
-    for _ in range(12):
+    for _ in range(8):
         shown = resident.batch(rows, 64, vary=True)[0].numpy().astype(np.uint8)
         for row in range(len(windows)):
             low, high = windows.first[row], windows.first[row] + windows.room[row]
