@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from statescan.errors import ConfigError
+from statescan.data import ByteTokenizer
+from statescan.errors import ConfigError, DataError
 from statescan.evaluate import ngram_bits_per_byte
-from statescan.models import MambaConfig
+from statescan.models import CausalLM, MambaConfig
 from statescan.recipes import demo as recipe
+from statescan.recipes import shipped
 from statescan.recipes.demo import demo, demo_run
 from statescan.train import train
 
@@ -19,8 +22,14 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "MODEL", MambaConfig(d_model=16, n_layer=1, vocab_size=256, initializer_range=0.08))
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model in the place of the packaged one."""
+    torch.manual_seed(0)
+    folder = tmp_path / "shipped" / "builtin"
+    CausalLM(MambaConfig(16, 1, 256, initializer_range=0.08), dtype=torch.bfloat16).save_pretrained(folder)
+    ByteTokenizer().save(folder)
+    monkeypatch.setattr(shipped, "_FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(recipe, "_JUDGED", 2000)
 
 
 def test_a_demo_leaves_what_it_names_and_is_replaced_by_the_next(tmp_path: Path) -> None:
@@ -30,6 +39,12 @@ def test_a_demo_leaves_what_it_names_and_is_replaced_by_the_next(tmp_path: Path)
     assert json.loads((out / "summary.json").read_text())["bits_per_byte"] == summary["bits_per_byte"]
     assert [entry["step"] for entry in summary["evaluations"]] == [0, 1, 2, 3]
     assert summary["evaluations"][-1]["bits_per_byte"] < summary["evaluations"][0]["bits_per_byte"]
+    assert summary["bits_per_byte"] < summary["bits_per_byte_before"]
+    # It writes before it learns, and what it wrote stands beside what it writes then.
+    assert "writes on from" in lines[0]
+    assert "before" in lines[-1].splitlines()[1]
+    assert "after" in lines[-1].splitlines()[1]
+    assert all(sample["before"] != sample["after"] for sample in summary["samples"])
     assert any("5-gram" in line for line in lines)
     assert any("worse than 5-gram" in line for line in lines)  # three updates don't beat it, and it says so
     assert f"{summary['bits_per_byte']:.4f}" in (out / "summary.md").read_text()
@@ -37,6 +52,7 @@ def test_a_demo_leaves_what_it_names_and_is_replaced_by_the_next(tmp_path: Path)
     from statescan.data import build_token_file
 
     learnt, held_out = build_token_file(recipe.CORPUS).split(0.05)
+    held_out = held_out[:2001]
     assert summary["yardsticks"]["5-gram"] == pytest.approx(ngram_bits_per_byte(learnt.tobytes(), held_out.tobytes()))
     assert summary["held_out_bytes"] == len(held_out)
 
@@ -54,8 +70,9 @@ def test_a_demo_leaves_what_it_names_and_is_replaced_by_the_next(tmp_path: Path)
 
 
 def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = demo_run(4, "float32", seed=1)
+    run = demo_run(steps=4, seed=1)
     monkeypatch.setattr(recipe, "_probe", lambda: {"float32": 0.1, "bf16": 0.2})
+    tmp_path = tmp_path / "demo"
 
     def stop(self: recipe.Callback, step: int, path: Path) -> None:
         if step == 2:
@@ -82,9 +99,11 @@ def test_a_slow_machine_trains_fewer_steps_and_its_time_has_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe, "_probe", lambda: {"float32": 0.5, "bf16": 2.0})
-    resumed, run, _ = recipe._plan(tmp_path / "slow", None, 0)
+    resumed, run, _ = recipe._plan(tmp_path / "slow", [recipe.CORPUS], None, 0, 10**6)
     assert not resumed
-    assert (run.train.steps, run.train.precision) == (200, "float32")
+    assert (run.train.steps, run.train.precision) == (150, "float32")
+    # A short text is not learnt by heart.
+    assert recipe._plan(tmp_path / "short", [recipe.CORPUS], None, 0, 20_480)[1].train.steps == 60
     monkeypatch.setattr(recipe, "_LIMIT", 0.0)
     summary = demo(tmp_path / "ended", steps=30, say=lambda line: None, progress=False)
     assert summary["stopped_by_time"]
@@ -92,7 +111,28 @@ def test_a_slow_machine_trains_fewer_steps_and_its_time_has_an_end(
     assert "stopped by its time limit" in (tmp_path / "ended" / "summary.md").read_text()
 
 
+def test_a_text_of_ones_own_is_learnt(tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("\n\n".join(f"The rose {i} is a rose and will be a rose for ever." for i in range(300)))
+    lines: list[str] = []
+    summary = demo(tmp_path / "demo", data=[str(text)], steps=2, say=lines.append, progress=False)
+    assert summary["text"] == str(text)
+    assert all(sample["prompt"].startswith("The rose ") for sample in summary["samples"])
+    text.write_text("x")
+    with pytest.raises(DataError, match="wanted a text of some thousand bytes"):
+        demo(tmp_path / "none", data=[str(text)], say=lines.append, progress=False)
+
+
+def test_columns_hold_both_texts() -> None:
+    lines = recipe._side_by_side("before", "aa bb cc", "after", "dd", width=5).splitlines()
+    assert [line.split("  |  ") for line in lines] == [
+        ["before", "after"], ["-----", "-----"], ["aa bb", "dd"], ["cc     |"],
+    ]  # fmt: skip
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "other"
+    tmp_path.mkdir()
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ConfigError, match="--out must be new, empty or an earlier demo's folder"):
         demo(tmp_path)
@@ -102,6 +142,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_stranger_in_a_demos_folder_is_left_alone(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "demo"
+    tmp_path.mkdir()
     (tmp_path / recipe._MARK).write_text("")
     (tmp_path / "summary.md").write_text("a demo's")
     (tmp_path / "thesis.txt").write_text("precious")
@@ -111,7 +153,8 @@ def test_a_stranger_in_a_demos_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_model_that_train_made_is_no_demo(tmp_path: Path) -> None:
-    train(demo_run(1), tmp_path / "model", progress=False)
+    tmp_path = tmp_path / "run"
+    train(demo_run(steps=1), tmp_path / "model", progress=False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match="--out must be new, empty or an earlier demo's folder"):
         demo(tmp_path, steps=1, say=lambda line: None, progress=False)

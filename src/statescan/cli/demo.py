@@ -1,4 +1,4 @@
-"""``statescan demo``: from nothing to a trained, judged model and a look inside it, in minutes on a CPU."""
+"""``statescan demo``: the packaged model writes, learns a text, and writes again, in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything; an earlier demo's is replaced.")] = Path(
         "demo-out"
     ),
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, show_default="what two minutes on two cores allow", help="Updates.")
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", show_default="packaged:moby_dick", help="Text to learn: file, folder or glob; several times."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights, data and samples.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, show_default="what 75 seconds here allow", help="Updates.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of data and samples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; the story goes to standard error.")] = False,
 ) -> None:
-    """Trains a small Mamba on Moby-Dick, judges it beside xz and a 5-gram model, and looks inside it."""
+    """The packaged model writes, learns your text or Moby-Dick, writes again; judged beside xz and a 5-gram model."""
+    from statescan.recipes.demo import CORPUS
     from statescan.recipes.demo import demo as run_demo
 
     try:
-        summary = run_demo(out, steps=steps, seed=seed, say=note if as_json else _say)
+        summary = run_demo(out, data=data or [CORPUS], steps=steps, seed=seed, say=note if as_json else _say)
     except KeyboardInterrupt:
-        note(f"interrupted; what was learnt is kept, go on with: statescan demo --out {shlex.quote(str(out))}")
+        note("interrupted; what was learnt is kept, go on with the same command")
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         emit_json(summary)
