@@ -41,13 +41,13 @@ def test_trained_resumed_and_made_to_sound(folder, tmp_path):
     assert again.exit_code == 0, again.stderr
     assert "5 of 5" in again.stdout
     wave = tmp_path / "yes.wav"
-    made = run("generate", "--model", out, "--seconds", 0.05, "--label", "yes", "-o", wave, "--seed", 3,
+    made = run("generate", "--model", out, "--seconds", 0.01, "--label", "yes", "-o", wave, "--seed", 3,
                "--spectrogram", tmp_path / "yes.png")  # fmt: skip
     assert made.exit_code == 0, made.stderr
     samples, rate = sf.read(wave)
-    assert (len(samples), rate) == (400, 8000)
+    assert (len(samples), rate) == (80, 8000)
     assert (tmp_path / "yes.png").read_bytes().startswith(b"\x89PNG")
-    run("generate", "--model", out, "--seconds", 0.05, "--label", "yes", "-o", tmp_path / "2.flac", "--seed", 3)
+    run("generate", "--model", out, "--seconds", 0.01, "--label", "yes", "-o", tmp_path / "2.flac", "--seed", 3)
     np.testing.assert_array_equal(sf.read(tmp_path / "2.flac")[0], samples)
 
 
