@@ -344,21 +344,28 @@ class PackedSampler:
         Returns:
             (first id, predictions) of each piece, in order; the predictions sum to `length`.
         """
-        epoch, place = divmod(position, self.windows_per_epoch)
-        order, firsts = self._layout(epoch)
-        phase = int(permute(np.array([0]), self._slack + 1, self.seed ^ _PHASE_SEED, epoch)[0])
-        window = int(permute(np.array([place]), self.windows_per_epoch, self.seed, epoch)[0])
-        start, end = phase + window * self.length, phase + (window + 1) * self.length
-        pieces = []
-        number = int(np.searchsorted(firsts, start, side="right")) - 1
-        while start < end:
-            document = int(order[number])
-            inside = start - int(firsts[number])
-            count = min(end - start, int(self._predictions[document]) - inside)
-            pieces.append((int(self._starts[document]) + inside, count))
-            start += count
-            number += 1
-        return pieces
+        return self._pieces_of(np.array([position]))[0]
+
+    def _pieces_of(self, positions: NDArray[np.int64]) -> list[list[tuple[int, int]]]:
+        """`pieces` of several windows: a shuffle costs as much for one number as for a batch of them."""
+        epochs, places = np.divmod(positions, self.windows_per_epoch)
+        found: list[list[tuple[int, int]]] = [[] for _ in positions]
+        for epoch in np.unique(epochs).tolist():
+            here = np.flatnonzero(epochs == epoch)
+            order, firsts = self._layout(epoch)
+            phase = int(permute(np.array([0]), self._slack + 1, self.seed ^ _PHASE_SEED, epoch)[0])
+            starts = phase + self.length * permute(places[here], self.windows_per_epoch, self.seed, epoch)
+            numbers = np.searchsorted(firsts, starts, side="right") - 1
+            for row, start, number in zip(here.tolist(), starts.tolist(), numbers.tolist(), strict=True):
+                end = start + self.length
+                while start < end:
+                    document = int(order[number])
+                    inside = start - int(firsts[number])
+                    count = min(end - start, int(self._predictions[document]) - inside)
+                    found[row].append((int(self._starts[document]) + inside, count))
+                    start += count
+                    number += 1
+        return found
 
     def next_batch(self, batch_size: int, parts: int = 1) -> list[PackedWindows]:
         """The next windows of this rank; all ranks must ask for as many, and together they get `world` times that.
@@ -372,9 +379,10 @@ class PackedSampler:
         """
         first = self.position + self.rank * batch_size
         each = batch_size // parts
+        windows = self._pieces_of(np.arange(first, first + batch_size, dtype=np.int64))
         batch = [
-            self._pack([piece for window in range(start, start + each) for piece in self.pieces(window)])
-            for start in range(first, first + batch_size, each)
+            self._pack([piece for window in windows[start : start + each] for piece in window])
+            for start in range(0, batch_size, each)
         ]
         self.position += batch_size * self.world
         return batch
