@@ -110,7 +110,7 @@ def test_rows_share_bytes_and_schedule_with_the_scaling_table(tmp_path: Path, mo
     monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path / "cache"))
     for part in ("train", "valid"):
         (tmp_path / f"novels_{part}.txt").write_text("x" * 1_000_000)
-    plain = language_scaling.scaling_run("mamba-4m", tmp_path)
+    plain = language_scaling.scaling_run("mamba-1m", tmp_path)
     read = plain.train.steps * plain.train.batch_size * plain.train.length
     assert recipe.growth_run("mamba-2k", tmp_path) == plain
     for row, entry in recipe.ROWS.items():
@@ -118,9 +118,9 @@ def test_rows_share_bytes_and_schedule_with_the_scaling_table(tmp_path: Path, mo
         settings = run.train
         assert all(getattr(settings, name) == value for name, value in entry.train.items())
         assert abs(settings.steps * settings.batch_size * settings.length / read - 1) < 0.05
-        assert (settings.lr, run.data) == (language_scaling.learning_rate_of(f"{entry.family}-4m"), plain.data)
-        assert abs(settings.warmup / settings.steps - 0.05) < 0.02
-    with pytest.raises(ConfigError, match="got 'mamba-3k' and '4m'"):
+        assert (settings.lr, run.data) == (language_scaling.learning_rate_of(f"{entry.family}-1m"), plain.data)
+        assert abs(settings.warmup / settings.steps - 0.1) < 0.04
+    with pytest.raises(ConfigError, match="got 'mamba-3k' and '1m'"):
         recipe.growth_run("mamba-3k", tmp_path)
     with pytest.raises(ConfigError, match="got 'mamba-2k' and '5m'"):
         recipe.growth_run("mamba-2k", tmp_path, size="5m")

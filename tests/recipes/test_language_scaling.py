@@ -74,7 +74,7 @@ def test_a_row_says_all_and_follows_the_rule(novels: Path) -> None:
     ids = len(read_corpus(novels, "novels_train"))
     assert 1600 <= ids <= 1602
     assert run.train.steps == round(3.0 * ids / (4 * 32))
-    assert run.train.warmup == round(0.05 * run.train.steps)
+    assert run.train.warmup == round(0.1 * run.train.steps)
     assert run.train.lr == pytest.approx(recipe.RATES["mamba"] * math.sqrt(96 / 16))
     assert (run.train.precision, run.train.accelerator) == ("float32", "cpu")
     assert recipe.scaling_run("mamba-1m", novels, device="cuda").train.precision == "bf16"

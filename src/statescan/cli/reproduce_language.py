@@ -41,7 +41,7 @@ def language_scaling(
     row: Rows = None,
     passes: Annotated[
         float | None,
-        typer.Option("--passes", min=0, show_default="2; 0.25 with --tune", help="Through the training books."),
+        typer.Option("--passes", min=0, show_default="1; 0.25 with --tune", help="Through the training books."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and order.")] = 0,
     tokenizer: Annotated[
@@ -95,8 +95,8 @@ def context_growth(
         Path, typer.Option("--scaling", help="Folder of language-scaling, whose rows some of these are.")
     ] = Path("reproduce/language-scaling"),
     row: Rows = None,
-    size: Annotated[str, typer.Option("--size", help="Of the scaling table's sizes.")] = "4m",
-    passes: Annotated[float, typer.Option("--passes", min=0, help="Through the training books.")] = 2.0,
+    size: Annotated[str, typer.Option("--size", help="Of the scaling table's sizes.")] = "1m",
+    passes: Annotated[float, typer.Option("--passes", min=0, help="Through the training books.")] = 1.0,
     longest: Annotated[int, typer.Option("--longest", min=2048, help="Positions judged, a power of two.")] = 1 << 20,
     device: Device = None,
     only_report: ReportOnly = False,

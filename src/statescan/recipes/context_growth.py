@@ -40,7 +40,7 @@ __all__ = ["ROWS", "GrowthRow", "PositionBin", "context_growth", "growth_run", "
 LONGEST, LONGEST_ATTENTION = 1 << 20, 1 << 15
 # Bytes between the places from which a novel is read, a multiple of the window.
 STRIDE, WINDOW = 1 << 16, 2048
-SIZE = "4m"
+SIZE = "1m"
 # Logits held at once.
 _LOGITS = 1 << 26
 _CURVE = "positions.json"
@@ -61,16 +61,16 @@ class GrowthRow:
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# As many bytes an update in all, but for windows of 65,536, which are twice an update's.
+# As many bytes an update in all, but for windows of 65,536, one of which is four updates' worth.
 ROWS: dict[str, GrowthRow] = {
     "mamba-2k": GrowthRow("Mamba, 2k"),
     "mamba-2k-carry": GrowthRow("Mamba, 2k, state carried", train={"initial_state": "carry"}),
-    "mamba-8k": GrowthRow("Mamba, 8k", train={"length": 8192, "batch_size": 4}),
+    "mamba-8k": GrowthRow("Mamba, 8k", train={"length": 8192, "batch_size": 2}),
     "mamba-2k-noise": GrowthRow("Mamba, 2k, noise", train={"initial_state": "noise", "from_zero": 0.5}),
     "mamba-64k": GrowthRow("Mamba, 64k", train={"length": 65536, "batch_size": 1}),
     "transformer++-2k": GrowthRow("Transformer++, 2k", "transformer++"),
     "pythia-2k": GrowthRow("Transformer (Pythia), 2k", "pythia"),
-    "transformer++-8k": GrowthRow("Transformer++, 8k", "transformer++", {"length": 8192, "batch_size": 4}),
+    "transformer++-8k": GrowthRow("Transformer++, 8k", "transformer++", {"length": 8192, "batch_size": 2}),
 }
 
 
@@ -137,9 +137,9 @@ def judge_positions(
 
     Every book of more than `span` bytes is read from every `stride`-th byte on that leaves `span` bytes, `longest`
     bytes far, the state carried; and all of these spans in windows. Octaves within a window are the windows' own
-    means; beyond, the mean over all windows plus the mean difference of each byte's bits from those that it costs in its
-    window. Where readings overlap their errors are not independent: the standard error over the readings is widened by
-    the root of how often a byte was counted.
+    means; beyond, the mean over all windows plus the mean difference of each byte's bits from those that it costs in
+    its window. Where readings overlap their errors are not independent: the standard error over the readings is widened
+    by the root of how often a byte was counted.
 
     Args:
         model: of bytes, in evaluation mode. One whose state grows reads each place in one piece.
@@ -245,7 +245,7 @@ def context_growth(
         run = change(growth_run(row, data, size=size, passes=passes, device=device))
         entry = ROWS[row]
         kept = make_folder(out / row)
-        model = train_row(run, kept / "run" if entry.train else Path(scaling) / f"{entry.family}-{size}", say=say)
+        model = train_row(run, kept if entry.train else Path(scaling) / f"{entry.family}-{size}", say=say)
         if (kept / _CURVE).exists():
             continue
         far = longest if entry.family == "mamba" else min(longest, LONGEST_ATTENTION)
