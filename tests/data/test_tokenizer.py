@@ -1,3 +1,5 @@
+import json
+import random
 import sys
 
 import numpy as np
@@ -58,6 +60,68 @@ def test_json_there_and_back(bpe_path):
     assert [list(ids) for ids in batch] == [list(tokenizer.encode(text)) for text in (TEXT, "me", "")]
     with pytest.raises(DataError, match="wanted ids in its vocabulary"):
         tokenizer.decode_bytes([300])
+
+
+def _changed(path, tmp_path, **fields):
+    told = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in fields.items():
+        told[name] = value(told[name]) if callable(value) else value
+    changed = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    changed.write_text(json.dumps(told), encoding="utf-8")
+    return JsonTokenizer(changed)
+
+
+def _added(content, **flags):
+    token = {"id": 300, "content": content, "special": False, "normalized": True}
+    return lambda tokens: [*tokens, token | {"lstrip": False, "rstrip": False, "single_word": False} | flags]
+
+
+def test_ids_do_not_depend_on_what_is_beyond_a_space(bpe_path, tmp_path):
+    kinds = [
+        JsonTokenizer(bpe_path),
+        # As GPT-NeoX's: runs of spaces are tokens of their own.
+        _changed(bpe_path, tmp_path, normalizer={"type": "NFC"}, added_tokens=_added("   ")),
+    ]
+    draw = random.Random(0)
+    letters = [
+        "a",
+        "'s",
+        "\u0301",
+        "é",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\u00a0",
+        "\u2028",
+        "\x1f",
+        "1",
+        "٣",
+        "!",
+        "<|endoftext|>",
+        "大",
+    ]
+    for tokenizer in kinds:
+        assert tokenizer.splits_at_spaces
+        checked = 0
+        while checked < 2000:
+            before, after = ("".join(draw.choices(letters, k=draw.randint(1, 6))) for _ in range(2))
+            if before[-1].isspace() or after[0].isspace():
+                continue
+            apart = [*tokenizer.encode(before), *tokenizer.encode(" " + after)]
+            assert apart == list(tokenizer.encode(before + " " + after)), (before, after)
+            checked += 1
+    for fields in (
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "Lowercase"}},
+        {"added_tokens": _added("two words")},
+        {"added_tokens": _added("word", lstrip=True)},
+        {"added_tokens": _added("word", rstrip=True)},
+        {"model": lambda model: model | {"dropout": 0.1}},
+    ):
+        assert not _changed(bpe_path, tmp_path, **fields).splits_at_spaces, fields
 
 
 def test_other_kinds_of_vocabulary_decode_through_text(tmp_path):

@@ -80,7 +80,8 @@ def test_pieces_of_many_questions_are_the_whole(monkeypatch: pytest.MonkeyPatch)
     ]
     said: list[tuple[int, int]] = []
     whole = evaluate_task(reader, ByteTokenizer(), TASKS["piqa"], questions)
-    monkeypatch.setattr("statescan.evaluate.tasks._TEXTS_AT_ONCE", 7)
+    monkeypatch.setattr("statescan.evaluate.tasks._FIRST_TEXTS", 3)
+    monkeypatch.setattr("statescan.evaluate.tasks._MOST_TEXTS", 7)
     pieces = evaluate_task(
         reader, ByteTokenizer(), TASKS["piqa"], questions, progress=lambda *done: said.append((done[0], done[1]))
     )

@@ -336,6 +336,34 @@ class JsonTokenizer:
         batch = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self._dtype) for encoding in batch]
 
+    @functools.cached_property
+    def splits_at_spaces(self) -> bool:
+        """Whether a text's ids are those of the part before a space and those of the part that begins with it, wherever
+        no other whitespace is next to that space.
+
+        True of byte-level BPE over GPT-2's pattern (GPT-2, GPT-NeoX, Pythia): a word takes a space before it along and
+        none after it, and neither a merge nor an added token reaches over that place. Told from the file; False where
+        it does not follow from what stands there.
+        """
+        told = json.loads(self._json)
+        before, normalizer, model = (told.get(name) or {} for name in ("pre_tokenizer", "normalizer", "model"))
+        return (
+            before.get("type") == "ByteLevel"
+            and before.get("use_regex", True) is True
+            and before.get("add_prefix_space") is False
+            and normalizer.get("type") in (None, "NFC")
+            and model.get("type") == "BPE"
+            and not model.get("dropout")
+            and not (told.get("truncation") or told.get("padding"))
+            and not any(
+                token.get("lstrip")
+                or token.get("rstrip")
+                or token.get("single_word")
+                or len({letter.isspace() for letter in token["content"]}) > 1
+                for token in told.get("added_tokens") or ()
+            )
+        )
+
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The text of ids, special tokens included."""
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)

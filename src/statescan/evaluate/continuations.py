@@ -24,11 +24,13 @@ Progress = Callable[[int, int], object]
 
 # Numbers in one piece of logits: 256 MB in float32, and 1 GB on a GPU; their logarithms take as much again.
 _LOGITS, _LOGITS_ON_GPU = 1 << 26, 1 << 28
-# Tokens read at once, and bytes of the states that go into one reading (as many come out).
-_TOKENS, _TOKENS_ON_GPU = 4096, 32768
-_STATES, _STATES_ON_GPU = 1 << 29, 1 << 32
-# A shared run shorter than this is read again: copying a state costs as much as some tokens.
-_SHORTEST_SHARED = 4
+# Tokens read at once (large: more than 40 GB), and bytes of the states that go into one reading (as many come out); on
+# a GPU a tenth of its memory.
+_TOKENS, _TOKENS_ON_GPU, _TOKENS_ON_LARGE_GPU = 4096, 32768, 65536
+_STATES = 1 << 29
+# A shared run shorter than this is read again: copying a state costs as much as some tokens, and on a GPU a small
+# batch as much as a larger one.
+_SHORTEST_SHARED, _SHORTEST_SHARED_ON_GPU = 4, 8
 # Batches that a GPU may have before it.
 _AHEAD = 3
 
@@ -75,13 +77,20 @@ def encode_pairs(tokenizer: _Encoder, pairs: Sequence[tuple[str, str]], prefix: 
     for context, continuation in pairs:
         stripped = context.rstrip()
         moved.append((stripped, context[len(stripped) :] + continuation))
-    contexts = sorted({context for context, _ in moved if context})
-    ids_of = dict(zip(contexts, tokenizer.encode_batch(contexts), strict=True))
-    wholes = tokenizer.encode_batch([context + continuation for context, continuation in moved])
+    # Where ids don't depend on what is on the other side of a space, a context is encoded once for all that follows.
+    at_spaces = getattr(tokenizer, "splits_at_spaces", False)
+    apart = [
+        at_spaces and bool(context) and after[:1] == " " and not after[1:2].isspace() and len(after) > 1
+        for context, after in moved
+    ]
+    wholes = [after if alone else context + after for (context, after), alone in zip(moved, apart, strict=True)]
+    texts = list(dict.fromkeys([*(context for context, _ in moved if context), *wholes]))
+    ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     requests = []
-    for (context, continuation), whole in zip(moved, wholes, strict=True):
+    for (context, continuation), text, alone in zip(moved, wholes, apart, strict=True):
+        whole = ids_of[text]
         before = ids_of[context] if context else whole[:0]
-        after = whole[len(before) :]
+        after = whole if alone else whole[len(before) :]
         if len(before) == 0 and len(after):
             if prefix is None:
                 raise DataError(
@@ -212,8 +221,9 @@ class _Node:
     children: list[_Node] = field(default_factory=list)
 
 
-def _tree(work: _Prepared, share: bool, longest: int) -> list[_Node]:
-    """Sorted distinct sequences as runs of tokens to read, none longer than `longest`, shared beginnings once."""
+def _tree(work: _Prepared, share: bool, longest: int, shortest: int) -> list[_Node]:
+    """Sorted distinct sequences as runs of tokens to read, none longer than `longest`; beginnings that are shared on at
+    least `shortest` tokens once."""
     sequences = work.sequences
     count = len(sequences)
     common: list[int] = work.common.tolist() if share else [0] * max(count - 1, 0)
@@ -221,7 +231,7 @@ def _tree(work: _Prepared, share: bool, longest: int) -> list[_Node]:
     open_runs = [(0, count, 0, roots)] if count else []
     while open_runs:
         first, last, depth, siblings = open_runs.pop()
-        enough = depth + _SHORTEST_SHARED
+        enough = depth + shortest
         bounds = [first, *(i + 1 for i in range(first, last - 1) if common[i] < enough), last]
         for low, high in pairwise(bounds):
             end = len(sequences[low]) if high - low == 1 else min(common[low : high - 1])
@@ -252,7 +262,8 @@ class StateReader:
         model: a `CausalLM`, on any device; it is put into evaluation mode. Only Mamba's share beginnings.
         max_length: only the last so many tokens of an input are read, as lm-eval does; None: all. Default 2048, the
             length that the published models were judged at.
-        batch_tokens: tokens read at once; longer inputs are read in pieces. Default 4096, on a GPU 32768.
+        batch_tokens: tokens read at once; longer inputs are read in pieces. Default 4096; on a GPU 32768, with
+            more than 40 GB 65536.
         share: False reads every context again for every continuation. Default True.
 
     Raises:
@@ -274,9 +285,12 @@ class StateReader:
         self._carries = isinstance(model.config, MambaConfig)
         self.share = share and self._carries
         self.device = model.backbone.embedding.weight.device
-        on_gpu = self.device.type == "cuda"
-        self.batch_tokens = batch_tokens or (_TOKENS_ON_GPU if on_gpu else _TOKENS)
-        room = _STATES_ON_GPU if on_gpu else _STATES
+        tokens, room, self._shortest = _TOKENS, _STATES, _SHORTEST_SHARED
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            tokens = _TOKENS_ON_LARGE_GPU if memory > 40e9 else _TOKENS_ON_GPU
+            room, self._shortest = memory // 10, _SHORTEST_SHARED_ON_GPU
+        self.batch_tokens = batch_tokens or tokens
         self._most_states = max(1, room // model.state_bytes(1)) if self._carries else 1
         self.tokens_read = 0
 
@@ -292,7 +306,7 @@ class StateReader:
         """
         work = _Prepared(requests, self.max_length, self.model.config.padded_vocab_size)
         longest = self.batch_tokens if self._carries else max(map(len, work.sequences), default=1)
-        roots = _tree(work, self.share, longest)
+        roots = _tree(work, self.share, longest, self._shortest)
         total = sum(node.end - node.begin for node in _walk(roots))
         begun = self.tokens_read
         with torch.inference_mode():

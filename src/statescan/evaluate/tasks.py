@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +32,8 @@ __all__ = ["TASKS", "Metric", "Question", "Task", "TaskResult", "evaluate_task",
 
 Progress = Callable[[str, int, int], object]
 
-# Texts of one reading: enough for many batches of a GPU, and few enough that the first soon begins.
-_TEXTS_AT_ONCE = 8192
+# Texts of the first reading, which begins when they are encoded, and of the largest: many batches of a GPU.
+_FIRST_TEXTS, _MOST_TEXTS = 2048, 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,10 +326,16 @@ def _encode(tokenizer: Any, questions: Sequence[Question]) -> list[Request]:
 
 
 def _pieces(questions: Sequence[Question]) -> list[Sequence[Question]]:
-    """Questions in pieces of some thousand texts."""
-    ends = np.cumsum([len(question.pairs) for question in questions])
-    bounds = np.unique(np.searchsorted(ends, np.arange(0, ends[-1], _TEXTS_AT_ONCE)))
-    return [questions[low:high] for low, high in pairwise([*bounds.tolist(), len(questions)])]
+    """Questions in pieces of some thousand texts, each up to twice as large as the one before."""
+    pieces: list[Sequence[Question]] = []
+    begin = texts = 0
+    most = _FIRST_TEXTS
+    for end, question in enumerate(questions, start=1):
+        texts += len(question.pairs)
+        if texts >= most or end == len(questions):
+            pieces.append(questions[begin:end])
+            begin, texts, most = end, 0, min(2 * most, _MOST_TEXTS)
+    return pieces
 
 
 def _of_all(progress: Callable[[int, int], object], before: int, here: int, total: int) -> Callable[[int, int], object]:

@@ -120,7 +120,7 @@ class StatescanLM(JudgedLM):
         tokenizer: "bytes", a `tokenizers` JSON file or its folder. Default: the model's own.
         revision, offline: of a hub id.
         max_length: an input's last so many tokens are read. Default 2048; "none": all.
-        batch_tokens: tokens read at once. Default 4096, on a GPU 32768.
+        batch_tokens: tokens read at once. Default 4096; on a GPU 32768, with more than 40 GB 65536.
         batch_size: rows that write together. lm-eval's default, 1, and "auto" mean 16: likelihoods are batched by
             `batch_tokens`, and a row that writes gives the same text in any batch.
         max_batch_size: the most rows that write together. Default: none set.

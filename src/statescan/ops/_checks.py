@@ -19,6 +19,7 @@ from statescan.errors import DTypeError, ShapeError
 __all__ = [
     "ACTIVATION_DTYPES",
     "COMPLEX_DTYPES",
+    "as_checked",
     "check_cu_seqlens",
     "check_device",
     "check_dtype",
@@ -27,6 +28,7 @@ __all__ = [
     "check_shape",
     "check_state",
     "check_tensor",
+    "is_checked",
     "mark_checked",
     "state_dtypes",
     "values_readable",
@@ -106,8 +108,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
         )
     if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    known = getattr(cu_seqlens, "_statescan_checked", None)
-    if known is not None and known == _as_checked(cu_seqlens, length):
+    if is_checked(cu_seqlens, length):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
@@ -127,7 +128,13 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
         mark_checked(cu_seqlens, length)
 
 
-def _as_checked(cu_seqlens: Tensor, length: int) -> tuple[int, int, int]:
+def is_checked(cu_seqlens: Tensor, length: int) -> bool:
+    """Whether these boundaries were found right for `length`, and have not changed since."""
+    known = getattr(cu_seqlens, "_statescan_checked", None)
+    return known is not None and known == as_checked(cu_seqlens, length)
+
+
+def as_checked(cu_seqlens: Tensor, length: int) -> tuple[int, int, int]:
     """Tells boundaries from those that were checked: in inference mode torch counts no changes in place."""
     return length, cu_seqlens.data_ptr(), -1 if cu_seqlens.is_inference() else cu_seqlens._version
 
@@ -135,7 +142,7 @@ def _as_checked(cu_seqlens: Tensor, length: int) -> tuple[int, int, int]:
 def mark_checked(cu_seqlens: Tensor, length: int) -> None:
     """Says of boundaries that the caller made that they are right for `length`, so that no op waits to look at them.
     The caller does not change them afterwards."""
-    cu_seqlens._statescan_checked = _as_checked(cu_seqlens, length)  # type: ignore[attr-defined]
+    cu_seqlens._statescan_checked = as_checked(cu_seqlens, length)  # type: ignore[attr-defined]
 
 
 def state_dtypes(u: torch.dtype, complex_A: bool) -> tuple[torch.dtype, torch.dtype]:

@@ -6,6 +6,7 @@ every chunk, a small scan over chunks, then the chunks again from the right stat
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from statescan.errors import ConfigError, ShapeError
 from statescan.ops import _cuda
+from statescan.ops._checks import as_checked, is_checked
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 
@@ -114,6 +116,7 @@ def _chunks(blocks: int | None, wanted: int, length: int, tile: int) -> tuple[in
     return math.ceil(length / each), each
 
 
+@functools.lru_cache(maxsize=256)
 def plan(
     batch: int,
     length: int,
@@ -378,6 +381,26 @@ def _spread(x: Tensor, groups: int) -> Tensor:
     return x.expand(-1, -1, groups, -1) if x.shape[2] == 1 else x.repeat_interleave(groups // x.shape[2], dim=2)
 
 
+def _marks(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """At each position the number of the sequence that starts there, and of the one that ends there, from 1, else 0."""
+    capturing = torch.cuda.is_current_stream_capturing()  # a graph makes them anew in every replay
+    known = None if capturing else as_checked(cu_seqlens, length)
+    kept = getattr(cu_seqlens, "_statescan_marks", None)
+    if kept is not None and known is not None and kept[0] == known and is_checked(cu_seqlens, length):
+        return kept[1]  # of the layer before: all have the same boundaries
+    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    number = torch.arange(1, len(begin) + 1, dtype=torch.int32, device=cu_seqlens.device)
+    filled = end > begin
+    # One slot past the end takes what empty sequences would write.
+    starts = torch.zeros(length + 1, dtype=torch.int32, device=cu_seqlens.device)
+    ends = torch.zeros(length + 1, dtype=torch.int32, device=cu_seqlens.device)
+    starts[torch.where(filled, begin, length)] = number
+    ends[torch.where(filled, end - 1, length)] = number
+    if known is not None:
+        cu_seqlens._statescan_marks = known, (starts, ends)  # type: ignore[attr-defined]
+    return starts, ends
+
+
 def _prepare(
     u: Tensor,
     dt: Tensor,
@@ -397,16 +420,7 @@ def _prepare(
     groups = math.lcm(*(x.shape[2] if x.dim() == 4 else 1 for x in (B, C)))
     B, C = (_spread(x, groups) for x in (B, C))
     u, dt, z, B, C = (_contiguous_last(x) for x in (u, dt, z, B, C))  # type: ignore[assignment]
-    starts = ends = None
-    if cu_seqlens is not None:
-        begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        number = torch.arange(1, len(begin) + 1, dtype=torch.int32, device=u.device)
-        filled = end > begin
-        # One slot past the end takes what empty sequences would write.
-        starts = torch.zeros(length + 1, dtype=torch.int32, device=u.device)
-        ends = torch.zeros(length + 1, dtype=torch.int32, device=u.device)
-        starts[torch.where(filled, begin, length)] = number
-        ends[torch.where(filled, end - 1, length)] = number
+    starts, ends = (None, None) if cu_seqlens is None else _marks(cu_seqlens, length)
     chip = torch.cuda.get_device_properties(u.device)
     wide, packed = real == torch.float64, cu_seqlens is not None
     count = chip.multi_processor_count
@@ -753,7 +767,7 @@ def _(
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n = A.shape[1]
-    cut = plan(1, 1, 8, n, 1, 1, real == torch.float64, cu_seqlens is not None)
+    cut = plan.__wrapped__(1, 1, 8, n, 1, 1, real == torch.float64, cu_seqlens is not None)  # n may be a symbol
     final = u.new_empty((rows, d_inner, n) if want_final else (0,), dtype=real)
     tiles = (length + cut.tile - 1) // cut.tile
     kept = u.new_empty((batch, tiles, d_inner, n) if want_checkpoints else (0,), dtype=real)
