@@ -106,6 +106,13 @@ def test_a_command_of_a_document_parses(line: str) -> None:
         from statescan.recipes.sequence_classification import classification
         from statescan.train import RunConfig
 
+        if parsed.params["modality"] == "audio":
+            from statescan.models import WaveformConfig
+            from statescan.train import apply_overrides
+            from statescan.train.waveform import AudioData, AudioRun, WaveformTraining
+
+            apply_overrides(AudioRun(WaveformConfig(), AudioData(), WaveformTraining()), overrides)
+            return
         if parsed.params["task"]:
             classification(parsed.params["task"], parsed.params["mixer"] or "s4", overrides=overrides)
             return

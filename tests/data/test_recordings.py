@@ -107,6 +107,12 @@ def test_taken_cut_and_split():
     assert cut.lengths.tolist() == [4, 3, 4, 4]
     np.testing.assert_array_equal(cut[2], made[2][:4])
     assert made.cut(9) is made
+    ends = made.between(0.5, 1)
+    assert ends.lengths.tolist() == [3, 1, 5, 2]
+    np.testing.assert_array_equal(ends[2], made[2][4:])
+    assert len(made.between(0, 0.12)) == 2  # of 5 and 9 samples one is left, of 3 and 4 none
+    with pytest.raises(DataError, match="shares must be"):
+        made.between(0.5, 0.5)
     learnt, held = made.split(0.25)
     assert sorted(learnt.names + held.names) == sorted(made.names)
     assert len(held) == 1

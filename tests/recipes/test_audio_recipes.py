@@ -89,6 +89,10 @@ def test_rows_that_are_none():
         digit_run("s5")
     with pytest.raises(ConfigError, match="row must be"):
         raw_audio.waveform_run("s5")
+    with pytest.raises(ConfigError, match="task must be"):
+        raw_audio.waveform_run("s4-s4", task="noise")
+    with pytest.raises(ConfigError, match="task must be digits"):
+        raw_audio.waveform_run("conditional", task="music")
     sizes = []
     for row in raw_audio.ROWS:
         run = raw_audio.waveform_run(row)
@@ -120,8 +124,25 @@ def test_digits_are_learnt_resumed_and_tabled(data, tmp_path):
     assert "| Mamba | speaker bob |" in table
     facts = tmp_path / "mamba-bob" / "run.json"
     facts.write_text(facts.read_text().replace('"finished"', '"interrupted"'))
-    with pytest.raises(CheckpointError, match="d_model"):
-        spoken_digits.spoken_digits(tmp_path, data, **{**options, "overrides": [*CLASSIFIER, "model.d_model=4"]})
+    other = {**options, "overrides": [*CLASSIFIER, "model.d_model=4"]}
+    with pytest.raises(CheckpointError, match="other settings"):
+        spoken_digits.spoken_digits(tmp_path, data, **other)
+    with pytest.raises(CheckpointError, match=r"model\.d_model"):
+        spoken_digits.spoken_digits(tmp_path, data, **{**other, "rows": ("mamba",), "splits": ("bob",)})
+
+
+def test_music_is_learnt_by_time(data, tmp_path):
+    parts = raw_audio.music_parts(data)
+    whole = load_recordings(data)
+    assert sum(len(part.codes) for part in parts) == len(whole.codes)
+    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), whole[0])
+    options = {"rows": ("conv",), "task": "music", "overrides": WAVEFORM, "contexts": (8, 64), "say": str}
+    results = raw_audio.raw_audio(tmp_path, data, **options)
+    assert [run["task"] for run in results["runs"]] == ["music"]
+    assert "last twentieth of each track" in (tmp_path / "results.md").read_text()
+    raw_audio.raw_audio(tmp_path, data, **options)
+    with pytest.raises(CheckpointError, match="other settings"):
+        raw_audio.raw_audio(tmp_path, data, **{**options, "overrides": [*WAVEFORM, "train.steps=3"]})
 
 
 def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):

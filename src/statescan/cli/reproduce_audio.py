@@ -78,6 +78,9 @@ def raw_audio(
         list[str] | None,
         typer.Option("--row", show_default="s4-mamba", help="Row of the table, 'all', or 'conditional'."),
     ] = None,
+    task: Annotated[
+        str, typer.Option("--task", help="What --data holds: digits, or music (any long recordings).")
+    ] = "digits",
     classifier: Annotated[
         Path | None,
         typer.Option(
@@ -103,7 +106,9 @@ def raw_audio(
     with going_on():
         results = recipe.report(out)
         if not only_report:
-            results = recipe.raw_audio(out, data, rows=rows, overrides=overrides or [], seconds=seconds, say=note)
+            results = recipe.raw_audio(
+                out, data, rows=rows, task=task, overrides=overrides or [], seconds=seconds, say=note
+            )
         if classifier is not None:
             recipe.judge_digits(out, data, classifier, each=each, temperature=temperature, seed=seed, say=note)
             results = recipe.report(out)

@@ -132,6 +132,20 @@ class Recordings:
         codes = np.concatenate([self[number][:length] for number, length in enumerate(lengths)])
         return replace(self, codes=codes, offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
+    def between(self, low: float, high: float) -> Recordings:
+        """The part of each recording from a share of its length to another one; those that it leaves empty are gone."""
+        if not 0 <= low < high <= 1:
+            raise DataError(f"recordings: the shares must be 0 <= low < high <= 1, got {low} and {high}")
+        starts, stops = ((share * self.lengths).round().astype(np.int64) for share in (low, high))
+        kept = np.flatnonzero(stops > starts)
+        if not len(kept):
+            raise DataError("recordings: nothing is left between these shares; take longer recordings")
+        codes = np.concatenate([self[int(number)][starts[number] : stops[number]] for number in kept])
+        offsets = np.concatenate([[0], np.cumsum((stops - starts)[kept])]).astype(np.int64)
+        labels = None if self.labels is None else self.labels[kept]
+        names = tuple(self.names[int(number)] for number in kept)
+        return replace(self, codes=codes, offsets=offsets, names=names, labels=labels)
+
     def split(self, share: float, seed: int = 0) -> tuple[Recordings, Recordings]:
         """Most of the recordings, and a random share of them that is held out.
 

@@ -6,11 +6,12 @@ And spoken digits made by label, judged by the classifier of `statescan.recipes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from statescan.data.audio import quantize, write_audio
-from statescan.data.recordings import Recordings, labelled_recordings, load_recordings, trim_silence
+from statescan.data.recordings import Recordings, labelled_recordings, load_recordings, read_recordings, trim_silence
 from statescan.errors import CheckpointError, ConfigError, MissingExtraError
 from statescan.evaluate.waveforms import bits_per_sample, sound_scores
 from statescan.files import atomic_file, make_folder
@@ -28,7 +29,7 @@ from statescan.inspect.spectrogram import draw_spectrograms
 from statescan.models import SequenceClassifier
 from statescan.models.waveform import WaveformConfig, WaveformModel
 from statescan.recipes import spoken_digits
-from statescan.recipes.spoken_digits import SPEAKERS, digit_parts, read_digits
+from statescan.recipes.spoken_digits import SPEAKERS, digit_parts, read_digits, run_status
 from statescan.recipes.synthetic import figure, save_figure
 from statescan.train.config import apply_overrides
 from statescan.train.loop import RUN_FILE
@@ -36,12 +37,15 @@ from statescan.train.waveform import WaveformTraining, train_waveform
 
 __all__ = [
     "CONTEXTS",
+    "MUSIC_CONTEXTS",
     "ROWS",
+    "TASKS",
     "Row",
     "WaveformRun",
     "judge_digits",
     "judge_sounds",
     "make_digits",
+    "music_parts",
     "raw_audio",
     "report",
     "waveform_run",
@@ -52,6 +56,8 @@ __all__ = [
 LONGEST = 6144
 # Samples of context at which the held-out recordings are judged.
 CONTEXTS = (16, 64, 256, 1024, 4096, 8192)
+MUSIC_CONTEXTS = (64, 1024, 4096, 16_384, 65_536)
+TASKS = ("digits", "music")
 _SCORES = "scores.json"
 # A tenth of a second of digital silence ends a sound.
 _REST = 800
@@ -95,12 +101,20 @@ class WaveformRun:
     train: WaveformTraining
 
 
-def waveform_run(row: str, overrides: Sequence[str] = ()) -> WaveformRun:
+def waveform_run(row: str, overrides: Sequence[str] = (), *, task: str = "digits") -> WaveformRun:
     """The model and schedule of a row of the table, or of "conditional", the model that says digits by their label.
 
+    Args:
+        row: one of `ROWS`, or "conditional".
+        overrides: "model.d_model=32", "train.steps=500", ...
+        task: "digits", or "music": windows eight times as long, with as many samples an update.
+
     Raises:
-        ConfigError: an unknown row or field.
+        ConfigError: an unknown row, task or field.
     """
+    if task not in TASKS or (task == "music" and row == CONDITIONAL):
+        known = " or ".join(TASKS) if task not in TASKS else f"digits with the row {CONDITIONAL}"
+        raise ConfigError(f"raw audio: the task must be {known}, got {task!r}")
     model: dict[str, Any] = {"n_layer": 2, "d_model": 64}
     train: dict[str, Any] = {"steps": 2000, "batch_size": 16, "window": 4096, "precision": "bf16", "lr": 2e-3}
     train |= {"evaluate_every": 0, "checkpoint_every": 500, "log_every": 20}
@@ -112,7 +126,19 @@ def waveform_run(row: str, overrides: Sequence[str] = ()) -> WaveformRun:
         train |= ROWS[row].train
     else:
         raise ConfigError(f"raw audio: the row must be one of {', '.join(ROWS)} or {CONDITIONAL}, got {row!r}")
+    if task == "music":
+        train |= {"window": 8 * train["window"], "batch_size": max(1, train["batch_size"] // 8)}
     return apply_overrides(WaveformRun(WaveformConfig(**model), WaveformTraining(**train)), overrides)
+
+
+def music_parts(data: str | os.PathLike[str]) -> tuple[Recordings, Recordings, Recordings]:
+    """Long recordings by time: nine tenths of each to learn from, the next twentieth to watch, the last to judge.
+
+    Args:
+        data: a file or folder of sound files, which are brought to the first one's rate; or an .npz of `Recordings`.
+    """
+    recordings = dataclasses.replace(read_recordings([data]), labels=None, classes=())
+    return recordings.between(0, 0.9), recordings.between(0.9, 0.95), recordings.between(0.95, 1)
 
 
 def raw_audio(
@@ -120,19 +146,21 @@ def raw_audio(
     data: str | os.PathLike[str],
     *,
     rows: Sequence[str] = ("s4-mamba", "s4-s4"),
+    task: str = "digits",
     overrides: Sequence[str] = (),
-    contexts: Sequence[int] = CONTEXTS,
+    contexts: Sequence[int] | None = None,
     seconds: float | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Trains each row on the spoken digits and judges it on the official test by the context it is given.
+    """Trains each row on spoken digits or music and judges it on what it has not heard, by the context it is given.
 
     Args:
         out: folder of the runs, of the names of the rows, and of results.json, results.md and figure.svg.
-        data: see `statescan.recipes.spoken_digits.read_digits`.
-        rows: of `ROWS`, or "conditional".
+        data: see `statescan.recipes.spoken_digits.read_digits` (judged on the official test) and `music_parts`.
+        rows: of `ROWS`, or "conditional" (digits alone).
+        task: "digits" or "music".
         overrides: of the models and schedules, see `waveform_run`.
-        contexts: samples of context at which the test is judged.
+        contexts: samples of context at which the test is judged. Default: `CONTEXTS` or `MUSIC_CONTEXTS`.
         seconds: leave off training after so many; the same call goes on.
         say: called with lines of progress.
 
@@ -144,11 +172,13 @@ def raw_audio(
         CheckpointError: a folder holds a run with other settings.
     """
     out, begun = make_folder(out), time.perf_counter()
-    recordings = read_digits(data)
-    learnt, valid, test = digit_parts(recordings, "official")
-    for row in rows:
-        run, folder = waveform_run(row, overrides), out / row
-        status = _status(folder)
+    runs = {row: waveform_run(row, overrides, task=task) for row in rows}
+    music = task == "music"
+    learnt, valid, test = music_parts(data) if music else digit_parts(read_digits(data), "official")
+    for row, run in runs.items():
+        folder = out / row
+        model = dataclasses.replace(run.model, sample_rate=learnt.sample_rate)
+        status = run_status(folder, {"model": model.to_dict(), "train": asdict(run.train)})
         if status != "finished":
             left = None if seconds is None else seconds - (time.perf_counter() - begun)
             if left is not None and left <= 0:
@@ -159,9 +189,14 @@ def raw_audio(
                 # The few that are longer end where a window does: a made digit starts where a recording does.
                 parts = (learnt.cut(run.train.window), valid.cut(run.train.window))
             result = train_waveform(
-                run.model, run.train, parts, folder, resume=status is not None, seconds=left,
-                facts={"recipe": "raw-audio", "row": row},
-            )  # fmt: skip
+                model,
+                run.train,
+                parts,
+                folder,
+                resume=status is not None,
+                seconds=left,
+                facts={"recipe": "raw-audio", "row": row, "task": task},
+            )
             say(
                 f"{row}: {result.steps:,} of {run.train.steps:,} steps, {result.train_bits:.3f} bits in training, "
                 f"{result.samples_per_second:,.0f} samples/s, {result.peak_bytes / 2**30:.2f} GiB"
@@ -170,11 +205,11 @@ def raw_audio(
                 continue
         path = folder / _SCORES
         if not path.exists():
-            model = WaveformModel.from_pretrained(folder, device=_device()).eval()
+            trained = WaveformModel.from_pretrained(folder, device=_device())
             autocast = torch.bfloat16 if run.train.precision == "bf16" and _device() == "cuda" else None
             scores = {}
-            for context in contexts:
-                judged = bits_per_sample(model, test, context=context, autocast=autocast)
+            for context in contexts or (MUSIC_CONTEXTS if music else CONTEXTS):
+                judged = bits_per_sample(trained, test, context=context, autocast=autocast)
                 scores[str(context)] = judged._asdict()
                 say(f"{row}: {judged.bits:.4f} bits per sample of the test with {context:,} samples of context")
             with atomic_file(path) as temporary:
@@ -185,11 +220,6 @@ def raw_audio(
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _status(folder: Path) -> str | None:
-    path = folder / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.exists() else None
 
 
 def make_digits(
@@ -331,6 +361,7 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         runs.append(
             {
                 "row": facts["data"]["row"],
+                "task": facts["data"].get("task", "digits"),
                 **{
                     name: facts.get(name)
                     for name in ("status", "parameters", "steps", "seconds", "device", "train_bits")
@@ -359,21 +390,27 @@ def _title(row: str) -> str:
     return "conditioned by the digit, Mamba everywhere" if row == CONDITIONAL else ROWS[row].title
 
 
+_DIGITS = (
+    "Bits per sample of the spoken digits' official test (8 kHz, 256 mu-law levels, each recording scaled to a loudest "
+    "sample of 1), by the samples of context; silence behind a recording is not judged. The paper's numbers are nats "
+    "per sample on SC09 (16 kHz, other data): for the order, not for the size."
+)
+_MUSIC = "Bits per sample of the last twentieth of each track (256 mu-law levels), by the samples of context."
+
+
 def table(results: Mapping[str, Any]) -> str:
     """The runs as Markdown: bits per sample of the test over the context; and the judgement of made digits."""
     contexts = sorted({int(context) for run in results["runs"] for context in run["scores"]})
     lines = [
         "# Raw audio",
         "",
-        "Bits per sample of the spoken digits' official test (8 kHz, 256 mu-law levels, each recording scaled to a "
-        "loudest sample of 1), by the samples of context; silence behind a recording is not judged. The paper's "
-        "numbers are nats per sample on SC09 (16 kHz, other data): for the order, not for the size.",
+        _MUSIC if any(run["task"] == "music" for run in results["runs"]) else _DIGITS,
         "",
         f"| model | paper | {' | '.join(map(str, contexts))} | parameters | steps | samples/s | GiB |",
         "|---" * (6 + len(contexts)) + "|",
     ]
     for run in results["runs"]:
-        paper = ROWS[run["row"]].paper if run["row"] in ROWS else ""
+        paper = ROWS[run["row"]].paper if run["row"] in ROWS and run["task"] == "digits" else ""
         cells = [f"{run['scores'][str(c)]['bits']:.3f}" if str(c) in run["scores"] else "" for c in contexts]
         speed, peak = run["samples_per_second"] or 0, (run["peak_bytes"] or 0) / 2**30
         lines.append(
@@ -431,7 +468,7 @@ def judge_digits(
         CheckpointError: no finished conditioned model, or no classifier.
     """
     out = Path(out)
-    if _status(out / CONDITIONAL) is None:
+    if run_status(out / CONDITIONAL) is None:
         raise CheckpointError(f"judge digits: '{out}' must hold a run of the row {CONDITIONAL}; train it first")
     sounds = make_digits(out / "made.npz", out / CONDITIONAL, each=each, temperature=temperature, seed=seed, say=say)
     judged = judge_sounds(sounds, classifier, read_digits(data))

@@ -15,7 +15,7 @@ import numpy as np
 
 from statescan.data.augment import VaryWaveforms
 from statescan.data.recordings import Recordings, labelled_recordings, read_recordings
-from statescan.errors import ConfigError, DataError, MissingExtraError
+from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from statescan.files import atomic_file, make_folder
 from statescan.models import ClassifierConfig
 from statescan.recipes.synthetic import figure, interval, percent, save_figure
@@ -33,6 +33,7 @@ __all__ = [
     "digit_splits",
     "read_digits",
     "report",
+    "run_status",
     "speaker_and_take",
     "spoken_digits",
 ]
@@ -197,7 +198,7 @@ def spoken_digits(
         parts = digit_splits(recordings, split, vary)
         for row in rows:
             run, folder = digit_run(row, overrides), out / f"{row}-{split}"
-            status = _status(folder)
+            status = run_status(folder, {"model": run.model.to_dict(), "train": asdict(run.train)})
             if status == "finished":
                 continue
             left = None if seconds is None else seconds - (time.perf_counter() - begun)
@@ -219,9 +220,25 @@ def spoken_digits(
     return report(out)
 
 
-def _status(folder: Path) -> str | None:
+def run_status(folder: Path, config: Mapping[str, Any] | None = None) -> str | None:
+    """The status of the run in a folder, None where there is none.
+
+    Args:
+        folder: of the run.
+        config: of the model and the training; that of a finished run must be the same. Default: any.
+
+    Raises:
+        CheckpointError: a finished run with other settings.
+    """
     path = folder / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.exists() else None
+    if not path.exists():
+        return None
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if facts["status"] == "finished" and config is not None and facts["config"] != json.loads(json.dumps(config)):
+        raise CheckpointError(
+            f"reproduce: '{path}' is of a run with other settings; name another folder, or delete this one"
+        )
+    return facts["status"]
 
 
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:
