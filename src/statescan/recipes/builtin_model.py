@@ -81,7 +81,7 @@ class LanguageRun:
     steps: int = 0
     batch_size: int = 32
     length: int = 2048
-    lr: float = 3e-3
+    lr: float = 4e-3
     warmup: int = 200
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
