@@ -317,14 +317,14 @@ def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_plan_of_the_backward_on_an_h100(packed: bool) -> None:
-    """Two blocks fit a multiprocessor, with room for a whole tile's sums; a long row is cut as finely as the pass
-    over chunk ends can use."""
+    """Two blocks fit a multiprocessor, with room for a whole tile's sums; a long row is cut into four rounds
+    of blocks."""
     room = 113 * 1024
     full = backend.plan(8, 2048, 2048, 16, 1, 132, False, packed, False, room)
     assert (full.parts, full.chunks_backward) == (full.tile // full.history, 1)
     assert full.shared <= room
     assert 4 * (full.shared_ends + 1024) <= 2 * room
     long = backend.plan(1, 65536, 2048, 16, 1, 132, False, packed, False, room)
-    assert (long.chunks_backward, long.chunk_len_backward) == (16, 4096)
+    assert (long.chunks_backward, long.chunk_len_backward) == (33, 2016)
     short = backend.plan(1, 2048, 1536, 16, 1, 132, False, packed, False, room)
     assert (short.chunks_backward, short.chunk_len_backward) == (11, 192)

@@ -97,8 +97,9 @@ _HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the 
 
 # Steps a chunk where the partition may depend on the length alone, and the most chunks.
 _INVARIANT_LENGTH, _INVARIANT_CHUNKS = 512, 16
-# Steps of a chunk from which on the backward takes more: the pass that finds what leaves chunks can run more blocks.
-_LONG_CHUNK = 4096
+# Steps of a chunk from which on the backward takes more chunks, and in how many rounds of blocks they then run: the pass
+# that finds what leaves a chunk can use more blocks, and the last round is a shorter one.
+_LONG_CHUNK, _ROUNDS = 4096, 4
 
 
 def _chunks(blocks: int | None, wanted: int, length: int, tile: int) -> tuple[int, int]:
@@ -172,7 +173,7 @@ def plan(
     forward = _chunks(forward_blocks, resident_forward * multiprocessors, length, max(tile, 32))
     backward = _chunks(backward_blocks, _RESIDENT_BACKWARD * multiprocessors, length, tile)
     if not batch_invariant and backward[0] > 1 and backward[1] >= _LONG_CHUNK:
-        backward = _chunks(backward_blocks, _RESIDENT_ENDS * multiprocessors, length, tile)
+        backward = _chunks(backward_blocks, _ROUNDS * _RESIDENT_BACKWARD * multiprocessors, length, tile)
     return Plan(
         lanes,
         states,
@@ -591,7 +592,7 @@ def _backward(
     def launch(part: int) -> None:
         run = _backward_kernel(c, part, *beside, again=y is not None)
         run(
-            grid,
+            (*grid[:2], chunks - part),  # what leaves the first chunk nobody asks
             *c.inputs(),
             *_rows(dy),
             dfinal,

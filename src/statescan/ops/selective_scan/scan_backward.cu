@@ -66,6 +66,7 @@ typedef i64 offset;
 #endif
 #define CPW (32 / G)  // channels of a warp
 #define CB (NT / G)
+#define CHANNEL(tid) ((tid) / 32 * CPW + (tid) % CPW)  // of a thread
 #define NP (G * NS)
 #define NQ (NS / 4)
 #define PER (CB / 8)
@@ -80,13 +81,14 @@ typedef i64 offset;
 #define TENSOR (IN == 1 && G == 4 && NS == 4 && HT == 8)
 #define PIPE (TENSOR && !VARLEN)  // the states of the next sub-chunk are made while this one is walked back
 #define PIECES (TILE * N / 8)
+#define TILES_A 4  // tiles whose dA is added up before it goes to the sum over time
 #define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for ahead
 
 // A channel at a step. dv: dt; du: dt*u, afterwards the sum over states of adjoint * B; dy: gradient before the gate,
 // afterwards the sum of adjoint * decay * h * A; y: the output before D and the gate.
 struct alignas(16) Slot { real dv, du, dy, y; };
 // `x`, made anew where it stands: the compiler would keep what follows from it over a whole tile, in memory.
-DEV int opaque(int x) {
+DEV u32 opaque(u32 x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -95,6 +97,9 @@ DEV int opaque(int x) {
 DEV int apart(int ch) { return (ch & 4 ? CB / 2 : 0) + (ch >> 3) * 4 + (ch & 3); }
 // Neighbouring pieces of eight channels permute their slots differently, so that threads writing them meet no bank twice.
 DEV int place(int ch) { return (ch & ~7) | ((ch ^ (ch >> 3)) & 7); }
+// Channel j of piece `piece`, in row `row`: `first` is where that piece's first channel is.
+DEV u32 first_slot(u32 row, u32 piece) { return (row * CB + piece * 8 + (piece & 7)) * u32(sizeof(Slot)); }
+#define SLOT(first, j) (*reinterpret_cast<Slot*>(reinterpret_cast<char*>(&S.slots[0][0]) + ((first) ^ (u32(j) * u32(sizeof(Slot))))))
 
 struct alignas(2 * sizeof(real)) Two { real a, b; };
 // Addresses that move by a tile at a time: inputs of a tile, of the one after it (earlier in time), and results.
@@ -143,6 +148,20 @@ DEV void row_sums(float (&d)[4], const Four& rows, u32 a, u32 b) {
 }
 #endif
 struct Raw { Pack8 u, dt, dout, z; };
+// As load8 and store8, for what is read for the last time and for what is written: 16-bit activations leave the cache to the
+// partial sums, which are read again after the last block.
+DEV Pack8 load8_last(const act* p, int n, bool vec) {
+  if (sizeof(Pack8) > 16 || !vec || n < 8) return load8(p, n, vec);
+  Pack8 r;
+  uint4& v = reinterpret_cast<uint4&>(r);
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return r;
+}
+DEV void store8_once(act* p, const Pack8& r, int n, bool vec) {
+  if (sizeof(Pack8) > 16 || !vec || n < 8) return store8(p, r, n, vec);
+  const uint4& v = reinterpret_cast<const uint4&>(r);
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 
 extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     const act* __restrict__ u, i64 u_b, i64 u_l, const act* __restrict__ dt, i64 dt_b, i64 dt_l,
@@ -163,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   const int c = c0 + ch;
   const bool live = VEC || ch < width;
   const i64 b = blockIdx.y;
-  const int k0 = blockIdx.z, t_begin = k0 * chunk_len, t_end = min(L, t_begin + chunk_len);
+  const int k0 = blockIdx.z + (PASS == 1), t_begin = k0 * chunk_len, t_end = min(L, t_begin + chunk_len);
   FOR_EACH(q, CB) {
     S.sbias[apart(q)] = bias && q < width ? bias[c0 + q] : real(0);
     S.sD[apart(q)] = D && q < width ? D[c0 + q] : real(0);
@@ -276,12 +295,15 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   // Rows past the end read the last one instead, so that every call writes all of `r`: what it held need not be kept.
   auto fetch = [&](int from, int t0) {
     Raw r{};
-    const int r0 = opaque(row), s0 = opaque(seg);
-    const offset t = min(r0, t_end - 1 - t0);
+    const u32 me = opaque(tid), r0 = me / PER, s0 = me % PER * 8;
+    const offset t = min(int(r0), t_end - 1 - t0);
     const int n = VEC ? 8 : count;
     if (count > 0) {
       const Address* p = &S.base[now][from];
-      auto load = [&](int k, i64 stride) { return load8(global<const act>(p[k], (t * offset(stride) + s0) * offset(sizeof(act))), n, VEC); };
+      auto load = [&](int k, i64 stride) {
+        const act* q = global<const act>(p[k], (t * offset(stride) + s0) * offset(sizeof(act)));
+        return from == NOW ? load8_last(q, n, VEC) : load8(q, n, VEC);
+      };
       if (PASS == 0) r.u = load(0, u_l);
       r.dt = load(1, dt_l);
       r.dout = load(2, o_l);
@@ -290,14 +312,18 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     return r;
   };
 #if AHEAD
-  const bool is_c = tid >= PIECES;
-  const int brow = (is_c ? tid - PIECES : tid) / (N / 8), bn = (is_c ? tid - PIECES : tid) % (N / 8) * 8;
-  const bool brings = is_c ? (!FIXC && tid < 2 * PIECES) : !FIXB && PASS == 0;
+  // Which eight numbers of B or C a thread brings, found anew every time: it costs less than to keep it.
+  struct Brought { bool is_c, here; u32 row, n; };
+  auto brought = [&]() {
+    const u32 me = opaque(tid), q = me % PIECES;
+    const bool is_c = me >= PIECES;
+    return Brought{is_c, is_c ? (!FIXC && me < 2 * PIECES) : !FIXB && PASS == 0, q / (N / 8), q % (N / 8) * 8};
+  };
   auto fetch_bc = [&](int t0) {
     Pack8 r{};
-    const int row_ = opaque(brow), n_ = opaque(bn);
-    if (brings && t0 + row_ < t_end)
-      r = load8(global<const act>(S.base[now][NEXT_B + is_c], (row_ * (is_c ? C_l : B_l) + n_) * i64(sizeof(act))), 8, true);
+    const Brought p = brought();
+    if (p.here && t0 + int(p.row) < t_end)
+      r = load8(global<const act>(S.base[now][NEXT_B + p.is_c], (p.row * (p.is_c ? C_l : B_l) + p.n) * i64(sizeof(act))), 8, true);
     return r;
   };
 #endif
@@ -327,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #if PASS == 0
   auto fetch_state = [&]() {
     Row r{};
-    const real* p = global<const real>(S.base[now][STATE], opaque(ch) * (N * int(sizeof(real))));
+    const real* p = global<const real>(S.base[now][STATE], i64(CHANNEL(opaque(tid))) * (N * int(sizeof(real))));
 #if N == NP
     if (live) r = states_of(p);
 #else
@@ -363,18 +389,17 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #else
     constexpr int wide = N == NP ? 4 : 1, pieces = HT * 2 * NP / wide;
 #endif
-    const int first = opaque(tid);
+    const u32 first = opaque(tid);
     // One sub-chunk is less than a piece for every thread: another part of the block does it every time.
-    const int turn = !every && pieces < NT ? (first + NT - j * pieces % NT) % NT : first;
+    const u32 turn = !every && pieces < NT ? (first + NT - j * pieces % NT) % NT : first;
     const int count = every ? NSUB * pieces : pieces;
 #pragma unroll
     for (int q_ = 0; q_ < (count + NT - 1) / NT; q_++) {
-      const int q = turn + q_ * NT;
+      const u32 q = turn + q_ * NT;
       if (count % NT && q >= count) break;
 #if TENSOR
       // Four numbers of a warp: dC and dB of a step, dC and dB two steps later.
       const int k = every ? q / pieces : j, n = q % NP, row = k * HT + q % pieces / 32 * 4 + q % 32 / NP, t = t0 + row;
-      if (t >= t_end || n >= N) continue;
       Four total{};
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
@@ -384,9 +409,11 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       }
       const u32 at_ = (row * N + n) * sizeof(real);
       real *to_c = global<real>(S.base[now][SUMS_C], at_), *to_b = global<real>(S.base[now][SUMS_C + 1], at_);
-      if (!FIXC) *to_c = total.v[0];
-      if (!FIXB) *to_b = total.v[1];
-      if (t + 2 < t_end) {
+      if (t < t_end && n < N) {
+        if (!FIXC) *to_c = total.v[0];
+        if (!FIXB) *to_b = total.v[1];
+      }
+      if (t + 2 < t_end && n < N) {
         if (!FIXC) to_c[2 * N] = total.v[2];
         if (!FIXB) to_b[2 * N] = total.v[3];
       }
@@ -416,16 +443,16 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     }
   };
 #endif
-  for (int t0 = t_last; t0 >= t_begin; t0 -= TILE) {
-    const int steps = min(TILE, t_end - t0);
-    now ^= 1;
+  // Puts a tile's inputs, which `next` holds, into shared memory. `whole`: all of its steps are there, as in all tiles but the last.
+  auto enter = [&](int t0, bool whole) {
+    const int steps = whole ? TILE : min(TILE, t_end - t0);
     if (tid < SEGS) {
-      const int row = opaque(tid) / PER, seg = opaque(tid) % PER * 8, swap = opaque(tid) % PER & 7;
-      const int n = row < steps ? count : 0;
+      const u32 me = opaque(tid), row = me / PER, piece = me % PER, first = first_slot(row, piece);
+      const int n = whole || int(row) < steps ? count : 0;
       if (n > 0) {
 #pragma unroll
         for (int quad = 0; quad < 8; quad += 4) {  // four at a time, so that their chains of instructions interleave
-          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[apart(seg + quad)]);
+          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[apart(piece * 8 + quad)]);
           Slot f[4];
 #pragma unroll
           for (int m = 0; m < 4; m++) {
@@ -439,17 +466,17 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             f[m].y = real(0);
           }
 #pragma unroll
-          for (int m = 0; m < 4; m++) S.slots[row][seg + ((quad + m) ^ swap)] = f[m];
+          for (int m = 0; m < 4; m++) SLOT(first, quad + m) = f[m];
         }
       } else {  // a step of length zero
 #pragma unroll
-        for (int j = 0; j < 8; j++) S.slots[row][seg + j] = Slot{};
+        for (int j = 0; j < 8; j++) SLOT(first, j) = Slot{};
       }
     }
 #if AHEAD
-    if (brings) {
-      Four* to = reinterpret_cast<Four*>(is_c ? &S.sc[brow][bn] : &S.sb[brow][bn]);
-      const bool here = brow < steps;
+    if (const Brought p = brought(); p.here) {
+      Four* to = reinterpret_cast<Four*>(p.is_c ? &S.sc[p.row][p.n] : &S.sb[p.row][p.n]);
+      const bool here = int(p.row) < steps;
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         Four f;
@@ -472,6 +499,16 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       S.end[q] = q < steps ? ends[t0 + q] : 0;
     }
 #endif
+  };
+#if PASS == 0
+  real gA_[NS];  // dA of the last few tiles
+#pragma unroll
+  for (int n = 0; n < NS; n++) gA_[n] = real(0);
+#endif
+  enter(t_last, false);
+  for (int t0 = t_last; t0 >= t_begin; t0 -= TILE) {
+    const int steps = min(TILE, t_end - t0);
+    now ^= 1;
     __syncthreads();
 
     advance(t0);
@@ -501,6 +538,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #endif
     }
     __syncthreads();
+    if (t0 > t_begin) enter(t0 - TILE, true);
 #else  // PASS == 0
     real h[NS], e[NS];
 #pragma unroll
@@ -523,19 +561,20 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       }
     };
     const int subs = TENSOR ? NSUB : (steps + HT - 1) / HT;
-    for (int j = 0; j < subs; j++) {
+#pragma unroll 1
+    for (int j = 0; j < subs - PIPE; j++) {
 #pragma unroll
       for (int m = 0; m < NQ; m++) S.hs[j][m][tid] = Four{h[4 * m], h[4 * m + 1], h[4 * m + 2], h[4 * m + 3]};
-      if (j + 1 < subs)
+      if (PIPE || j + 1 < subs)
 #pragma unroll
         for (int s = 0; s < HT; s++) step(j * HT + s);
     }
-    real gA_[NS];  // of this tile
-#pragma unroll
-    for (int n = 0; n < NS; n++) gA_[n] = real(0);
     struct History { real before[HT + 1][NS], kept[HT][NS]; };  // the state before step r, its decay
     auto recompute = [&](History& to, int j, int r) {
-      if (r == 0)
+      if (r == 0 && PIPE && j == NSUB - 1) {  // it goes on from where the first run ended
+#pragma unroll
+        for (int n = 0; n < NS; n++) to.before[0][n] = h[n];
+      } else if (r == 0)
 #pragma unroll
         for (int m = 0; m < NQ; m++) {
           const Four f = S.hs[j][m][tid];
@@ -558,6 +597,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         if (HASZ) to.y = sums[0];
       }
     };
+    Raw again;
     // Walks sub-chunk j back; `ahead`: the states of the one before it are made between its steps.
     auto walk = [&](const History& from, int j, History* ahead) {
       auto& hist = from.before;
@@ -570,6 +610,10 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       real late[HT / R][3];
 #pragma unroll
       for (int r = HT - 1; r >= 0; r--) {
+        if (PIPE && j == 0) {  // registers come free: what the rest of this tile and the next one need is asked for
+          if (r == 3) ask(t0);
+          if (r == 1) again = fetch(NOW, t0);
+        }
         if (ahead) recompute(*ahead, j - 1, HT - 1 - r);
         const int s = j * HT + r;
 #if VARLEN
@@ -713,39 +757,43 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       waiting = 1;
     }
 #endif
-    // What the rest of this tile and the next one need is on its way while the block meets and adds up.
-    const Raw again = fetch(NOW, t0);
-    ask(t0);
+    if (!PIPE) {
+      again = fetch(NOW, t0);
+      ask(t0);
+    }
+    // dA: sums of a few tiles, added with what earlier additions lost.
+    if (t0 / TILE % TILES_A == 0 || t0 == t_begin)
+#pragma unroll
+      for (int m = 0; m < NQ; m++) {
+        Four total = S.sumA[0][m][tid], lost = S.sumA[1][m][tid];
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+          const real y_ = gA_[4 * m + q] - lost.v[q], t_ = total.v[q] + y_;
+          lost.v[q] = (t_ - total.v[q]) - y_;
+          total.v[q] = t_;
+          gA_[4 * m + q] = real(0);
+        }
+        S.sumA[0][m][tid] = total;
+        S.sumA[1][m][tid] = lost;
+      }
     __syncthreads();
     reduce(0, PARTS >= NSUB, t0);
-    // dA: sums of tiles, added with what earlier additions lost.
-#pragma unroll
-    for (int m = 0; m < NQ; m++) {
-      Four total = S.sumA[0][m][tid], lost = S.sumA[1][m][tid];
-#pragma unroll
-      for (int q = 0; q < 4; q++) {
-        const real y_ = gA_[4 * m + q] - lost.v[q], t_ = total.v[q] + y_;
-        lost.v[q] = (t_ - total.v[q]) - y_;
-        total.v[q] = t_;
-      }
-      S.sumA[0][m][tid] = total;
-      S.sumA[1][m][tid] = lost;
-    }
     {
-      const int row = opaque(tid) / PER, seg = opaque(tid) % PER * 8, swap = opaque(tid) % PER & 7;
-      const int n = row < steps ? count : 0;
-      if (n > 0) {
+      const u32 me = opaque(tid), row = me / PER, piece = me % PER, first = first_slot(row, piece);
+      const int n = int(row) < steps ? count : 0;
+      if (n > 0 || (VEC && SEGS == NT)) {  // without a branch where all threads have a piece
         Pack8 ou, od, oz, oy;
         real share[16];
 #pragma unroll
         for (int j = 0; j < 4; j++) *reinterpret_cast<Four*>(share + 4 * j) = S.sums[j][tid];
 #pragma unroll
         for (int quad = 0; quad < 8; quad += 4) {
-          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[apart(seg + quad)]), skip = *reinterpret_cast<const Four*>(&S.sD[apart(seg + quad)]);
+          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[apart(piece * 8 + quad)]);
+          const Four skip = *reinterpret_cast<const Four*>(&S.sD[apart(piece * 8 + quad)]);
           real to_u[4], to_dt[4], to_z[4], to_y[4];
           Slot f[4];
 #pragma unroll
-          for (int m = 0; m < 4; m++) f[m] = S.slots[row][seg + ((quad + m) ^ swap)];
+          for (int m = 0; m < 4; m++) f[m] = SLOT(first, quad + m);
 #pragma unroll
           for (int m = 0; m < 4; m++) {
             const int j = quad + m;
@@ -759,7 +807,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             }
             real ddt = fma_(uv, f[m].du, f[m].dy * LN2);
             if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= quick_sigmoid(raw);
-            if (VEC || j < n) {
+            if (VEC ? n > 0 : j < n) {
               share[j] = fma_(dyv, uv, share[j]);
               share[8 + j] += ddt;
             }
@@ -776,10 +824,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) S.sums[j][tid] = *reinterpret_cast<Four*>(share + 4 * j);
-        const int r0 = row, s0 = seg;
         const Address* p = &S.base[now][OUT];
         auto store = [&](int k, i64 stride, const Pack8& r) {
-          store8(global<act>(p[k], (offset(r0) * offset(stride) + s0) * offset(sizeof(act))), r, VEC ? 8 : n, VEC);
+          if (n > 0) store8_once(global<act>(p[k], (offset(row) * offset(stride) + piece * 8) * offset(sizeof(act))), r, VEC ? 8 : n, VEC);
         };
         store(0, gu_l, ou);
         store(1, gdt_l, od);
@@ -787,6 +834,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         if (HASY) store(3, y_l, oy);
       }
     }
+    if (t0 > t_begin) enter(t0 - TILE, true);
 #endif
   }
   __syncthreads();
@@ -908,8 +956,8 @@ extern "C" __global__ void __launch_bounds__(128) scan_combine_backward(
     real out[AT_ONCE], s[AT_ONCE];
 #pragma unroll
     for (int m = 0; m < AT_ONCE; m++) {
-      out[m] = k0 >= m ? chunk_state[(b * chunks + k0 - m) * size + i] : real(0);
-      s[m] = k0 >= m ? chunk_dt[(b * chunks + k0 - m) * d_inner + c] : real(0);
+      out[m] = k0 > m ? chunk_state[(b * chunks + k0 - m) * size + i] : real(0);
+      s[m] = k0 > m ? chunk_dt[(b * chunks + k0 - m) * d_inner + c] : real(0);
     }
 #pragma unroll
     for (int m = 0; m < AT_ONCE; m++) {
