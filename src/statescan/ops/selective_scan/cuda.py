@@ -97,8 +97,8 @@ _HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the 
 
 # Steps a chunk where the partition may depend on the length alone, and the most chunks.
 _INVARIANT_LENGTH, _INVARIANT_CHUNKS = 512, 16
-# Steps of a chunk from which on the backward takes more chunks, and in how many rounds of blocks they then run: the pass
-# that finds what leaves a chunk can use more blocks, and the last round is a shorter one.
+# Steps of a chunk from which on the backward takes more chunks, and in how many rounds of blocks they then run: the
+# pass that finds what leaves a chunk can use more blocks, and the last round is a shorter one.
 _LONG_CHUNK, _ROUNDS = 4096, 4
 
 
