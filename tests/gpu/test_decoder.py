@@ -130,7 +130,7 @@ def test_one_launch_is_float32_arithmetic_whatever_the_weights_are(name: str, dt
     assert all(torch.equal(a, b) for a, b in zip(*again, strict=True)), "two runs differ"
 
 
-@pytest.mark.parametrize("rows", [2, 3, 16, 37, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 37, 100, 128])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_several_rows(name: str, dtype: str, rows: int) -> None:
@@ -205,20 +205,12 @@ def between_products(w: BlockWeights, uz: Tensor, conv: Tensor, ssm: Tensor, dty
     return [between(y * torch.nn.functional.silu(z)), window[:, 1:], h]
 
 
-@pytest.mark.parametrize("rows", [1, 17, 64, 128])
-@pytest.mark.parametrize(("dtype", "bare"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)])
-@pytest.mark.parametrize("sizes", [(2048, 4096, 128), (768, 1536, 48), (2560, 5120, 160), (256, 512, 16)])
-def test_the_middle_of_a_block(sizes: tuple[int, int, int], dtype: torch.dtype, bare: bool, rows: int) -> None:
-    """Within the budget; equal run by run; and for a row alone what it is among others."""
-    from statescan.ops.mamba_step.middle import Middle, refuses_middle
-
-    w = random_block(*sizes, dtype, bare)
-    d_inner = w.d_inner
-    assert refuses_middle(w, torch.device("cuda")) is None
-    run = Middle(w, torch.device("cuda"))
+def check_middle(run: Any, w: BlockWeights, rows: int, narrow: bool = False) -> None:
+    """Holds what lies between in_proj and out_proj to float64. `narrow`: convolution's state in the weights' dtype."""
+    d_inner, dtype = w.d_inner, w.x_proj.data.dtype
     g = torch.Generator("cuda").manual_seed(rows)
     uz = torch.randn(rows, 2 * d_inner, generator=g, device="cuda").to(dtype)
-    conv = torch.randn(rows, 3, d_inner, generator=g, device="cuda")
+    conv = torch.randn(rows, 3, d_inner, generator=g, device="cuda").to(dtype if narrow else torch.float32)
     ssm = torch.randn(rows, d_inner, 16, generator=g, device="cuda")
 
     def launch(first: int) -> list[Tensor]:
@@ -229,12 +221,36 @@ def test_the_middle_of_a_block(sizes: tuple[int, int, int], dtype: torch.dtype, 
 
     got = launch(rows)
     exact, usual = (between_products(w, uz, conv, ssm, precision) for precision in (torch.float64, torch.float32))
-    assert torch.equal(got[1], exact[1].float())
+    assert torch.equal(got[1], exact[1].to(conv.dtype))
     assert_within_budget(got[0], exact[0], usual[0].to(dtype), "y")
     assert_within_budget(got[2], exact[2], usual[2], "ssm")
     assert all(torch.equal(a, b) for a, b in zip(launch(rows), got, strict=True)), "two runs differ"
     alone = launch(max(1, rows // 2))
     assert all(torch.equal(a, b[: max(1, rows // 2)]) for a, b in zip(alone, got, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64, 128])
+@pytest.mark.parametrize(("dtype", "bare"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)])
+@pytest.mark.parametrize("sizes", [(2048, 4096, 128), (768, 1536, 48), (2560, 5120, 160), (256, 512, 16)])
+def test_the_middle_of_a_block(sizes: tuple[int, int, int], dtype: torch.dtype, bare: bool, rows: int) -> None:
+    """Within the budget; equal run by run; and for a row alone what it is among others."""
+    from statescan.ops.mamba_step.middle import Middle, refuses_middle
+
+    w = random_block(*sizes, dtype, bare)
+    assert refuses_middle(w, torch.device("cuda")) is None
+    check_middle(Middle(w, torch.device("cuda")), w, rows, narrow=bare)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 97, 128])
+@pytest.mark.parametrize(("dtype", "bare"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)])
+@pytest.mark.parametrize("sizes", [(2048, 4096, 128), (1536, 3072, 96), (256, 512, 32)])
+def test_the_middle_in_tiles(sizes: tuple[int, int, int], dtype: torch.dtype, bare: bool, rows: int) -> None:
+    """Within the budget; equal run by run; and for a row alone what it is among others."""
+    from statescan.ops.mamba_step.middle import MiddleTiles, refuses_tiles
+
+    w = random_block(*sizes, dtype, bare)
+    assert refuses_tiles(w, torch.device("cuda")) is None
+    check_middle(MiddleTiles(w, torch.device("cuda")), w, rows, narrow=bare)
 
 
 def test_what_the_middle_refuses() -> None:

@@ -3,8 +3,8 @@
 `GraphDecoder` does so for packed Mamba models, `StepGraph` for the `step` of any other model, without drawing.
 
 One row runs on `statescan.ops.mamba_step.decode.Stack`, a single launch that streams the weights once. More rows run
-cuBLAS's two large products of a block with `mamba_step.middle.Middle` between them, or all its products with the pieces
-of mamba_step. Then `sample.cu` draws every row's token on the device and writes it where the next step reads it, and
+cuBLAS's two large products of a block with `mamba_step.middle` between them, or all its products with the pieces of
+mamba_step. Then `sample.cu` draws every row's token on the device and writes it where the next step reads it, and
 into the host's memory where the host finds it in its own time.
 """
 
@@ -62,7 +62,7 @@ class GraphDecoder(DrawingSlots):
             raise BackendUnavailableError(f"GraphDecoder: {reason}")
         from statescan.ops.mamba_step.cuda import Pieces
         from statescan.ops.mamba_step.decode import Stack, refuses_stack
-        from statescan.ops.mamba_step.middle import Middle, refuses_middle
+        from statescan.ops.mamba_step.middle import Middle, MiddleTiles, refuses_middle, refuses_tiles
 
         device = packed.device
         super().__init__(device, capacity, vocabulary, packed.vocab_size)
@@ -77,7 +77,12 @@ class GraphDecoder(DrawingSlots):
             )
         self.middle_refusal = refuses_middle(packed.blocks[0], device)
         self._middle = None if self.middle_refusal else Middle(packed.blocks[0], device)
+        self.tiles_refusal = refuses_tiles(packed.blocks[0], device)
+        self._tiles = None if self.tiles_refusal else MiddleTiles(packed.blocks[0], device)
         self.state = packed.init_state(capacity)
+        # The convolution's inputs are the activations: where several rows run they are kept in as many bits.
+        if capacity > 1 and self._act.itemsize == 2:
+            self.state.conv = self.state.conv.to(self._act)
         # By (rows, length), those used last at the end; False where such prompts were read once.
         self._prefills: dict[tuple[int, int], _Prefill | Literal[False]] = {}
         self._biases = [
@@ -101,7 +106,8 @@ class GraphDecoder(DrawingSlots):
 
     def take(self, slot: int) -> DecodeState:
         """A copy of a slot's state."""
-        return self.state.select([slot])
+        state = self.state.select([slot])
+        return DecodeState(state.conv.float(), state.ssm)
 
     # What runs.
 
@@ -137,7 +143,10 @@ class GraphDecoder(DrawingSlots):
         """Launches the step of the first `rows` slots up to their logits."""
         packed, state = self.packed, self.state
         if rows == 1 and self._stack is not None:
-            self._stack.step(self.tokens, state.conv, state.ssm, self.logits)
+            conv = state.conv[:, :1].float()
+            self._stack.step(self.tokens, conv, state.ssm, self.logits)
+            if conv.dtype != state.conv.dtype:
+                state.conv[:, :1] = conv
             return
         first = packed.blocks[0]
         d_inner, d_state, rank = first.d_inner, first.d_state, first.dt_rank
@@ -146,7 +155,7 @@ class GraphDecoder(DrawingSlots):
         stream = torch.empty(rows, first.d_model, device=device)
         normed = torch.empty(rows, first.d_model, dtype=act, device=device)
         u, y = (torch.empty(rows, d_inner, dtype=act, device=device) for _ in range(2))
-        middle = self._middle if self._middle is not None and self._middle.pays(rows) else None
+        middle: Any = next((one for one in (self._middle, self._tiles) if one is not None and one.pays(rows)), None)
         before = None
         for i, block in enumerate(packed.blocks):
             in_bias, x_bias, out_bias = self._biases[i]

@@ -96,9 +96,12 @@ class Pieces:
         return y
 
     def conv_step(self, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """y = silu(conv(x)), the state (rows, width - 1, d_inner) moved on; x (rows, d_inner) may be a part of rows."""
+        """y = silu(conv(x)), the state (rows, width - 1, d_inner) moved on; x (rows, d_inner) may be a part of rows.
+
+        The state is float32 (float64 for float64) or has x's dtype.
+        """
         rows, d_inner = x.shape
-        run = self._kernel("conv_step", W=weight.shape[1])
+        run = self._kernel("conv_step", W=weight.shape[1], CONV=int(state.dtype != weight.dtype))
         run((math.ceil(d_inner / _THREADS), rows, 1), x, x.stride(0), state, weight, bias, y, i32(d_inner))
 
     def state_step(

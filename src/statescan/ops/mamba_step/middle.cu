@@ -25,6 +25,16 @@
 #define ITEMS ((ROWS * PAIRS + NT - 1) / NT)
 #define MAX2(a, b) ((a) > (b) ? (a) : (b))
 typedef unsigned long long u64;
+#ifndef CONV
+#define CONV 0
+#endif
+#if CONV  // the convolution's state has the activations' 16 bits
+typedef act kept;
+typedef u32 kept2;
+#else
+typedef float kept;
+typedef float2 kept2;
+#endif
 
 struct Shared {
   u64 full[SLOTS], empty[SLOTS];
@@ -37,6 +47,10 @@ struct Shared {
   alignas(16) act dt_proj[CE][DT_ROW];
 };
 
+DEV float2 wide2(const float2& v) { return v; }
+DEV float2 wide2(u32 v) { return make_float2(to_real(act(v)), to_real(act(v >> 16))); }
+DEV void keep(float2& to, u32 v) { to = wide2(v); }
+DEV void keep(u32& to, u32 v) { to = v; }
 DEV u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEV void bar_init(u64* b, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(n)); }
 DEV void bar_expect(u64* b, u32 bytes) {
@@ -87,7 +101,7 @@ DEV void mma(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
-    const act* __restrict__ uz, float* __restrict__ conv_state, float* __restrict__ state, const float* __restrict__ conv,
+    const act* __restrict__ uz, kept* __restrict__ conv_state, float* __restrict__ state, const float* __restrict__ conv,
     const float* __restrict__ conv_bias, const act* __restrict__ x_proj, const float* __restrict__ x_bias,
     const act* __restrict__ dt_proj, const float* __restrict__ dt_bias, const float* __restrict__ A,
     const float* __restrict__ skip, act* u, act* low, float* bc, act* __restrict__ y, u32* counters, int rows) {
@@ -127,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
   // u = silu(conv(u)); the state keeps the last W - 1 inputs. A thread takes two channels of a row at a time.
   {
     u32 now[ITEMS], gate[ITEMS];
-    float2 past[ITEMS][W - 1];
+    kept2 past[ITEMS][W];
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       const int item = tid + i * NT, r = item / PAIRS, c = c0 + item % PAIRS * 2;
@@ -135,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
       now[i] = *reinterpret_cast<const u32*>(uz + (i64)r * 2 * E + c);
       gate[i] = *reinterpret_cast<const u32*>(uz + (i64)r * 2 * E + E + c);
 #pragma unroll
-      for (int k = 0; k < W - 1; k++) past[i][k] = *reinterpret_cast<const float2*>(conv_state + ((i64)r * (W - 1) + k) * E + c);
+      for (int k = 0; k < W - 1; k++) past[i][k] = *reinterpret_cast<const kept2*>(conv_state + ((i64)r * (W - 1) + k) * E + c);
     }
     for (int i = tid; i < CE * (R / 8); i += NT) {
       const int c = i / (R / 8), k = i % (R / 8) * 8;
@@ -146,13 +160,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) middle_step(
       const int item = tid + i * NT, r = item / PAIRS, p = item % PAIRS * 2, c = c0 + p;
       if (r >= rows) continue;
       float2 s = conv_bias ? *reinterpret_cast<const float2*>(conv_bias + c) : make_float2(0.f, 0.f);
-      const float2 fresh = make_float2(to_real(act(now[i])), to_real(act(now[i] >> 16)));
+      keep(past[i][W - 1], now[i]);
 #pragma unroll
       for (int k = 0; k < W; k++) {
-        const float2 v = k < W - 1 ? past[i][k < W - 1 ? k : 0] : fresh;
+        const float2 v = wide2(past[i][k]);
         s.x = fmaf(conv[(i64)c * W + k], v.x, s.x);
         s.y = fmaf(conv[(i64)c * W + W + k], v.y, s.y);
-        if (k > 0) *reinterpret_cast<float2*>(conv_state + ((i64)r * (W - 1) + k - 1) * E + c) = v;
+        if (k > 0) *reinterpret_cast<kept2*>(conv_state + ((i64)r * (W - 1) + k - 1) * E + c) = past[i][k];
       }
       const u32 a = to_act(silu(s.x)), b = to_act(silu(s.y));
       *reinterpret_cast<u32*>(u + (i64)r * E + c) = a | b << 16;

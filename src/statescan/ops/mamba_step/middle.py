@@ -12,14 +12,16 @@ from statescan.ops import _cuda
 from statescan.ops._cuda import i32
 from statescan.ops.mamba_step.validation import BlockWeights
 
-__all__ = ["Middle", "refuses_middle"]
+__all__ = ["Middle", "MiddleTiles", "refuses_middle", "refuses_tiles"]
 
 _SOURCE = Path(__file__).with_name("middle.cu")
+_TILES_SOURCE = Path(__file__).with_name("middle_tiles.cu")
 _WARPS = 16
 _THREADS = 32 * (_WARPS + 1)
 _SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block can have on compute capability 9.0
 _TYPES = {torch.bfloat16: 1, torch.float16: 2}
 _MOST_ROWS = 128
+_TILE_ROWS, _TILE_CHANNELS, _TILES_THREADS = 16, 256, 512  # of a block of middle_tiles.cu
 _MOST_STATES = 64 * 4096  # channels of all rows up to which it was faster than the pieces where measured
 
 
@@ -88,7 +90,7 @@ class Middle:
         """Whether so many rows are best taken by it."""
         return rows <= self.most_rows and rows * self._inner <= _MOST_STATES
 
-    def _kernel(self, rows: int) -> _cuda.Kernel:
+    def _kernel(self, rows: int, conv: torch.dtype) -> _cuda.Kernel:
         most = min(max(16, 1 << math.ceil(math.log2(rows))), self.most_rows)
         tiles = 1 if most <= 64 else 2  # of eight outputs: as many blocks as there are take part
         together = _WARPS // (self._channels // 8)
@@ -106,6 +108,7 @@ class Middle:
             "NX": tiles,
             "SLOTS": slots,
             "FLIGHT": 6,
+            "CONV": int(conv != torch.float32),
             **self._options,
         }
         shared = options["SLOTS"] * (slot + 16) + rest + 128
@@ -123,13 +126,13 @@ class Middle:
 
         Args:
             uz: (rows, 2 d_inner), what in_proj gave.
-            conv_state: (rows, width - 1, d_inner) float32.
+            conv_state: (rows, width - 1, d_inner), float32 or uz's dtype.
             ssm_state: (rows, d_inner, d_state) float32.
             weights: of the block.
             y: (rows, d_inner).
         """
         w, rows = weights, uz.shape[0]
-        self._kernel(rows)(
+        self._kernel(rows, conv_state.dtype)(
             (self._inner // self._channels, 1, 1),
             uz,
             conv_state,
@@ -145,6 +148,108 @@ class Middle:
             self._u,
             self._low,
             self._bc,
+            y,
+            self._counters,
+            i32(rows),
+        )
+
+
+def refuses_tiles(block: BlockWeights, device: torch.device) -> str | None:
+    """Why the one-launch middle of many rows does not take blocks of this kind on this device; None if it does."""
+    reason = refuses_middle(block, device)
+    if reason is not None:
+        return reason
+    if block.dt_rank % 32 or block.dt_rank > 256:
+        return f"dt_rank must be a multiple of 32 up to 256, it is {block.dt_rank}"
+    if block.width < 2:
+        return f"the convolution must have 2 taps or more, it has {block.width}"
+    return None
+
+
+class MiddleTiles:
+    """What lies between in_proj and out_proj for many rows, one launch a block of the model: see middle_tiles.cu.
+
+    Launches of one object must follow each other on one stream: they share their buffers.
+
+    Args:
+        block: any block of the model; all have its sizes.
+        device: a CUDA device.
+        options: macros of middle_tiles.cu.
+    """
+
+    def __init__(self, block: BlockWeights, device: torch.device, **options: int) -> None:
+        self._rank, self._inner, self._width = block.dt_rank, block.d_inner, block.width
+        self._dtype = block.x_proj.data.dtype
+        self._device = device.index or 0
+        self._cooperative = bool(options.pop("COOPERATIVE", 1))
+        self._options = options
+        blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self._sharing = block.d_inner // _TILE_CHANNELS  # blocks of the same rows
+        tiles = blocks // self._sharing
+        self.most_rows = tiles * _TILE_ROWS
+        outputs = block.dt_rank + 2 * block.d_state
+        self._parts = torch.empty(tiles * self._sharing * _TILE_ROWS * outputs, device=device)
+        self._counters = torch.zeros(tiles * (64 + 16 * self._sharing), dtype=torch.int32, device=device)
+
+    def pays(self, rows: int) -> bool:
+        """Whether so many rows are best taken by it: they fill most multiprocessors, and no more."""
+        tiles = math.ceil(rows / _TILE_ROWS)
+        return rows <= self.most_rows and rows * self._inner > _MOST_STATES and tiles * 4 >= self.most_rows // 16 * 3
+
+    def _kernel(self, conv: torch.dtype) -> _cuda.Kernel:
+        rank, channels = self._rank, _TILE_CHANNELS
+        outputs = rank + 32
+        slot = channels * 64
+        rest = _TILE_ROWS * (2 * (channels + 32) + 2 * channels + 16 * (outputs + 8) + 128)
+        rest += _TILE_ROWS * 2 * (rank + (0 if rank % 64 else 32)) + 256
+        options = {
+            "IN": _TYPES[self._dtype],
+            "E": self._inner,
+            "R": rank,
+            "W": self._width,
+            "CE": channels,
+            "SLOTS": min((_SHARED_LIMIT - rest) // (slot + 16), _TILE_ROWS),
+            "CONV": int(conv != torch.float32),
+            "FIRST": 6,
+            "EARLY": 1,
+            **self._options,
+        }
+        shared = options["SLOTS"] * (slot + 16) + rest
+        return _cuda.kernel(
+            _TILES_SOURCE,
+            "middle_tiles",
+            options,
+            _TILES_THREADS,
+            self._device,
+            shared=shared,
+            cooperative=self._cooperative,
+            early=bool(options["EARLY"]),
+        )
+
+    def __call__(
+        self,
+        uz: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        weights: BlockWeights,
+        y: Tensor,
+    ) -> None:
+        """y = what out_proj takes; both states are moved on in place. Arguments as in `Middle`."""
+        w, rows = weights, uz.shape[0]
+        self._kernel(conv_state.dtype)(
+            (self._sharing, math.ceil(rows / _TILE_ROWS), 1),
+            uz,
+            conv_state,
+            ssm_state,
+            w.conv_weight,
+            w.conv_bias,
+            w.x_proj.data,
+            w.x_bias,
+            w.dt_proj.data,
+            w.dt_bias,
+            w.A,
+            w.D,
+            self._parts,
             y,
             self._counters,
             i32(rows),

@@ -56,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(
     int d_model, double epsilon) {
   __shared__ real parts[8];
 #if EARLY && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const i64 row = (i64)blockIdx.x * d_model, apart = (i64)gridDim.x * d_model;
@@ -139,23 +140,41 @@ extern "C" __global__ void __launch_bounds__(256) linear(
 #ifndef W
 #define W 4
 #endif
+#ifndef CONV
+#define CONV 0
+#endif
+#if CONV  // the convolution's state is kept as the activations are
+typedef act kept;
+#else
+typedef real kept;
+#endif
 // u = silu(conv(u)); the state keeps the last W - 1 inputs. A thread a channel. Grid (channels / 256, rows).
 extern "C" __global__ void __launch_bounds__(256) conv_step(
-    const act* __restrict__ x, i64 x_row, real* __restrict__ state, const real* __restrict__ weight,
+    const act* __restrict__ x, i64 x_row, kept* __restrict__ state, const real* __restrict__ weight,
     const real* __restrict__ bias, act* __restrict__ y, int d_inner) {
   const int c = blockIdx.x * 256 + threadIdx.x;
   const i64 row = blockIdx.y;
   if (c >= d_inner) return;
-  real* past = state + row * (W - 1) * d_inner + c;
+  kept* past = state + row * (W - 1) * d_inner + c;
+  const act now = x[row * x_row + c];
+  kept old[W];
   real v[W];
 #pragma unroll
-  for (int k = 0; k < W - 1; k++) v[k] = past[(i64)k * d_inner];
-  v[W - 1] = to_real(x[row * x_row + c]);
+  for (int k = 0; k < W - 1; k++) old[k] = past[(i64)k * d_inner];
+#if CONV
+  old[W - 1] = now;
+#pragma unroll
+  for (int k = 0; k < W; k++) v[k] = to_real(old[k]);
+#else
+  old[W - 1] = to_real(now);
+#pragma unroll
+  for (int k = 0; k < W; k++) v[k] = old[k];
+#endif
   real s = real(0);
 #pragma unroll
   for (int k = 0; k < W; k++) s = fma_(weight[(i64)c * W + k], v[k], s);
 #pragma unroll
-  for (int k = 0; k < W - 1; k++) past[(i64)k * d_inner] = v[k + 1];
+  for (int k = 0; k < W - 1; k++) past[(i64)k * d_inner] = old[k + 1];
   if (bias) s += bias[c];
   y[row * d_inner + c] = to_act(s * sigmoid(s));
 }
