@@ -17,6 +17,12 @@ Lengths = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights and order.")]
 Device = Annotated[str | None, typer.Option("--device", show_default="cuda where there is one", help="cpu or cuda.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        "--seconds", min=0, show_default="no end", help="Leave off a run's training after so many; call again."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every run, e.g. train.epochs=2."),
@@ -72,6 +78,7 @@ def microbes(
     ),
     length: Lengths = None,
     seed: Seed = 0,
+    seconds: Seconds = None,
     device: Device = None,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -87,7 +94,7 @@ def microbes(
                 bases, max(2, len(find_sources(data))), seed=seed, overrides=[*on, *(overrides or [])]
             )
             splits, names = recipe.microbe_splits(data, bases, run.rows, seed=run.data_seed)
-            recipe.dna_species(run, splits, out, species=names, say=note)
+            recipe.dna_species(run, splits, out, species=names, seconds=seconds, say=note)
     print_results(out, recipe.report(out), as_json)
 
 
@@ -106,11 +113,12 @@ def great_apes(
         typer.Option("--pretrained", show_default="from scratch", help="Model of bases to start from, fine-tuned."),
     ] = None,
     seed: Seed = 0,
+    seconds: Seconds = None,
     device: Device = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Appendix E.3: which great ape a window of 2^10 to 2^17 bases is from, unknown bases masked alike in all of them."""
+    """Appendix E.3: which great ape a window of up to 2^17 bases is from, unknown bases masked alike in all."""
     from statescan.cli.models import model_folder, read_config
     from statescan.models import MambaConfig
     from statescan.recipes import dna_species as recipe
@@ -130,5 +138,7 @@ def great_apes(
                 overrides=[*on, *(overrides or [])],
             )
             splits = recipe.ape_splits(aligned, bases, run.rows, seed=run.data_seed, mask=False)
-            recipe.dna_species(run, splits, out, species=aligned.names, pretrained=start, kmers=5, say=note)
+            recipe.dna_species(
+                run, splits, out, species=aligned.names, pretrained=start, kmers=5, seconds=seconds, say=note
+            )
     print_results(out, recipe.report(out), as_json)

@@ -1,0 +1,73 @@
+"""``statescan reproduce`` of DNA: each command trains, tables, and goes on where it was broken off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+TINY = ["--device", "cpu", "--set", "train.threads=1", "--set", "train.precision=float32"]
+CLASSIFIER = [*TINY, "--set", "train.epochs=1", "--set", "rows=8", "--set", "train.batch_size=8"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path / "cache"))
+
+
+def bases(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 4, count).astype(np.uint8)
+
+
+def genome(path: Path, count: int, seed: int) -> Path:
+    np.savez(path, seq=bases(count, seed), reclen=np.array([count]), names=np.array([path.stem]))
+    return path
+
+
+def test_microbes(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "genomes"
+    folder.mkdir()
+    for seed, name in enumerate("ab"):
+        genome(folder / f"{name}.npz", 80_000, seed)
+    small = ["--set", "model.backbone.d_model=8", "--set", "model.backbone.n_layer=1"]
+    line = ("reproduce", "microbes", "--data", folder, "--length", 64, "--out", tmp_path / "out", *CLASSIFIER, *small)
+    code, _, err = run(*line, "--seconds", 0)
+    assert (code, "the same command goes on" in err) == (130, True)
+    code, shown, err = run(*line)
+    assert code == 0, err
+    assert "| microbes | 64 | scratch | " in shown
+    assert "results.json" in shown
+    code, shown, _ = run(*line, "--json")
+    assert [row["species"] for row in json.loads(shown)["rows"]] == [["a", "b"]]
+
+
+def test_great_apes_from_scratch_and_from_a_pretrained_model(run: Run, tmp_path: Path) -> None:
+    lengths = np.full(60, 50)
+    apes = tmp_path / "apes.npz"
+    arrays = {}
+    for seed, name in enumerate(("human", "gorilla")):
+        arrays[name], arrays[f"{name}_blocklen"] = bases(3000, seed), lengths
+    np.savez(apes, **arrays)
+    out = tmp_path / "pretraining"
+    code, shown, err = run(
+        "reproduce", "dna-pretraining", "--data", genome(tmp_path / "g.npz", 20_000, 9), "--row", "mamba", "--out", out,
+        "--length", 64, "--steps", 2, "--context", 128, "--carried", 256, "--device", "cpu",
+        "--set", "model.d_model=8", "--set", "model.n_layer=1", "--set", "train.batch_size=2",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "| Mamba | 1,376 | 256 |" in shown
+    line = ("reproduce", "great-apes", "--data", apes, "--length", 32, "--out", tmp_path / "out", *CLASSIFIER)
+    code, shown, err = run(*line, "--pretrained", out / "mamba")
+    assert code == 0, err
+    assert "| apes | 32 | pretrained | " in shown
+    assert (tmp_path / "out" / "apes.svg").exists()
+    code, _, err = run(*line, "--pretrained", tmp_path / "none")
+    assert (code, "which does not exist" in err) == (1, True)
+    code, _, err = run(
+        "reproduce", "great-apes", "--data", apes, "--length", 5000, "--out", tmp_path / "x", *CLASSIFIER
+    )
+    assert (code, "the window is longer than every record or block" in err) == (1, True)
