@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from statescan.errors import ShapeError
 from statescan.ops._checks import check_cu_seqlens, mark_checked
+from statescan.ops.selective_scan.cuda import _marks
 
 
 class Watched(torch.Tensor):
@@ -53,3 +56,37 @@ def test_on_the_cpu_a_look_costs_nothing_and_is_not_remembered() -> None:
     check_cu_seqlens("op", seen, 1, 5)
     check_cu_seqlens("op", seen, 1, 5)
     assert Watched.reads == 2
+
+
+def test_marks_of_packed_sequences_are_made_once_for_the_same_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def wanted(values: list[int], length: int) -> tuple[list[int], list[int]]:
+        starts, ends = [0] * length, [0] * length
+        for number, (begin, end) in enumerate(pairwise(values), start=1):
+            if end > begin:
+                starts[begin], ends[end - 1] = number, number
+        return starts, ends
+
+    def made(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
+        starts, ends = _marks(tensor, 9)
+        return starts[:9].tolist(), ends[:9].tolist()
+
+    values = [0, 0, 1, 4, 4, 9]  # some are empty, one of a single step
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            tensor = torch.tensor(values, dtype=torch.int32)
+            assert made(tensor) == wanted(values, 9)
+            assert _marks(tensor, 9)[0] is not _marks(tensor, 9)[0]  # nobody said that they are right
+            mark_checked(tensor, 9)
+            first = _marks(tensor, 9)
+            assert _marks(tensor, 9)[0] is first[0]
+            capturing = True
+            assert _marks(tensor, 9)[0] is not first[0]
+            capturing = False
+    tensor = torch.tensor(values, dtype=torch.int32)
+    mark_checked(tensor, 9)
+    assert made(tensor) == wanted(values, 9)
+    tensor[2] = 3
+    assert made(tensor) == wanted([0, 0, 3, 4, 4, 9], 9)
