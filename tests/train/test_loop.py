@@ -422,6 +422,8 @@ def test_a_second_signal_ends_it_at_once(make_run, tmp_path, interruptible):
 def test_the_resume_command_is_the_line_it_was_started_with(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/statescan", "train", "--data", "my text.txt", "--out", "x", "--resume"])
     assert loop._resume_command(tmp_path) == "statescan train --data 'my text.txt' --out x --resume"
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/statescan", "demo", "--out", "x"])
+    assert loop._resume_command(tmp_path) == "statescan demo --out x"
 
 
 def test_compile_trains_the_same_run(make_run, tmp_path):

@@ -734,7 +734,15 @@ class _Trainer:
             inputs = inputs | {"labels": inputs["labels"].masked_fill(inputs["labels"] == unjudged, -100)}
         if self.initial is None:
             return model(**inputs).loss
-        output = model(**inputs, state=self.initial.before())
+        start = self.initial.before()
+        # Not as an argument, all of which Fabric rounds to the autocast's dtype: a scan's state is float32.
+        given = self.raw.register_forward_pre_hook(
+            lambda _, args, fields: (args, fields | {"state": start}), with_kwargs=True
+        )
+        try:
+            output = model(**inputs)
+        finally:
+            given.remove()
         self.initial.after(output.state)
         return output.loss
 
@@ -969,11 +977,12 @@ class _Trainer:
 
 
 def _resume_command(out: Path) -> str:
-    """The line that goes on with this run: the one it was started with, and --resume."""
+    """The line that goes on with this run: the one it was started with, and --resume where that is `train`'s."""
     program = Path(sys.argv[0])
     as_module = program.name == "__main__.py" and program.parent.name == "statescan"
     if program.stem == "statescan" or as_module:
         start = f"{Path(sys.executable).name} -m statescan" if as_module else "statescan"
         arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-        return f"{start} {shlex.join(arguments)} --resume"
+        # Other commands that train (demo) go on by themselves.
+        return f"{start} {shlex.join(arguments)}" + (" --resume" if "train" in arguments else "")
     return f"statescan.train.train(run, {str(out)!r}, resume=True)"
