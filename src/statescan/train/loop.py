@@ -601,7 +601,8 @@ class _Trainer:
         return self.config.capture is not False and lacking is None
 
     def _captured_for(self, room: int) -> CapturedStep:
-        """The captured update for batches with room for so many offsets of packed documents, 0 for plain windows."""
+        """The captured update for batches with room for so many offsets of packed documents; 0 for plain windows, minus
+        their length where it changes."""
         if room in self.captured:
             return self.captured[room]
 
