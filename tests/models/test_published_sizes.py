@@ -16,8 +16,8 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = ("130m", "370m", "790m", "1.4b", "2.8b")
 LENGTH = 24
-# The weights, which both models share, both models' gradients, and what is computed on the way: bytes a parameter.
-BYTES_A_PARAMETER = 14
+# The weights, which both models share, one model's gradients, and what is computed on the way: bytes a parameter.
+BYTES_A_PARAMETER = 10
 
 
 def _theirs(name: str, device: str) -> Any:
@@ -61,13 +61,11 @@ def size(request: pytest.FixtureRequest) -> tuple[str, str]:
     name, device = request.param
     needed = BYTES_A_PARAMETER * CausalLM(preset(name), device="meta").parameter_count()
     if _memory(device) < needed:
-        pytest.skip(
-            f"the weights of {name} and two sets of gradients need {needed / 1e9:.0f} GB of free memory on {device}"
-        )
+        pytest.skip(f"the weights of {name} and their gradients need {needed / 1e9:.0f} GB of free memory on {device}")
     return name, device
 
 
-CASES = [pytest.param((name, "cpu"), marks=pytest.mark.slow, id=f"{name}-cpu") for name in SIZES[:3]]
+CASES = [pytest.param((name, "cpu"), marks=pytest.mark.slow, id=f"{name}-cpu") for name in SIZES[:4]]
 CASES += [pytest.param((name, "cuda"), marks=pytest.mark.gpu, id=f"{name}-cuda") for name in SIZES]
 
 
@@ -79,17 +77,24 @@ def test_logits_and_gradients_of_a_published_size(size: tuple[str, str]) -> None
     ids = torch.randint(0, 50277, (1, LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
     logits = _relative(ours(ids).logits, theirs(ids).logits)
     ours(ids, labels=ids).loss.backward()
+    mine = dict(ours.named_parameters())
+    gradients = {}
+    for name_there, parameter in theirs.named_parameters():
+
+        def compare(p: Tensor, key: str = name_there.replace("embeddings.", "embedding.")) -> None:
+            gradients[key] = _relative(mine[key].grad, p.grad)  # type: ignore[arg-type]
+            p.grad = mine[key].grad = None  # as soon as it is there, so that few lie in memory
+
+        parameter.register_post_accumulate_grad_hook(compare)
     theirs(ids, labels=ids).loss.backward()
-    wanted = {key.replace("embeddings.", "embedding."): p.grad for key, p in theirs.named_parameters()}
-    gradients = {key: _relative(p.grad, wanted.pop(key)) for key, p in ours.named_parameters()}
     worst = max(gradients, key=lambda key: gradients[key])
     print(f"{name} on {device}: logits {logits:.1e}, gradients {gradients[worst]:.1e} ({worst})")
     assert logits <= 1e-5
     assert gradients[worst] <= 5e-5, worst
-    assert not wanted
+    assert gradients.keys() == mine.keys()
 
 
-@pytest.mark.parametrize("size", CASES[:1] + CASES[3:5], indirect=True)
+@pytest.mark.parametrize("size", CASES[:1] + CASES[4:6], indirect=True)
 def test_bfloat16_is_as_near_to_float32_as_transformers_own(size: tuple[str, str]) -> None:
     name, device = size
     theirs = _theirs(name, device)
