@@ -16,6 +16,7 @@ from statescan.recipes.synthetic import (
     Stage,
     SyntheticRun,
     TrainedRun,
+    _steps_seen,
     gather_runs,
     judge,
     judge_pieces,
@@ -244,19 +245,39 @@ def test_a_small_run_learns_its_task(tmp_path: Path) -> None:
     assert judge(trained.model, task, 300, seed=10**6).accuracy > 0.97
 
 
-def test_quiet_sinks_the_biases_from_its_time_on(tmp_path: Path) -> None:
-    """Without: as plain training. With: every step's bias goes down, in a model that trains on."""
-    plain, late, never, quiet = (
+def test_quiet_sinks_the_steps_from_its_time_on_and_to_its_floor(tmp_path: Path) -> None:
+    """Without: as plain training. With: the steps go down, in a model that trains on, those above the floor alone."""
+    plain, never, none, late, quiet = (
         train_runs([_run(row=row, **fields)], tmp_path, say=_silent)[0]
         for row, fields in (
             ("plain", {}),
-            ("late", {"quiet": 1.0, "quiet_after": 79}),
             ("never", {"quiet": 1.0, "quiet_after": 80}),
-            ("quiet", {"quiet": 1.0, "quiet_after": 20}),
+            ("none", {"quiet": 1.0, "quiet_floor": 5.0}),
+            ("late", {"quiet": 1.0, "quiet_after": 75}),
+            ("quiet", {"quiet": 1.0, "quiet_after": 20, "quiet_weights_after": 50}),
         )
     )
     assert _same(plain, never)
-    biases = [trained.model.backbone.layers[0].mixer.dt_proj.bias for trained in (plain, late, quiet)]  # type: ignore[union-attr]
-    # Steps of one graph share its data's position, so that the last chunk of 10 may be quiet and no more.
-    assert (biases[1] - biases[0]).abs().max() < 10 * 5e-3
-    assert (biases[2] < biases[0] - 0.1).all()
+    # Nothing lies above this floor.
+    assert _same(plain, none)
+    batch = InductionHeads(20).batch(9, 0, 16)
+    steps = []
+    for trained in (plain, late, quiet):
+        with _steps_seen(trained.model, weights=True) as seen:
+            trained.model(batch.inputs)
+        (z,) = seen
+        assert z.shape == (16, 20, 32)
+        steps.append(z)
+    assert steps[1].mean() < steps[0].mean()
+    assert steps[2].mean() < steps[1].mean() - 0.1
+    # What is looked at is what the layer computes; and nothing of it stays on the model.
+    mixer = quiet.model.backbone.layers[0].mixer
+    for weights, wanted in ((True, ["dt_proj.weight", "dt_proj.bias"]), (False, ["dt_proj.bias"])):
+        with _steps_seen(quiet.model, weights=weights) as seen:
+            quiet.model(batch.inputs)
+        assert torch.equal(seen[0], steps[2])
+        names, parameters = zip(*quiet.model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(seen[0].sum(), parameters, allow_unused=True)
+        moved = [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
+        assert moved == [f"backbone.layers.0.mixer.{name}" for name in wanted]
+    assert not mixer.dt_proj._forward_hooks  # type: ignore[union-attr]

@@ -50,7 +50,7 @@ TRAINED_LENGTH = 256
 LENGTHS = tuple(2**k for k in range(6, 21))
 EXAMPLES = 4096
 # Updates of every row, on batches of 32.
-STEPS = 24_000
+STEPS = 20_000
 # Tokens between two looks at the scores so far: what was judged is kept, and a later call goes on from there.
 _JUDGED_AT_A_TIME = 1 << 29
 # Attention costs the square of the length, and the paper's Transformers ended here too, for want of memory.
@@ -105,10 +105,10 @@ def induction_run(row: str = "mamba", seed: int = 0) -> SyntheticRun:
         raise ConfigError(f"induction heads: row must be one of {', '.join(ROWS)}, got {row!r}")
     known = ROWS[row]
     stages = (Stage(InductionHeads(TRAINED_LENGTH), 32, STEPS),)
-    quiet = 1e-2 if row == "mamba" else 0.0
+    quiet = 1e-3 if row == "mamba" else 0.0
     return SyntheticRun(
-        row, known.model, stages, seed, lr=known.lr, warmup=1000, decay=1 / 8, clip=1.0, beta2=0.95,
-        quiet=quiet, quiet_after=8_000,
+        row, known.model, stages, seed, lr=known.lr, warmup=1000, decay=0.5, clip=1.0, beta2=0.95,
+        quiet=quiet, quiet_after=6_000, quiet_weights_after=13_000,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from statescan import __version__
 from statescan.data.synthetic import InductionHeads, SyntheticBatch, SyntheticTask, example_keys
@@ -79,10 +79,16 @@ class SyntheticRun:
         beta2: of Adam's second moment. Once nearly all answers are right, gradients are tiny but for the rare example
             that fails; with 0.999 such a one then moves every weight by some thirty times the rate. Default 0.999.
         bf16: train under bfloat16 autocast. Default False.
-        quiet: weight in the loss of the mean of S6's step biases (``dt_proj.bias``). Once every answer is right nothing
-            pushes the steps at noise further down than the trained length needs, and over a million tokens what is left
-            of them adds up; this pushes them, and the answers hold up those that are needed. Default 0.
-        quiet_after: updates before that begins. Default 0.
+        quiet: weight in the loss of how far S6's steps lie above e^`quiet_floor`: of z - quiet_floor where that is
+            positive, with z what goes into the step's softplus, its logarithm where it is small; the mean over tokens,
+            channels and layers. Once every answer is right nothing pushes the steps at noise further down than the
+            trained length needs, and over a million tokens what is left of them adds up; this pushes them, through
+            ``dt_proj`` alone, and the answers hold up those that are needed. Default 0.
+        quiet_floor: steps below e^this are small enough. Default -20: a million of them are 0.002.
+        quiet_after: updates before that begins, with the biases: all steps of a channel sink alike, which costs the
+            answers nothing. Default 0.
+        quiet_weights_after: updates before it is the weights' turn too, which close a channel at the tokens of noise
+            at which it still opens. Default 0.
     """
 
     row: str
@@ -96,7 +102,9 @@ class SyntheticRun:
     beta2: float = 0.999
     bf16: bool = False
     quiet: float = 0.0
+    quiet_floor: float = -20.0
     quiet_after: int = 0
+    quiet_weights_after: int = 0
 
     @property
     def name(self) -> str:
@@ -194,6 +202,25 @@ def make_model(config: Any, seed: int, device: torch.device | str) -> CausalLM:
         return CausalLM(config).to(device)
 
 
+@contextlib.contextmanager
+def _steps_seen(model: CausalLM, *, weights: bool) -> Iterator[list[Tensor]]:
+    """Collects, of every S6 layer that runs meanwhile, what goes into the softplus of its steps: (batch, length,
+    d_inner) float32 each, differentiable in ``dt_proj``'s bias alone, or in its weight too."""
+    seen: list[Tensor] = []
+
+    def look(projection: nn.Linear, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        low, weight = inputs[0].detach(), projection.weight if weights else projection.weight.detach()
+        seen.append(F.linear(low, weight.to(low.dtype)).float() + projection.bias)
+
+    layers = [module for module in model.modules() if isinstance(module, Mamba) and hasattr(module, "dt_proj")]
+    hooks = [layer.dt_proj.register_forward_hook(look) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Course:
     """One run on its way: model, optimiser, the graph of its stage, the losses not yet looked at."""
 
@@ -208,7 +235,7 @@ class _Course:
         self._ahead: deque[torch.cuda.Event] = deque()
         self._losses: list[float] = []
         self._last = math.nan
-        self._stage = -1
+        self._stage, self._quiet = -1, ""
         self._optimizer_state: dict[str, Any] | None = None
         self._load()
 
@@ -220,9 +247,16 @@ class _Course:
     def advance(self) -> None:
         """Starts the next steps."""
         number, _, left = self._where()
+        quiet = ""
+        if self.run.quiet:
+            for name, after in (("bias", self.run.quiet_after), ("weight", self.run.quiet_weights_after)):
+                if self.steps < after:
+                    left = min(left, after - self.steps)
+                elif name == "bias" or quiet:
+                    quiet = name
         with self._here():
-            if number != self._stage or left < self._unrolled:
-                self._enter(number, min(_UNROLLED, left))
+            if number != self._stage or quiet != self._quiet or left < self._unrolled:
+                self._enter(number, min(_UNROLLED, left), quiet)
             self._waiting.append(self._step.step().reshape(-1))
             if self.stream is not None:
                 done = torch.cuda.Event()
@@ -258,8 +292,9 @@ class _Course:
             examples += stage.steps * stage.batch_size
         raise AssertionError("a finished run goes no further")
 
-    def _enter(self, number: int, unrolled: int) -> None:
-        """Makes the step of a stage; the optimiser goes on as it was."""
+    def _enter(self, number: int, unrolled: int, quiet: str) -> None:
+        """Makes the step of a stage, whose steps of S6 are quietened by bias, by bias and weight, or not (""); the
+        optimiser goes on as it was."""
         run, stage = self.run, self.run.stages[number]
         if self._stage >= 0:
             self._optimizer_state = self._step.state_dict()["optimizer"]
@@ -270,9 +305,6 @@ class _Course:
         task, rows, seed, device, model = stage.task, stage.batch_size, run.seed, self.device, self.model
 
         made: list[SyntheticBatch] = []
-        biases = [m.dt_proj.bias for m in model.modules() if isinstance(m, Mamba) and hasattr(m, "dt_proj")]
-        quiet = run.quiet if run.quiet_after < run.steps else 0.0
-        loud = self._where(run.quiet_after)[1] if quiet else 0
 
         def loss() -> Tensor:
             if not made:
@@ -281,12 +313,13 @@ class _Course:
                 position.add_(rows * unrolled)
                 made.extend(map(SyntheticBatch, inputs.split(rows), answers.split(rows)))
             batch = made.pop(0)
-            logits = model(batch.inputs, logits_to_keep=task.asked).logits
+            with _steps_seen(model, weights=quiet == "weight") if quiet else contextlib.nullcontext([]) as seen:
+                logits = model(batch.inputs, logits_to_keep=task.asked).logits
             assert logits is not None
             wrong = F.cross_entropy(logits.float().flatten(0, 1), batch.answers.flatten())
-            if not (quiet and biases):
+            if not seen:
                 return wrong
-            return wrong + quiet * (position > loud) * torch.stack([bias.mean() for bias in biases]).mean()
+            return wrong + run.quiet * torch.stack([F.relu(z - run.quiet_floor).mean() for z in seen]).mean()
 
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
@@ -299,7 +332,7 @@ class _Course:
             schedule=run.learning_rate,
         )
         self._step.steps = self.steps
-        self._stage, self._unrolled = number, unrolled
+        self._stage, self._unrolled, self._quiet = number, unrolled, quiet
 
     def save(self, seconds: float) -> None:
         """Writes a checkpoint, whole or not at all."""
