@@ -9,7 +9,7 @@ from test_loop import InterruptAt
 from statescan.errors import CheckpointError, ConfigError
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 from statescan.models.baseline_config import RecurrentConfig
-from statescan.train import train
+from statescan.train import loop, train
 from statescan.train.initial_state import InitialState
 
 MODEL = MambaConfig(16, 2, 32, d_state=4)
@@ -84,6 +84,28 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(make_run, tmp_path, 
     assert_same_run(tmp_path / "whole", tmp_path / "parts", run)
     with pytest.raises(CheckpointError, match=rf"wanted train\.initial_state = {kind}"):
         train(make_run(initial_state="zero"), tmp_path / "parts", resume=True, progress=False)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_autocast_leaves_the_carried_scan_in_float32(make_run, tmp_path, monkeypatch, captured):
+    if captured:
+        monkeypatch.setattr(loop._Trainer, "_capture_lacks", lambda self: None)
+    real, met, left = CausalLM.forward, [], []
+
+    def forward(self, *args, state=None, **fields):
+        output = real(self, *args, state=state, **fields)
+        if self.training:
+            met.append(state[1].ssm.clone())
+            left.append(output.state[1].ssm.clone())
+        return output
+
+    monkeypatch.setattr(CausalLM, "forward", forward)
+    train(make_run(initial_state="carry", from_zero=0.0, precision="bf16", steps=4), tmp_path / "run", progress=False)
+    assert len(met) == 4
+    for before, after in zip(left, met[1:], strict=False):
+        assert after.dtype == torch.float32
+        assert torch.equal(before, after)
+    assert not torch.equal(met[-1], met[-1].bfloat16().float())
 
 
 def test_a_carried_run_is_another_one(make_run, tmp_path):
