@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +144,10 @@ def test_rows_for_a_classifier():
     assert rows.lengths is not None
     assert rows.lengths.tolist() == [5, 3, 6]
     np.testing.assert_array_equal(rows.values[1], [*made[1], SILENCE, SILENCE, SILENCE])
+    framed = labelled_recordings(made, 9, 4)
+    assert framed.values.shape == (3, 12)
+    with pytest.raises(DataError, match="frame must divide"):
+        dataclasses.replace(framed, frame=5)
     # Silence is read as 0.
     assert (SILENCE / 255 - rows.mean) / rows.deviation == 0
 

@@ -87,6 +87,9 @@ def test_a_folder_is_read_as_the_file(data, tmp_path):
 def test_rows_that_are_none():
     with pytest.raises(ConfigError, match="row must be"):
         digit_run("s5")
+    with pytest.raises(ConfigError, match="frame must divide"):
+        digit_run("s4", frame=7)
+    assert digit_run("s4", frame=16).model.d_input == 16
     with pytest.raises(ConfigError, match="row must be"):
         raw_audio.waveform_run("s5")
     with pytest.raises(ConfigError, match="task must be"):
@@ -120,8 +123,8 @@ def test_digits_are_learnt_resumed_and_tabled(data, tmp_path):
     assert all(run["status"] == "finished" for run in whole["runs"])
     assert whole["runs"][0]["examples"] == {"train": 80, "valid": 20, "test": 40}
     table = (tmp_path / "results.md").read_text()
-    assert "| S4D | official |" in table
-    assert "| Mamba | speaker bob |" in table
+    assert "| S4D | 1 | official |" in table
+    assert "| Mamba | 1 | speaker bob |" in table
     facts = tmp_path / "mamba-bob" / "run.json"
     facts.write_text(facts.read_text().replace('"finished"', '"interrupted"'))
     other = {**options, "overrides": [*CLASSIFIER, "model.d_model=4"]}
@@ -160,12 +163,12 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     digits = tmp_path / "digits"
     result = CliRunner().invoke(
         app,
-        ["reproduce", "spoken-digits", "--data", data, "--out", str(digits), "--row", "s4d", "--json"]
+        ["reproduce", "spoken-digits", "--data", data, "--out", str(digits), "--row", "s4d", "--frame", "16", "--json"]
         + [part for change in CLASSIFIER for part in ("--set", change)],
     )
     assert result.exit_code == 0, result.stderr
     pytest.importorskip("soundfile")
-    judging = ["--classifier", str(digits / "s4d-official"), "--each", "2", "--wav", str(tmp_path / "wav")]
+    judging = ["--classifier", str(digits / "s4d-official-frame16"), "--each", "2", "--wav", str(tmp_path / "wav")]
     result = CliRunner().invoke(app, [*line, "--row", "conditional", *changes, *judging])
     assert result.exit_code == 0, result.stderr
     judged = json.loads((out / "results.json").read_text())["judged"]
@@ -176,6 +179,6 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     assert len(list((tmp_path / "wav").glob("*.wav"))) == 10
     assert (tmp_path / "wav" / "spectrograms.png").exists()
     with pytest.raises(CheckpointError, match="row conditional"):
-        raw_audio.judge_digits(tmp_path / "none", data, digits / "s4d-official")
+        raw_audio.judge_digits(tmp_path / "none", data, digits / "s4d-official-frame16")
     with pytest.raises(ConfigError, match="conditioned by labels"):
         raw_audio.make_digits(tmp_path / "made.npz", out / "s4d-mamba")

@@ -248,3 +248,20 @@ def test_gradients_that_are_no_numbers_end_the_run(data: Splits, tmp_path: Path)
     with pytest.raises(TrainingError, match="the last 3 gradients up to step 3 were infinite or no numbers"):
         train_classifier(MODEL, config, broken, tmp_path / "run", progress=False)
     assert [row["skipped"] for row in read_csv(tmp_path / "run" / "log.csv")] == ["1", "2", "3"]
+
+
+def test_values_side_by_side_make_one_position():
+    from statescan.train.classify import _Resident
+
+    values = np.arange(24, dtype=np.uint8).reshape(2, 12)
+    lengths = np.array([12, 5], np.int32)
+    data = LabelledSequences(values, np.zeros(2, np.uint8), 2, lengths=lengths, frame=4)
+    inputs, _, mask = _Resident(data, torch.device("cpu")).batch(torch.arange(2), 6)
+    assert inputs.shape == (2, 2, 4)
+    torch.testing.assert_close(255 * inputs[1, 1], torch.tensor([16.0, 17, 18, 19]))
+    assert mask is not None
+    # A position is real where any of its values is.
+    assert mask.tolist() == [[True, True], [True, True]]
+    _, _, mask = _Resident(data, torch.device("cpu")).batch(torch.arange(2), 12)
+    assert mask is not None
+    assert mask.tolist() == [[True, True, True], [True, True, False]]

@@ -44,6 +44,9 @@ def spoken_digits(
             "--split", show_default="official", help="official, a speaker's name, or 'speakers', each held out in turn."
         ),
     ] = None,
+    frame: Annotated[
+        int, typer.Option("--frame", min=1, help="Raw samples read at each position; 16 suits a CPU.")
+    ] = 1,
     keep: Annotated[
         Path | None, typer.Option("--keep", help="Write the recordings as read into this .npz, for a later --data.")
     ] = None,
@@ -63,7 +66,14 @@ def spoken_digits(
             if keep is not None:
                 recipe.read_digits(data).save(keep)
             results = recipe.spoken_digits(
-                out, data, rows=rows, splits=split or ["official"], overrides=overrides or [], seconds=seconds, say=note
+                out,
+                data,
+                rows=rows,
+                splits=split or ["official"],
+                frame=frame,
+                overrides=overrides or [],
+                seconds=seconds,
+                say=note,
             )
     print_results(out, results, as_json)
 

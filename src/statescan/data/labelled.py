@@ -35,6 +35,7 @@ class LabelledSequences:
             ``(value / 255 - mean) / deviation``.
         views: (views, length) int32, orders in which a row may be read in training, one at random each time; where it
             says `length` there stands a 0. None: rows are read as they are.
+        frame: values that make one position of real numbers: a model reads (batch, length / frame, frame).
         vary: from (rows (batch, length) uint8, lengths (batch,)) to such that a model shall see in training, floats on
             the scale of the values; it draws anew each time. None: rows are read as they are.
 
@@ -51,12 +52,18 @@ class LabelledSequences:
     deviation: float = 1.0
     views: NDArray[np.int32] | None = None
     vary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    frame: int = 1
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.dtype != np.uint8 or self.values.size == 0:
             raise DataError(
                 f"labelled sequences: values must be (count, length) uint8 and not empty, got {self.values.shape} "
                 f"{self.values.dtype}"
+            )
+        if self.frame < 1 or self.values.shape[1] % self.frame or (self.vocab_size and self.frame > 1):
+            raise DataError(
+                f"labelled sequences: frame must divide the length {self.values.shape[1]}, and be 1 for tokens, got "
+                f"{self.frame}"
             )
         for name, array in (("labels", self.labels), ("lengths", self.lengths)):
             if array is not None and array.shape != (len(self.values),):

@@ -288,7 +288,7 @@ def read_recordings(
     )
 
 
-def labelled_recordings(recordings: Recordings, longest: int) -> LabelledSequences:
+def labelled_recordings(recordings: Recordings, longest: int, frame: int = 1) -> LabelledSequences:
     """Recordings as a classifier takes them: rows of codes with silence behind each, and how much of it is real.
 
     A model reads the companded sample, about -1 to 1 with silence at 0, divided by the deviation over all recordings.
@@ -296,6 +296,7 @@ def labelled_recordings(recordings: Recordings, longest: int) -> LabelledSequenc
     Args:
         recordings: with labels.
         longest: samples of a row; what a longer recording has beyond is left away.
+        frame: samples that a model reads at each position, side by side.
 
     Raises:
         DataError: recordings without labels.
@@ -303,13 +304,19 @@ def labelled_recordings(recordings: Recordings, longest: int) -> LabelledSequenc
     if recordings.labels is None:
         raise DataError("recordings: a classifier wants labels, got none; read them with labels='name' or 'folder'")
     lengths = np.minimum(recordings.lengths, longest).astype(np.int32)
-    values = np.full((len(recordings), int(lengths.max())), SILENCE, np.uint8)
+    values = np.full((len(recordings), -(-int(lengths.max()) // frame) * frame), SILENCE, np.uint8)
     for row, length in enumerate(lengths):
         values[row, :length] = recordings[row][:length]
     middle = SILENCE / (LEVELS - 1)
     deviation = float(np.sqrt(np.mean((recordings.codes / np.float32(LEVELS - 1) - np.float32(middle)) ** 2))) or 1.0
     return LabelledSequences(
-        values, recordings.labels, len(recordings.classes), lengths=lengths, mean=middle, deviation=deviation
+        values,
+        recordings.labels,
+        len(recordings.classes),
+        lengths=lengths,
+        mean=middle,
+        deviation=deviation,
+        frame=frame,
     )
 
 

@@ -334,17 +334,20 @@ def _read(
     model: SequenceClassifier, part: Recordings, mean: float, deviation: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(logits, features) of each recording, as the classifier reads it."""
-    rows, device = labelled_recordings(part, spoken_digits.LONGEST), model.head.weight.device
+    frame = model.config.d_input
+    rows, device = labelled_recordings(part, spoken_digits.LONGEST, frame), model.head.weight.device
     assert rows.lengths is not None
     order = np.argsort(rows.lengths, kind="stable")
     logits = np.empty((len(rows), model.config.classes), np.float32)
     features = np.empty((len(rows), model.config.d_model), np.float32)
     for start in range(0, len(order), 250):
         chosen = order[start : start + 250]
-        length = int(rows.lengths[chosen].max())
+        length = -(-int(rows.lengths[chosen].max()) // frame) * frame
         inputs = torch.from_numpy(rows.values[chosen, :length]).to(device)
-        mask = torch.arange(length, device=device) < torch.from_numpy(rows.lengths[chosen]).to(device).unsqueeze(1)
-        known = model.features(((inputs.float() / 255 - mean) / deviation).unsqueeze(-1), mask=mask)
+        mask = torch.arange(0, length, frame, device=device) < torch.from_numpy(rows.lengths[chosen]).to(
+            device
+        ).unsqueeze(1)
+        known = model.features(((inputs.float() / 255 - mean) / deviation).unflatten(1, (-1, frame)), mask=mask)
         features[chosen] = known.float().cpu().numpy()
         logits[chosen] = model.head(known).float().cpu().numpy()
     return logits, features

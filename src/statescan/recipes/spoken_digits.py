@@ -77,19 +77,22 @@ _TRAIN: dict[str, dict[str, Any]] = {
 }
 
 
-def digit_run(row: str, overrides: Sequence[str] = ()) -> DigitRun:
+def digit_run(row: str, overrides: Sequence[str] = (), *, frame: int = 1) -> DigitRun:
     """The model and schedule of a row of the table.
 
     Args:
         row: one of `ROWS`.
         overrides: "model.d_model=64", "train.epochs=5", ...
+        frame: raw samples that are read at each position.
 
     Raises:
-        ConfigError: an unknown row or field.
+        ConfigError: an unknown row or field, or a frame that is none.
     """
     if row not in ROWS:
         raise ConfigError(f"spoken digits: the row must be one of {', '.join(ROWS)}, got {row!r}")
-    model = {"classes": 10, "d_input": 1, "mixer": row, "d_model": 128, "n_layer": 4, "dropout": 0.1, **_MODEL[row]}
+    if frame < 1 or LONGEST % frame:
+        raise ConfigError(f"spoken digits: the frame must divide {LONGEST} samples, got {frame}; 16 is 2 ms")
+    model = {"classes": 10, "d_input": frame, "mixer": row, "d_model": 128, "n_layer": 4, "dropout": 0.1, **_MODEL[row]}
     train = {"epochs": 40, "batch_size": 64, "lr": 2e-3, "warmup": 100, "precision": "bf16", "multiple": 2048}
     train |= _TRAIN.get(row, {})
 
@@ -151,9 +154,9 @@ def digit_parts(recordings: Recordings, split: str) -> tuple[Recordings, Recordi
     )
 
 
-def digit_splits(recordings: Recordings, split: str, vary: VaryWaveforms | None) -> Splits:
+def digit_splits(recordings: Recordings, split: str, vary: VaryWaveforms | None, frame: int = 1) -> Splits:
     """The parts of `digit_parts` as a classifier takes them; `vary` is for those that it learns from."""
-    train, valid, test = (labelled_recordings(part, LONGEST) for part in digit_parts(recordings, split))
+    train, valid, test = (labelled_recordings(part, LONGEST, frame) for part in digit_parts(recordings, split))
     # All are read on the scale of those that are learnt from.
     scale = {"mean": train.mean, "deviation": train.deviation}
     return Splits(replace(train, vary=vary), replace(valid, **scale), replace(test, **scale))
@@ -166,6 +169,7 @@ def spoken_digits(
     rows: Sequence[str] = ("s4",),
     splits: Sequence[str] = ("official",),
     vary: VaryWaveforms | None = None,
+    frame: int = 1,
     overrides: Sequence[str] = (),
     seconds: float | None = None,
     say: Callable[[str], object] = print,
@@ -173,12 +177,13 @@ def spoken_digits(
     """Trains and judges each row on each split; goes on with what an earlier call left unfinished.
 
     Args:
-        out: folder of the runs, ``row-split``, and of results.json, results.md and, where matplotlib is installed,
-            figure.svg.
+        out: folder of the runs, ``row-split`` (with ``-frame16`` and the like), and of results.json, results.md and,
+            where matplotlib is installed, figure.svg.
         data: see `read_digits`.
         rows: of `ROWS`.
         splits: see `digit_parts`; "speakers" for all six, one after the other held out.
         vary: how recordings are varied in training. Default: `VaryWaveforms()`.
+        frame: raw samples that are read at each position; 16 makes sequences of some 220 positions, for a CPU.
         overrides: of the models and schedules, see `digit_run`.
         seconds: leave off training after so many.
         say: called with lines of progress.
@@ -195,9 +200,10 @@ def spoken_digits(
     vary = VaryWaveforms() if vary is None else vary
     asked = [one for split in splits for one in (SPEAKERS if split == "speakers" else (split,))]
     for split in asked:
-        parts = digit_splits(recordings, split, vary)
+        parts = digit_splits(recordings, split, vary, frame)
         for row in rows:
-            run, folder = digit_run(row, overrides), out / f"{row}-{split}"
+            run = digit_run(row, overrides, frame=frame)
+            folder = out / (f"{row}-{split}" if frame == 1 else f"{row}-{split}-frame{frame}")
             status = run_status(folder, {"model": run.model.to_dict(), "train": asdict(run.train)})
             if status == "finished":
                 continue
@@ -212,7 +218,7 @@ def spoken_digits(
                 folder,
                 resume=status is not None,
                 seconds=left,
-                facts={"task": "spoken-digits", "row": row, "split": split, "vary": asdict(vary)},
+                facts={"task": "spoken-digits", "row": row, "split": split, "frame": frame, "vary": asdict(vary)},
             )
             judged = "interrupted" if result.final is None else f"{percent(result.final.accuracy)} % of the test right"
             say(f"{folder.name}: {result.epochs} epochs, {result.seconds:.0f} s, {judged}")
@@ -253,6 +259,7 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
             {
                 "row": facts["data"]["row"],
                 "split": facts["data"]["split"],
+                "frame": facts["config"]["model"]["d_input"],
                 "status": facts["status"],
                 "parameters": facts["parameters"],
                 "epochs": len(facts["evaluations"]),
@@ -267,7 +274,7 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
             }
         )
     order = list(ROWS)
-    runs.sort(key=lambda run: (run["split"] != "official", order.index(run["row"]), run["split"]))
+    runs.sort(key=lambda run: (run["frame"], run["split"] != "official", order.index(run["row"]), run["split"]))
     results = {"recipe": "spoken-digits", "runs": runs}
     for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", table(runs))):
         with atomic_file(out / name) as temporary:
@@ -285,23 +292,22 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         "Accuracy on the test in per cent, with the weights of the last epoch, and with those that the validation "
         "split chose; the interval is Wilson's, 95 %, over the test's recordings. Chance is 10.",
         "",
-        "| model | test | last epoch | interval | chosen epoch | parameters | epochs | seconds |",
-        "|---" * 8 + "|",
+        "| model | samples a position | test | last epoch | interval | chosen epoch | parameters | epochs | minutes | "
+        "device |",
+        "|---" * 10 + "|",
     ]
     for run in runs:
         what = "official" if run["split"] == "official" else f"speaker {run['split']}"
-        test = run["test"]
+        begin, test = f"| {ROWS[run['row']]} | {run['frame']} | {what} |", run["test"]
+        end = f"{run['parameters']:,} | {run['epochs']} | {run['seconds'] / 60:.1f} | {run['device']} |"
         if test is None:
-            lines.append(
-                f"| {ROWS[run['row']]} | {what} | {run['status']} | | | {run['parameters']:,} | {run['epochs']} | |"
-            )
+            lines.append(f"{begin} {run['status']} | | | {end}")
             continue
         count = run["examples"]["test"]
         right = round(test["final"]["accuracy"] * count)
         lines.append(
-            f"| {ROWS[run['row']]} | {what} | **{percent(test['final']['accuracy'])}** | "
-            f"{' to '.join(interval(right, count))} | {percent(test['best']['accuracy'])} | {run['parameters']:,} | "
-            f"{run['epochs']} | {run['seconds']:.0f} |"
+            f"{begin} **{percent(test['final']['accuracy'])}** | {' to '.join(interval(right, count))} | "
+            f"{percent(test['best']['accuracy'])} | {end}"
         )
     return "\n".join(lines) + "\n"
 
@@ -316,7 +322,8 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     for run in runs:
         if run["split"] == "official" and run["validation"]:
             curve = [100 * (1 - accuracy) for accuracy in run["validation"]]
-            axes.plot(range(1, len(curve) + 1), curve, label=ROWS[run["row"]], linewidth=1.4)
+            title = ROWS[run["row"]] + ("" if run["frame"] == 1 else f", {run['frame']} samples a position")
+            axes.plot(range(1, len(curve) + 1), curve, label=title, linewidth=1.4)
     axes.set(xlabel="epoch", ylabel="wrong of the validation recordings, %", yscale="symlog", ylim=(0, 100))
     if axes.lines:
         axes.legend(fontsize=8, frameon=False)

@@ -216,7 +216,7 @@ def _start_from(model: SequenceClassifier, folder: str | os.PathLike[str]) -> No
 
 def _check_fits(model: ClassifierConfig | BackboneClassifierConfig, data: Splits) -> None:
     for part in data:
-        wanted = (part.classes, part.vocab_size, 0 if part.vocab_size else 1)
+        wanted = (part.classes, part.vocab_size, 0 if part.vocab_size else getattr(part, "frame", 1))
         got = (model.classes, model.vocab_size, model.d_input)
         if wanted != got:
             raise ConfigError(
@@ -248,6 +248,8 @@ class _Resident:
 
         With `vary` each row is read through one of the data's views, or varied as the data says, where it does.
         """
+        frame = self.data.frame
+        length = -(-length // frame) * frame
         values, labels = self.values[rows, :length], self.labels[rows].long()
         lengths = None if self.lengths is None else self.lengths[rows]
         if vary and self.data.vary is not None and lengths is not None:
@@ -258,10 +260,10 @@ class _Resident:
         if self.data.vocab_size:
             inputs = values.long()
         else:
-            inputs = ((values.float() / 255 - self.data.mean) / self.data.deviation).unsqueeze(-1)
+            inputs = ((values.float() / 255 - self.data.mean) / self.data.deviation).unflatten(1, (-1, frame))
         if lengths is None:
             return inputs, labels, None
-        mask = torch.arange(length, device=values.device) < lengths.unsqueeze(-1)
+        mask = torch.arange(0, length, frame, device=values.device) < lengths.unsqueeze(-1)
         return inputs, labels, mask
 
 
