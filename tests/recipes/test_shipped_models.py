@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from statescan.checkpoint import load_config
-from statescan.data import InductionHeads, SelectiveCopying, load_tokenizer
+from statescan.data import InductionHeads, SelectiveCopying, load_tokenizer, packaged_corpus
 from statescan.errors import CheckpointError
+from statescan.evaluate import evaluate_tokens
 from statescan.inspect import inspect_text
 from statescan.models import CausalLM
+from statescan.recipes.builtin_model import ROWS as LANGUAGE_ROWS
 from statescan.recipes.induction_heads import ROWS, evaluate
 from statescan.recipes.selection_figure import draw_selection, openings
-from statescan.recipes.shipped import SHIPPED, shipped_model
+from statescan.recipes.shipped import BUILTIN, SHIPPED, shipped_model
 from statescan.recipes.synthetic import judge
 
 TASKS = {"induction-heads": InductionHeads(128), "selective-copying": SelectiveCopying()}
@@ -22,10 +24,10 @@ TASKS = {"induction-heads": InductionHeads(128), "selective-copying": SelectiveC
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, CausalLM]:
-    return {name: CausalLM.from_pretrained(shipped_model(name)).eval() for name in SHIPPED}
+    return {name: CausalLM.from_pretrained(shipped_model(name)).eval() for name in TASKS}
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", TASKS)
 def test_each_is_small_and_complete(name: str) -> None:
     folder = shipped_model(f"packaged:{name}")
     assert {path.name for path in folder.iterdir()} == {
@@ -36,6 +38,33 @@ def test_each_is_small_and_complete(name: str) -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10**6
     assert load_config(folder)["vocab_size"] == 16
     assert load_tokenizer(folder).vocab_size == 16
+
+
+def test_the_language_model_is_of_bytes_and_fits_the_box() -> None:
+    folder = shipped_model(BUILTIN)
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "statescan_tokenizer.json",
+    }
+    assert (folder / "model.safetensors").stat().st_size <= 16e6
+    assert load_tokenizer(folder).name == "bytes"
+    assert CausalLM.from_pretrained(folder).config == LANGUAGE_ROWS["mamba"].model
+
+
+def test_the_language_model_predicts_a_book_that_it_has_not_read() -> None:
+    model = CausalLM.from_pretrained(shipped_model(BUILTIN)).eval()
+    # Past the start, which many quote.
+    text = np.frombuffer(packaged_corpus().encode(), np.uint8)[300_000:304_097]
+    bits = evaluate_tokens(model, text, total_bytes=len(text), context=4096).bits_per_byte
+    # xz, with the book before such pages to refer to, needs 2.5.
+    assert bits < 2.5
+
+
+def test_all_that_are_named_are_there() -> None:
+    assert set(SHIPPED) == {BUILTIN, *TASKS}
+    assert all((shipped_model(name) / "config.json").is_file() for name in SHIPPED)
 
 
 def test_an_unknown_one_is_named() -> None:
@@ -54,7 +83,7 @@ def test_selective_copying_at_its_length(models: dict[str, CausalLM]) -> None:
     assert judge(models["selective-copying"], SelectiveCopying(), 12, seed=123, at_once=1 << 15).accuracy >= 0.99
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", TASKS)
 def test_the_step_opens_at_the_tokens_to_keep_and_nowhere_else(models: dict[str, CausalLM], name: str) -> None:
     found = openings(models[name], TASKS[name], seed=9, example=1)
     assert found.kept.sum() == (1 if name == "induction-heads" else 16)
