@@ -50,6 +50,10 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     monkeypatch.setattr(recipe, "_LSTM", recipe._LSTM | {"batch_size": 8, "length": 16})
 
 
+def _interrupt() -> RunConfig:
+    raise KeyboardInterrupt
+
+
 def _silent(_line: str) -> None:
     pass
 
@@ -175,6 +179,14 @@ def test_every_rate_is_tried_and_the_best_one_with_dropout(
     by_rate = [one["bits_per_byte"] for one in found]
     assert by_rate[1] < by_rate[0], "three hundred times the rate learns more in a dozen updates"
     assert json.loads((tmp_path / "tuning.json").read_text()) == found
+    best = min(found, key=lambda one: one["bits_per_byte"])
+    told = recipe.tuned("mamba-1m", tmp_path)
+    assert told == {"lr": pytest.approx(best["lr"] * math.sqrt(96 / 16)), "dropout": best["dropout"]}
+    assert recipe.tuned("lstm-1m", tmp_path) == {}
+    seen: list[RunConfig] = []
+    with pytest.raises(KeyboardInterrupt):
+        recipe.language_scaling(["mamba-1m"], novels, tmp_path, change=lambda run: seen.append(run) or _interrupt())
+    assert (seen[0].train.lr, seen[0].model.dropout) == (told["lr"], told["dropout"])
 
 
 def test_speed_is_measured_in_a_moment_of_training(novels: Path, tmp_path: Path) -> None:

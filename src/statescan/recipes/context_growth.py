@@ -29,7 +29,7 @@ from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.evaluate import row_bits
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM
-from statescan.recipes.language_scaling import PASSES, SIZES, books_of, scaling_run, train_row
+from statescan.recipes.language_scaling import PASSES, SIZES, books_of, scaling_run, train_row, tuned
 from statescan.recipes.novels import NOVELS, read_corpus
 from statescan.recipes.synthetic import figure, save_figure
 from statescan.train import RunConfig
@@ -75,7 +75,13 @@ ROWS: dict[str, GrowthRow] = {
 
 
 def growth_run(
-    row: str, data: str | os.PathLike[str], *, size: str = SIZE, passes: float = PASSES, device: str = "cpu"
+    row: str,
+    data: str | os.PathLike[str],
+    *,
+    size: str = SIZE,
+    passes: float = PASSES,
+    device: str = "cpu",
+    scaling: str | os.PathLike[str] | None = None,
 ) -> RunConfig:
     """The whole run of a row: `scaling_run`'s of its family and size, with the row's own fields.
 
@@ -84,6 +90,7 @@ def growth_run(
         data: folder of the novels.
         size: of `language_scaling.SIZES`.
         passes, device: as for `scaling_run`.
+        scaling: folder of the scaling table, whose tuning holds here too. Default: none.
 
     Raises:
         ConfigError: an unknown row or size.
@@ -94,7 +101,9 @@ def growth_run(
             f"got {row!r} and {size!r}"
         )
     entry = ROWS[row]
-    run = scaling_run(f"{entry.family}-{size}", data, passes=passes, device=device)
+    name = f"{entry.family}-{size}"
+    best: dict[str, Any] = {} if scaling is None else tuned(name, scaling)
+    run = scaling_run(name, data, passes=passes, device=device, **best)
     if not entry.train:
         return run
     plain = run.train
@@ -242,7 +251,7 @@ def context_growth(
     """
     out = make_folder(Path(out))
     for row in rows:
-        run = change(growth_run(row, data, size=size, passes=passes, device=device))
+        run = change(growth_run(row, data, size=size, passes=passes, device=device, scaling=scaling))
         entry = ROWS[row]
         kept = make_folder(out / row)
         model = train_row(run, kept if entry.train else Path(scaling) / f"{entry.family}-{size}", say=say)

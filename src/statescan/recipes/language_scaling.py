@@ -54,6 +54,7 @@ __all__ = [
     "scaling_run",
     "train_row",
     "tune",
+    "tuned",
 ]
 
 FAMILIES = {
@@ -66,6 +67,7 @@ FAMILIES = {
 # Width of each size; the smallest is where learning rates are tuned.
 SIZES = {"0.3m": 96, "1m": 160, "4m": 256, "16m": 448}
 _BYTES = 256
+_OF_ONE_SIZE = ("lstm", "s4")
 
 
 def _mamba(d_model: int, n_layer: int) -> MambaConfig:
@@ -133,8 +135,9 @@ PASSES = 1.0
 # Learning rates and dropout were tuned over the same grid for all, by the books held out for that (novels_valid), each
 # run a quarter of a pass with a cosine of its own. LSTM and S4 at their own size.
 GRID, DROPOUTS, TUNING_PASSES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.0, 0.1), 0.25
-# The winners at width 96, or at the one size; a wider model's rate falls with the square root of its width.
-RATES = {"mamba": 8e-3, "transformer++": 4e-3, "pythia": 4e-3, "lstm": 4e-3, "s4": 1.6e-2}
+# Where a folder holds no tuning of its own: the best of short trials (docs/reproduction.md), not of the grid.
+# A wider model's rate falls with the square root of its width, beginning at width 96.
+RATES = {"mamba": 8e-3, "transformer++": 8e-3, "pythia": 4e-3, "lstm": 4e-3, "s4": 1.6e-2}
 DROPOUT = {"mamba": 0.0, "transformer++": 0.0, "pythia": 0.0, "lstm": 0.0, "s4": 0.0}
 # Tokens of a window that hold about as many bytes, where ids are of BPE.
 _BPE_LENGTH, _BPE_VOCABULARY = 512, 8192
@@ -149,12 +152,36 @@ def family_of(row: str) -> str:
     return row.rpartition("-")[0]
 
 
-def learning_rate_of(row: str) -> float:
-    """The tuned rate of the row's family, carried to its width: ``rate * sqrt(96 / d_model)``; LSTM and S4 keep it."""
+def learning_rate_of(row: str, rate: float | None = None) -> float:
+    """A row's rate from its family's at width 96, ``rate * sqrt(96 / d_model)``; LSTM and S4 keep it.
+
+    Args:
+        row: of `ROWS`.
+        rate: the family's. Default: that of `RATES`.
+    """
     family = family_of(row)
-    if family not in ("mamba", "transformer++", "pythia"):
-        return RATES[family]
-    return RATES[family] * math.sqrt(SIZES["0.3m"] / ROWS[row].d_model)
+    rate = RATES[family] if rate is None else rate
+    return rate if family in _OF_ONE_SIZE else rate * math.sqrt(SIZES["0.3m"] / ROWS[row].d_model)
+
+
+def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
+    """What `tune` found best for a row's family at its smallest size, carried to the row.
+
+    Args:
+        row: of `ROWS`.
+        out: the folder that was tuned in.
+
+    Returns:
+        {"lr", "dropout"}; empty where nothing was tuned.
+    """
+    family = family_of(row)
+    at = row if family in _OF_ONE_SIZE else f"{family}-0.3m"
+    mine = [one for one in _read_json(Path(out) / "tuning.json") or () if one["row"] == at]
+    mine = [one for one in mine if math.isfinite(one["bits_per_byte"])]
+    if not mine:
+        return {}
+    best = min(mine, key=lambda one: one["bits_per_byte"])
+    return {"lr": learning_rate_of(row, best["lr"]), "dropout": best["dropout"]}
 
 
 def scaling_run(
@@ -541,7 +568,8 @@ def language_scaling(
     Args:
         rows: of `ROWS`; none to write the report alone.
         data: folder of the novels.
-        out: folder of the rows' folders, ``results.json``, ``results.md`` and ``figure.svg``.
+        out: folder of the rows' folders, ``results.json``, ``results.md`` and ``figure.svg``; rates and dropouts come
+            from its tuning, where it has one.
         tokenizer, passes, seed, device: as for `scaling_run`.
         change: what is made of each run before it starts, for runs of another size.
         say: called with lines of progress.
@@ -556,7 +584,8 @@ def language_scaling(
     out = make_folder(Path(out))
     ids = load_tokenizer(tokenizer)
     for row in rows:
-        run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, seed=seed, device=device))
+        best: dict[str, Any] = tuned(row, out)
+        run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, seed=seed, device=device, **best))
         folder = out / (row if seed == 0 else f"{row}-seed{seed}")
         model = train_row(run, folder, say=say)
         if not (folder / _SCORE).exists():
@@ -722,7 +751,7 @@ def _draw(rows: Mapping[str, Any], laws: Mapping[str, Any], path: Path) -> None:
     save_figure(made, path)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
