@@ -136,23 +136,34 @@ def train(options: argparse.Namespace, keep: Callable[[], None], report: Report)
         measure("with, bf16 autocast", LAYERS, 1, True, 5, autocast=True)
         measure("with, batch 8", LAYERS, 8, True, 3)
         measure("with, batch 8, bf16 autocast", LAYERS, 8, True, 3, autocast=True)
-    for layers in options.eager_layers:
+    for layers in sorted({*options.eager_layers, *options.compiled_layers}):
         measure(f"with, {layers} layers", layers, 1, True, 3)
-        measure(f"without, {layers} layers", layers, 1, False, 1, warmup=0 if not cuda else 1)
-    if options.compiled:
-        measure("without, compiled", LAYERS, 1, False, 2, compiled=True)
-        if "seconds" in found["without, compiled"]:
-            best = min(found["without, compiled"]["seconds"])
-            found["ratio to compiled"] = best / min(found["with"]["seconds"])
-    eager = {n: min(found[f"without, {n} layers"].get("seconds", [float("nan")])) for n in options.eager_layers}
-    if LAYERS in eager:
-        found["ratio to eager"] = eager[LAYERS] / min(found["with"]["seconds"])
-    elif len(eager) == 2:
-        (low, a), (high, b) = sorted(eager.items())
-        whole = a + (b - a) / (high - low) * (LAYERS - low)
-        found["without, continued to all layers"] = whole
-        found["ratio to eager, continued"] = whole / min(found["with"]["seconds"])
+    for number, layers in enumerate(options.eager_layers):
+        measure(f"without, {layers} layers", layers, 1, False, 1, warmup=int(cuda and number == 0))
+    compare(found, "eager", "without", options.eager_layers)
     keep()
+    for layers in options.compiled_layers:
+        measure(f"without, compiled, {layers} layers", layers, 1, False, 3, compiled=True)
+    compare(found, "compiled", "without, compiled", options.compiled_layers)
+    keep()
+
+
+def compare(found: Report, what: str, side: str, counts: list[int]) -> None:
+    """Ratios of the package's own step, of each number of layers and of all, to that with our kernels."""
+
+    def best(name: str) -> float:
+        return min(found[name].get("seconds", [float("nan")]))
+
+    seconds = {layers: best(f"{side}, {layers} layers") for layers in counts}
+    for layers, own in seconds.items():
+        found[f"ratio to {what}, {layers} layers"] = own / best(f"with, {layers} layers")
+    if LAYERS in seconds:
+        found[f"ratio to {what}"] = seconds[LAYERS] / best("with")
+    elif len(seconds) == 2:
+        (low, a), (high, b) = sorted(seconds.items())
+        whole = a + (b - a) / (high - low) * (LAYERS - low)
+        found[f"{side}, continued to all layers"] = whole
+        found[f"ratio to {what}, continued"] = whole / best("with")
 
 
 def main() -> None:
@@ -161,13 +172,14 @@ def main() -> None:
     parser.add_argument("--what", default="prefill,generate,train")
     parser.add_argument("--length", type=int, help="of prefill (2048) and training (1024; on a GPU 2048)")
     parser.add_argument("--rounds", type=int, default=3, help="of prefill and generate, both sides in turn")
-    parser.add_argument("--eager-layers", help="layers of the package's own training step (1,2; on a GPU 24)")
-    parser.add_argument("--compiled", action="store_true", help="also the package's own step under torch.compile")
+    parser.add_argument("--eager-layers", help="layers of the package's own training step (1,2; on a GPU 24; 0: none)")
+    parser.add_argument("--compiled-layers", default="", help="layers of its step under torch.compile (none)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     layers = options.eager_layers or ("24" if options.device == "cuda" else "1,2")
-    options.eager_layers = [int(number) for number in layers.split(",") if number]
+    options.eager_layers = [int(number) for number in layers.split(",") if number and number != "0"]
+    options.compiled_layers = [int(number) for number in options.compiled_layers.split(",") if number]
     torch.set_num_threads(options.threads)
     facts = machine_facts()
     facts["versions"]["transformers"] = transformers.__version__
