@@ -51,11 +51,11 @@ def options(
 
 app.command(epilog="Example: statescan doctor --json")(doctor)
 app.command(epilog="Example: statescan train --data packaged:moby_dick --out runs/whale --set train.steps=200")(train)
-app.command(epilog='Example: statescan generate --model runs/whale --prompt "Call me" --max-new-tokens 200')(generate)
-app.command(epilog="Example: statescan evaluate --model runs/whale --data packaged:moby_dick --last 0.05")(evaluate)
-app.command(epilog='Example: statescan inspect "It was the whale." -o report.html --png --model demo-out/model')(
-    inspect
+app.command(epilog='Example: statescan generate --prompt "It was the whale" --max-new-tokens 300 --temperature 0.8')(
+    generate
 )
+app.command(epilog="Example: statescan evaluate --model runs/whale --data packaged:moby_dick --last 0.05")(evaluate)
+app.command(epilog='Example: statescan inspect "It was the whale." -o report.html --png')(inspect)
 app.command(epilog="Example: statescan bench scan decode --threads 2")(bench)
 app.command(epilog="Example: statescan convert runs/whale whale-hf --to transformers")(convert)
 app.command(epilog="Example: statescan info 130m --set d_state=32")(info)
