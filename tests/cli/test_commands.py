@@ -77,7 +77,7 @@ def test_help_lists_every_command(run: Run) -> None:
 
 
 def test_usage_errors_exit_with_2(run: Run) -> None:
-    assert run("generate").code == 2
+    assert run("train").code == 2
     assert run("no-such-command").code == 2
     assert run("evaluate", "--model", "x", "--data", "y", "--context", "0").code == 2
     # A seed that readers of JSON would round is not taken, since --json prints it.
