@@ -164,6 +164,20 @@ def test_regression_tells_compositions_apart_and_nothing_from_noise(genomes: Pat
     assert abs(right / judged - 0.5) < 0.15
 
 
+def test_regression_on_some_of_the_windows_sees_every_label() -> None:
+    draw = np.random.default_rng(0)
+    # Four homologues together, each of its own composition; a step of two or four over rows would pass over labels.
+    shares = np.full((4, 4), 0.1) + 0.6 * np.eye(4)
+    bases = np.concatenate([draw.choice(4, 64, p=shares[i % 4]) for i in range(160)]).astype(np.uint8)
+    first = 64 * np.arange(160)
+    labels = np.tile(np.arange(4, dtype=np.uint8), 40)
+    windows = LabelledWindows(bases, first, np.ones_like(first), labels, 4, 64, together=4)
+    test = windows.take(slice(80, 160))
+    for most in (80, 40):
+        right, judged = kmer_regression(windows.take(slice(0, 160)), test, 1, most=most)
+        assert right / judged > 0.9
+
+
 SMALL = ["model.backbone.d_model=8", "model.backbone.n_layer=1", "train.batch_size=12", "train.epochs=1"]
 SMALL += ["train.precision=float32", "train.accelerator=cpu", "train.threads=1", "rows=24"]
 

@@ -56,13 +56,15 @@ def kmer_regression(
         test: windows to judge.
         k: bases of a word.
         penalty: of the weights.
-        most: training windows that are looked at, at even distances.
+        most: training windows that are looked at, at even distances; neighbours that belong together all or none.
 
     Returns:
         (right, judged) on the test.
     """
+    # Whole groups of homologues, so that no label is passed over.
     step = -(-len(train) // most)
-    train = replace(train, together=1).take(slice(None, None, step))
+    groups = np.arange(len(train)).reshape(-1, train.together)[::step]
+    train = replace(train, together=1).take(groups.ravel())
     x, y = kmer_frequencies(train.values, k), torch.from_numpy(train.labels).long()
     mean, deviation = x.mean(0), x.std(0) + 1e-8
     inputs = torch.from_numpy((x - mean) / deviation)
