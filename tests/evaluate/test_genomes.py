@@ -143,6 +143,23 @@ def test_effects_of_variants(model, genome, tmp_path, both) -> None:
     np.testing.assert_allclose(got[3][1], [ratio("AACCGGTT", 7, 1, "G")], rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_is_said_of_alleles_with_unknown_bases(model, tmp_path) -> None:
+    path = tmp_path / "n.fa"
+    path.write_text(">c1\nACGTNACGT\n")
+    genome = Genome(path, cache=tmp_path / "cache")
+    found = lines(
+        tmp_path / "v.vcf",
+        "c1\t2\t.\tC\tN,A,AN\t.\t.\t.\n",
+        "c1\t5\t.\tN\tA,N\t.\t.\t.\n",
+        "c1\t4\t.\tTN\tT\t.\t.\t.\n",
+    )
+    ratios = [ratios for _, ratios in variant_effects(model, genome, found)]
+    assert ratios[0][0] is None
+    assert ratios[0][1] is not None
+    assert ratios[0][2] is None
+    assert ratios[1:] == [[None, None], [None]]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -173,7 +173,8 @@ def variant_effects(
         batch: variants that are judged together.
 
     Yields:
-        Each variant with a number for each alternative; None where it is not spelt out (<DEL>, *, breakends).
+        Each variant with a number for each alternative; None where it is not spelt out (<DEL>, *, breakends), or where
+        one of the two holds an unknown base, of whose likelihood nothing is said.
 
     Raises:
         DataError: no such record, or the reference allele is not what the genome holds there.
@@ -212,6 +213,8 @@ def _alleles(genome: Genome, variant: Variant, context: int, tokenizer: DnaToken
     before = genome.fetch(record, max(0, position - context), position) if position else expected[:0]
     after = genome.fetch(record, end, min(size, end + context)) if end < size else expected[:0]
     alleles = [expected, *(_spelt(text, tokenizer) for text in variant.alternatives)]
+    # Unknown bases count nothing, so that an allele with one would seem likelier than any without.
+    alleles = [None if allele is None or UNKNOWN in allele else allele for allele in alleles]
     return [None if allele is None else np.concatenate([before, allele, after]) for allele in alleles]
 
 
@@ -240,10 +243,13 @@ def _effects(
             total = (total + _totals(model, reverse_complement(rows), length, where)) / 2
         said.update(zip(places, total.tolist(), strict=True))
     for row, (variant, alleles) in enumerate(some):
-        reference = said[row, 0]
+        reference = said.get((row, 0))
         yield (
             variant,
-            [None if alleles[i] is None else said[row, i] - reference for i in range(1, len(alleles))],
+            [
+                None if alleles[i] is None or reference is None else said[row, i] - reference
+                for i in range(1, len(alleles))
+            ],
         )
 
 
