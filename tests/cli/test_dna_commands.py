@@ -129,15 +129,26 @@ def test_vectors(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
 
 def test_track(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
     out, bed = tmp_path / "a.bedgraph", tmp_path / "a.bed"
-    bed.write_text("chr2\t10\t40\n")
+    bed.write_text("chr2\t20\t40\nchr2\t10\t30\n")
     code, shown, err = run("dna", "track", genome, "--model", trained, "-o", out, "--regions", bed)
     assert code == 0, err
     lines = out.read_text().splitlines()
     assert lines[0].startswith("track type=bedGraph")
     covered = [(int(start), int(end)) for _, start, end, _ in (line.split("\t") for line in lines[1:])]
-    assert (covered[0][0], covered[-1][1]) == (11, 40)
+    assert (covered[0][0], covered[-1][1]) == (10, 40)
     assert all(before[1] == after[0] for before, after in pairwise(covered))
-    assert "29 bases" in shown
+    assert "30 bases" in shown
+    # The track of all says the same of them.
+    code, _, err = run("dna", "track", genome, "--model", trained, "-o", tmp_path / "b.bedgraph")
+    assert code == 0, err
+
+    def each(path: Path) -> dict[tuple[str, int], float]:
+        rows = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+        return {(record, place): float(value) for record, a, b, value in rows for place in range(int(a), int(b))}
+
+    some, every = each(out), each(tmp_path / "b.bedgraph")
+    assert len(some) == 30
+    assert all(abs(value - every[place]) < 2e-4 for place, value in some.items())
 
 
 def test_variants(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from statescan.evaluate.genomes import (
     bed_graph,
     embed_sequence,
     read_vcf,
+    region_log_likelihoods,
     variant_effects,
 )
 from statescan.models import CausalLM, MambaConfig
@@ -72,6 +73,17 @@ def test_both_strands_are_the_mean_and_fill_the_ends(model) -> None:
     assert (both[0], both[-1]) == (other[0], one[-1])
     turned = base_log_likelihoods(model, reverse_complement(ids), both_strands=True)
     np.testing.assert_allclose(turned, both[::-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("context", [None, 1, 20, 200])
+def test_a_region_says_what_the_whole_record_says_of_it(model, context, both) -> None:
+    ids = bases(101)
+    ids[60:63] = 4
+    whole = base_log_likelihoods(model, ids, context=context, both_strands=both)
+    for start, end in ((0, 101), (0, 1), (1, 2), (20, 21), (21, 40), (55, 70), (100, 101)):
+        said = region_log_likelihoods(model, ids, start, end, context=context, both_strands=both)
+        np.testing.assert_allclose(said, whole[start:end], rtol=1e-5, atol=1e-6)
 
 
 def test_track_lines() -> None:

@@ -151,27 +151,35 @@ def track(
     """The log-likelihood of every base, nats, as a bedGraph track that a genome browser shows."""
     import numpy as np
 
-    from statescan.data import Region, read_bed
-    from statescan.evaluate.genomes import base_log_likelihoods, bed_graph
+    from statescan.data import read_bed
+    from statescan.evaluate.genomes import bed_graph, region_log_likelihoods
     from statescan.files import atomic_file, want_folder
 
     want_folder(out)
     language_model, opened = _open(model, genome, device)
     asked = read_bed(regions) if regions else _records(opened)
-    for region in asked:
-        opened.span(region)
+    # A bedGraph says one thing of a base: what overlaps is one stretch.
+    spans = [(int(start), int(end)) for start, end in opened.spans(asked)]
     total, count, done = 0.0, 0, 0
-    bases = sum(region.end - region.start for region in asked)
+    bases = sum(end - start for start, end in spans)
     with (
         progress("reading", unit="bases") as bar,
         atomic_file(out) as temporary,
         open(temporary, "w", encoding="utf-8", newline="\n") as lines,
     ):
         lines.write(f'track type=bedGraph name="log-likelihood" description="{model.name}: nats per base"\n')
-        for record, start, end, *_ in map(Region._make, asked):
-            ids = opened.fetch(record, start, end)
-            said = base_log_likelihoods(language_model, ids, context=context, both_strands=both_strands)
-            lines.writelines(bed_graph(record, start, said))
+        for start, end in spans:
+            number = int(np.searchsorted(opened.offsets, start, side="right")) - 1
+            first, last = (int(bound) for bound in opened.offsets[number : number + 2])
+            said = region_log_likelihoods(
+                language_model,
+                opened.tokens[first:last],
+                start - first,
+                end - first,
+                context=context,
+                both_strands=both_strands,
+            )
+            lines.writelines(bed_graph(opened.names[number], start - first, said))
             total, count = total + float(np.nansum(said)), count + int((~np.isnan(said)).sum())
             done += end - start
             bar(done, bases)
@@ -179,7 +187,8 @@ def track(
     if as_json:
         emit_json({"out": out, "bases": count, "bits_per_base": mean})
         return
-    print_rows(("track", str(out)), ("judged", f"{count:,} bases"), ("mean", f"{mean or 0:.4f} bits per base"))
+    shown = "nothing to judge" if mean is None else f"{mean:.4f} bits per base"
+    print_rows(("track", str(out)), ("judged", f"{count:,} bases"), ("mean", shown))
 
 
 @dna.command(epilog="Example: statescan dna variants calls.vcf --genome genome.fa --model runs/genome -o effects.vcf")

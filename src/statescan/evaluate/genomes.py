@@ -20,7 +20,15 @@ from statescan.data.tokenizer import DNA_LETTERS, DnaTokenizer
 from statescan.errors import ConfigError, DataError
 from statescan.evaluate.likelihood import row_bits
 
-__all__ = ["Variant", "base_log_likelihoods", "bed_graph", "embed_sequence", "read_vcf", "variant_effects"]
+__all__ = [
+    "Variant",
+    "base_log_likelihoods",
+    "bed_graph",
+    "embed_sequence",
+    "read_vcf",
+    "region_log_likelihoods",
+    "variant_effects",
+]
 
 # Bases of a piece where the state is carried.
 _PIECE = 1 << 16
@@ -61,9 +69,46 @@ def base_log_likelihoods(
     said[np.asarray(ids) == UNKNOWN] = np.nan
     if both_strands:
         other = base_log_likelihoods(model, reverse_complement(np.asarray(ids)), context=context)[::-1]
-        # Where one strand says nothing, at an end, the other one does.
-        said = np.where(np.isnan(said), other, np.where(np.isnan(other), said, (said + other) / 2))
+        said = _both(said, other)
     return said
+
+
+def region_log_likelihoods(
+    model: nn.Module,
+    record: NDArray[Any],
+    start: int,
+    end: int,
+    *,
+    context: int | None = None,
+    both_strands: bool = False,
+) -> NDArray[np.float64]:
+    """What `base_log_likelihoods` of a whole record says of the bases [start, end), read no further than that takes.
+
+    Args:
+        model, context, both_strands: as there. With a context the windows are those of the record, the first at its
+            start, so that a base is said to be as likely whatever is asked for beside it.
+        record: (bases,) ids of the whole record, memory-mapped or not.
+        start, end: 0 <= start < end <= bases.
+
+    Returns:
+        (end - start,).
+    """
+    # The window that predicts the base at `start`; without a context all before it.
+    first = 0 if context is None else max(0, (start - 1) // context * context)
+    said = base_log_likelihoods(model, record[first:end], context=context)[start - first :]
+    if not both_strands:
+        return said
+    # The same from the record's other end.
+    low, high = len(record) - end, len(record) - start
+    first = 0 if context is None else max(0, (low - 1) // context * context)
+    turned = reverse_complement(np.asarray(record[start : len(record) - first]))
+    other = base_log_likelihoods(model, turned, context=context)[low - first : high - first][::-1]
+    return _both(said, other)
+
+
+def _both(said: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    # Where one strand says nothing, at an end, the other one does.
+    return np.where(np.isnan(said), other, np.where(np.isnan(other), said, (said + other) / 2))
 
 
 def bed_graph(record: str, start: int, said: NDArray[np.float64]) -> Iterator[str]:
