@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from statescan.errors import ConfigError
+from statescan.errors import CheckpointError, ConfigError
 from statescan.models import CausalLM
 from statescan.recipes import dna_pretraining as recipe
 from statescan.train.loop import read_genome
@@ -92,3 +92,8 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     assert "state carried" in table
     assert (out / "context.svg").exists()
     assert json.loads((out / "results.json").read_text())["benchmark"] == "dna-pretraining"
+    with pytest.raises(CheckpointError, match="is of a run with other settings"):
+        recipe.dna_pretraining(runs(61, "mamba"), out, context=512, carried=2048, say=lines.append)
+    # Judged anew at other lengths.
+    results = recipe.dna_pretraining(runs(60, "mamba"), out, context=256, carried=2048, say=lines.append)
+    assert results["rows"][0]["window"]["context"] == 256

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from statescan.data.windows import LabelledWindows, window_rows
-from statescan.errors import ConfigError, DataError
+from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.kmers import kmer_frequencies, kmer_regression
 from statescan.models import CausalLM, MambaConfig
 from statescan.recipes import dna_species as recipe
@@ -193,6 +193,15 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
     stamp = (out / run.name / "model.safetensors").stat().st_mtime_ns
     recipe.dna_species(run, splits, out, species=names, say=lines.append)
     assert (out / run.name / "model.safetensors").stat().st_mtime_ns == stamp, "a finished run is taken as it lies"
+    with pytest.raises(CheckpointError, match="is of a run with other settings"):
+        recipe.dna_species(recipe.microbe_run(256, 3, overrides=[*SMALL, "train.lr=1e-3"]), splits, out, species=names)
+    others, _ = recipe.microbe_splits(genomes, 256, run.rows, seed=1, cache=tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="is of a run with another train split"):
+        recipe.dna_species(run, others, out, species=names)
+    words = out / run.name / "kmers.json"
+    recipe.dna_species(run, splits, out, species=names, kmers=2, say=lines.append)
+    assert json.loads(words.read_text())["k"] == 2
+    recipe.dna_species(run, splits, out, species=names, say=lines.append)
     blocks = aligned(blocks=200)
     backbone = MambaConfig(d_model=8, n_layer=1, vocab_size=5)
     CausalLM(backbone).save_pretrained(tmp_path / "lm")

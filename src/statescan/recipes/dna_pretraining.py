@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from statescan.errors import ConfigError
+from statescan.errors import CheckpointError, ConfigError
 from statescan.evaluate import Evaluation, evaluate_tokens
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, ModelConfig
@@ -20,7 +20,7 @@ from statescan.models.baseline_config import ConvConfig, S4Config, TransformerCo
 from statescan.recipes.synthetic import figure, machine_facts, save_figure
 from statescan.train import DataConfig, RunConfig, TrainConfig, train
 from statescan.train.config import apply_overrides
-from statescan.train.loop import RUN_FILE, read_genome
+from statescan.train.loop import RUN_FILE, load_run, read_genome
 
 __all__ = ["ROWS", "dna_pretraining", "pretraining_run", "report"]
 
@@ -109,6 +109,7 @@ def dna_pretraining(
         What results.json holds.
 
     Raises:
+        CheckpointError: the folder holds a finished run of a row with other settings.
         KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out = make_folder(out)
@@ -116,12 +117,19 @@ def dna_pretraining(
         folder = out / row
         path = folder / RUN_FILE
         facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if facts is None or facts["status"] != "finished":
+        if facts is not None and facts["status"] == "finished":
+            if load_run(folder) != run:
+                raise CheckpointError(
+                    f"reproduce: '{path}' is of a run with other settings; name another folder, or delete this one"
+                )
+        else:
             result = train(run, folder, resume=facts is not None)
             if result.interrupted:
                 raise KeyboardInterrupt
             say(f"{row}: trained, {result.tokens_per_second:,.0f} bases/s, loss {result.train_loss:.4f} nats")
-        if not (folder / _SCORES).exists():
+        scores = folder / _SCORES
+        lengths = {"context": context, "carried": carried}
+        if not scores.exists() or json.loads(scores.read_text(encoding="utf-8")).get("lengths") != lengths:
             _judge(row, run, folder, context, carried)
             say(f"{row}: judged")
         report(out)
@@ -157,6 +165,7 @@ def _judge(row: str, run: RunConfig, folder: Path, context: int, carried: int) -
             )
 
     scores: dict[str, Any] = {"machine": machine_facts(device), "parameters": model.parameter_count()}
+    scores["lengths"] = {"context": context, "carried": carried}
     window = judge(context, False)
     scores["window"] = None if window is None else window.to_dict()
     far = judge(carried, True) if row in _CARRIED and carried > context else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from statescan.data.dna import UNKNOWN, Genome, split_regions
 from statescan.data.text import find_sources
 from statescan.data.windows import LabelledWindows, window_rows
-from statescan.errors import ConfigError, DataError
+from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.kmers import kmer_regression
 from statescan.files import atomic_file, make_folder
 from statescan.models import MambaConfig
 from statescan.models.backbone_classifier import BackboneClassifierConfig
+from statescan.recipes.spoken_digits import run_status
 from statescan.recipes.synthetic import figure, interval, percent, save_figure
 from statescan.train.classify import ClassifyConfig, Splits, train_classifier
 from statescan.train.config import apply_overrides
@@ -354,6 +355,7 @@ def dna_species(
 
     Raises:
         ConfigError: a run said to be pretrained without a model, or the other way round.
+        CheckpointError: the folder holds a run of that name with other settings or windows.
         KeyboardInterrupt: interrupted; what was trained is kept.
     """
     if (run.origin == "pretrained") != (pretrained is not None):
@@ -362,26 +364,34 @@ def dna_species(
     path = folder / RUN_FILE
     facts = {"species": list(species), "length": run.length, "rows": run.rows, "data_seed": run.data_seed}
     facts |= {"task": run.task, "origin": run.origin}
-    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if done is None or done["status"] != "finished":
+    status = run_status(folder, {"model": run.model.to_dict(), "train": asdict(run.train)})
+    if status == "finished":
+        held = json.loads(path.read_text(encoding="utf-8"))["data"]
+        for name, part in zip(Splits._fields, splits, strict=True):
+            if isinstance(part, LabelledWindows) and held[name]["digest"] != part.digest:
+                raise CheckpointError(
+                    f"species: '{path}' is of a run with another {name} split; name another folder, or delete this one"
+                )
+    else:
         result = train_classifier(
             run.model,
             run.train,
             splits,
             folder,
-            resume=done is not None,
+            resume=status is not None,
             facts=facts,
             pretrained=pretrained,
             seconds=seconds,
         )
         if result.interrupted:
             raise KeyboardInterrupt
-        done = json.loads(path.read_text(encoding="utf-8"))
-    if not (folder / _KMERS).exists():
+    done = json.loads(path.read_text(encoding="utf-8"))
+    words = folder / _KMERS
+    if not words.exists() or json.loads(words.read_text(encoding="utf-8"))["k"] != kmers:
         assert isinstance(splits.train, LabelledWindows)
         assert isinstance(splits.test, LabelledWindows)
         right, judged = kmer_regression(splits.train, splits.test, kmers)
-        with atomic_file(folder / _KMERS) as temporary:
+        with atomic_file(words) as temporary:
             temporary.write_text(json.dumps({"k": kmers, "right": right, "judged": judged}) + "\n", encoding="utf-8")
     test = done["test"]["best"]
     say(
