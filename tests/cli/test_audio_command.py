@@ -47,7 +47,8 @@ def test_trained_resumed_and_made_to_sound(folder, tmp_path):
     samples, rate = sf.read(wave)
     assert (len(samples), rate) == (80, 8000)
     assert (tmp_path / "yes.png").read_bytes().startswith(b"\x89PNG")
-    run("generate", "--model", out, "--seconds", 0.01, "--label", "yes", "-o", tmp_path / "2.flac", "--seed", 3)
+    run("generate", "--modality", "audio", "--model", out, "--seconds", 0.01, "--label", "yes", "--seed", 3,
+        "-o", tmp_path / "2.flac")  # fmt: skip
     np.testing.assert_array_equal(sf.read(tmp_path / "2.flac")[0], samples)
 
 
@@ -60,6 +61,8 @@ def test_what_is_wrong_gets_one_line(folder, tmp_path):
         ([*train, "--data", tmp_path / "none"], "holds no .wav"),
         ([*train, "--data", tmp_path / "empty.wav"], "holds no samples"),
         ([*train, "--data", folder, "--preset", "tiny"], "--preset has no use"),
+        ([*train, "--data", folder, "--from", "builtin"], "--from has no use with --modality audio"),
+        ([*train, "--data", folder, "--lora", 2], "--lora has no use with --modality audio"),
         ([*train, "--data", folder, "--set", "model.stages=s5"], "stages must be"),
         ([*train, "--data", folder, "--set", "data.sample_rate=-1"], "sample_rate must be"),
         (["train", "--modality", "video", "--data", folder, "--out", tmp_path / "run"], "--modality must be"),
@@ -68,6 +71,11 @@ def test_what_is_wrong_gets_one_line(folder, tmp_path):
         (["generate", "--model", tmp_path / "none", "-o", tmp_path / "a.wav"], "got no --seconds"),
         (["generate", "--model", tmp_path / "none", "--seconds", 1, "-o", tmp_path / "a.mp3"], "must end in"),
         (["generate", "--model", tmp_path / "none"], "--prompt"),
+        (["generate", "--modality", "audio", "--model", tmp_path / "none"], "got no -o"),
+        (["generate", "--modality", "dna", "--prompt", "A"], "--modality must be text or audio"),
+        (["generate", "--seconds", 1, "-o", tmp_path / "a.wav", "--top-k", 5], "--top-k is for texts"),
+        (["generate", "--prompt", "A", "--label", "yes"], "--label is for models of sound"),
+        (["generate", "--prompt", "A", "--modality", "text", "--seconds", 1], "--seconds is for models of sound"),
         (["spectrogram", tmp_path / "empty.wav", "-o", tmp_path / "a.png"], "holds no samples"),
     ):
         result = run(*arguments)

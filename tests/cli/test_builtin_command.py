@@ -81,6 +81,9 @@ def test_training_goes_on_from_it_and_commands_open_the_result(
     assert after["bits_per_byte"] == pytest.approx(last["bits_per_byte"], abs=0.02)
     assert (tmp_path / "tuned" / "adapter" / "adapter_config.json").exists() == bool(lora)
     assert run("generate", "--model", "tuned", "--prompt", "A", "--max-new-tokens", 3).code == 0
+    other = run("train", "--resume", "--lora", 5, "--out", "tuned")
+    assert other.code == 1
+    assert f"wanted --lora {lora}, which the run has, got 5" in other.err
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ __all__ = ["generate"]
 
 # Many readers of JSON keep a number as a float64: beyond this they would give back another seed than was printed.
 _LARGEST_SEED = 2**53 - 1
+_OF_TEXT = ("max_new_tokens", "dtype", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "echo", "tokenizer")
+_OF_SOUND = ("seconds", "out", "label", "spectrogram")
 
 
 class Weights(enum.StrEnum):
@@ -37,6 +39,7 @@ class Weights(enum.StrEnum):
 
 @command
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", help="Text to write on from; may be given several times; '-' reads stdin."),
@@ -71,10 +74,18 @@ def generate(
     spectrogram: Annotated[
         Path | None, typer.Option("--spectrogram", help="Of a model of sound: draw what was made into this PNG.")
     ] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option("--modality", show_default="audio with --seconds or -o", help="What is made: text or audio."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of streaming.")] = False,
 ) -> None:
     """Writes on from a prompt, streamed to standard output as it comes; or makes sound with --seconds and -o."""
-    if seconds is not None or out is not None:
+    if modality not in (None, "text", "audio"):
+        raise ConfigError(f"generate: --modality must be text or audio, got '{modality}'")
+    makes_sound = modality == "audio" or (modality is None and (seconds is not None or out is not None))
+    _refuse_of_the_other_kind(context, makes_sound)
+    if makes_sound:
         generate_audio(
             model, out, seconds=seconds, label=label, temperature=temperature, seed=seed, device=device,
             picture=spectrogram, as_json=as_json, prompt=prompt,
@@ -111,6 +122,16 @@ def generate(
         emit_json([{"prompt": text, **row} for text, row in zip(prompts, rows, strict=True)])
     count = sum(len(result.tokens) for result in results.values())
     note(f"{count:,} tokens in {seconds:.2f} s with the prompt read, {count / seconds:,.0f} tokens/s, {packed}")
+
+
+def _refuse_of_the_other_kind(context: typer.Context, makes_sound: bool) -> None:
+    """An option that means nothing for what is made would be passed over in silence."""
+    for name in _OF_TEXT if makes_sound else _OF_SOUND:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = "--" + name.replace("_", "-")
+            made, other = ("sound", "texts") if makes_sound else ("text", "models of sound")
+            raise ConfigError(f"generate: {option} is for {other}, wanted none where {made} is made; leave it out")
 
 
 def _silently(pieces: Iterator[Piece]) -> dict[int, Generation]:

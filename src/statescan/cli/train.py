@@ -71,7 +71,13 @@ def train(
 ) -> None:
     """Trains a language model on texts, from nothing or --from a model, or a classifier with --task; resumable."""
     if modality != "text":
-        _of_modality(modality)(
+        kind = _of_modality(modality)
+        if start is not None or lora:
+            from statescan.errors import ConfigError
+
+            given = "--from" if start is not None else "--lora"
+            raise ConfigError(f"train: {given} has no use with --modality {modality}; leave it out")
+        kind(
             out,
             data=data or [],
             valid=valid or [],
@@ -123,6 +129,10 @@ def train(
         texts = {"paths": tuple(data or run.data.paths), "valid_paths": tuple(valid or run.data.valid_paths)}
         run = replace(run, data=replace(run.data, **texts))
     run = run.apply_overrides(overrides or [])
+    if lora and lora != run.train.lora:
+        raise ConfigError(
+            f"train: wanted --lora {run.train.lora}, which the run has, got {lora}; leave it out, or start a new run"
+        )
     if origin is not None:
         _check_agrees(run, origin, preset, tokenizer, overrides or [])
 
