@@ -104,12 +104,22 @@ def test_each_bad_file_gets_a_line_that_names_it(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_was_cut_short(tmp_path):
-    audio.write_audio(tmp_path / "a.flac", np.random.default_rng(0).uniform(-1, 1, 20_000), 8000)
-    whole = (tmp_path / "a.flac").read_bytes()
-    (tmp_path / "a.flac").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"a\.flac"):
-        audio.read_audio(tmp_path / "a.flac")
+@pytest.mark.parametrize("name", ["a.flac", "a.wav"])
+def test_a_file_that_was_cut_short(tmp_path, name):
+    audio.write_audio(tmp_path / name, np.random.default_rng(0).uniform(-1, 1, 20_000), 8000)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=name):
+        audio.read_audio(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF])
+def test_a_wav_of_a_writer_that_did_not_know_its_length(tmp_path, size):
+    sf.write(tmp_path / "a.wav", tone(), 8000, subtype="PCM_16")
+    whole = (tmp_path / "a.wav").read_bytes()
+    place = whole.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(whole[:place] + size.to_bytes(4, "little") + whole[place + 4 :])
+    np.testing.assert_allclose(audio.read_audio(tmp_path / "a.wav").samples[:, 0], tone(), atol=1.1 / 32768)
 
 
 @pytest.mark.parametrize("rate", [0, -8000, 8000.0, True, 10**7])

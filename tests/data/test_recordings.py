@@ -52,6 +52,29 @@ def test_on_disk_is_the_same(folder):
     assert isinstance(other.codes, np.memmap)
     np.testing.assert_array_equal(one.codes, other.codes)
     assert one.digest == other.digest
+    # And what is made of them stays there, split for training above all.
+    for part, same in zip((*other.split(0.4), other.cut(350), other.between(0.5, 1)),
+                          (*one.split(0.4), one.cut(350), one.between(0.5, 1)), strict=True):  # fmt: skip
+        assert isinstance(part.codes, np.memmap)
+        assert part.digest == same.digest
+
+
+def test_clipping_is_counted_as_recorded(folder):
+    pytest.importorskip("soxr")
+    import soundfile
+
+    loud = np.clip(3 * np.sin(2 * np.pi * 200 * np.arange(8820) / 44100), -1, 1)
+    share = read_one(folder / "mono.wav", loud)
+    assert 0.7 < share < 0.9
+    # Neither another rate nor a quiet channel beside it hides it.
+    assert read_recordings([folder / "mono.wav"], sample_rate=8000).clipped == share
+    soundfile.write(folder / "stereo.wav", np.stack([loud, 0 * loud], 1), 44100)
+    assert read_recordings([folder / "stereo.wav"]).clipped == pytest.approx(share / 2)
+
+
+def read_one(path, samples) -> float:
+    write_audio(path, samples, 44100)
+    return read_recordings([path]).clipped
 
 
 def test_normalised_the_loudest_sample_is_one(folder):

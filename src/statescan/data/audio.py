@@ -122,13 +122,43 @@ def audio_facts(path: str | os.PathLike[str]) -> AudioFacts:
     """
     with _open(Path(path)) as file:
         facts = AudioFacts(Path(path), file.frames, file.channels, file.samplerate, file.subtype)
+        is_wav = file.format in ("WAV", "WAVEX")
     if facts.frames < 1:
         raise DataError(f"audio: '{path}' holds no samples; leave it out or record it again")
+    if is_wav:
+        _check_whole(facts.path)
     return facts
 
 
+def _check_whole(path: Path) -> None:
+    """libsndfile reads what is left of a WAV file that was cut short, and says nothing: its chunks say how long it was.
+
+    Writers that can't go back leave lengths of 0 or the largest number, which say nothing.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        order = {b"RIFF": "little", b"RIFX": "big"}.get(file.read(12)[:4])
+        while order is not None and len(head := file.read(8)) == 8:
+            length = int.from_bytes(head[4:], order)  # pyright: ignore[reportArgumentType]
+            if head[:4] != b"data":
+                file.seek(length + length % 2, os.SEEK_CUR)
+                continue
+            there = size - file.tell()
+            if there < length < 0x7FFFF000:
+                raise DataError(
+                    f"audio: '{path}' says it holds {length:,} bytes of samples, got {there:,}; it was cut short, "
+                    "copy it again"
+                )
+            return
+
+
 def audio_blocks(
-    path: str | os.PathLike[str], *, sample_rate: int | None = None, mono: bool = True, block: int = _BLOCK
+    path: str | os.PathLike[str],
+    *,
+    sample_rate: int | None = None,
+    mono: bool = True,
+    block: int = _BLOCK,
+    heard: Callable[[NDArray[np.float32]], object] | None = None,
 ) -> Iterator[NDArray[np.float32]]:
     """The samples of a file of any length, piece by piece: memory does not grow with the file.
 
@@ -137,6 +167,7 @@ def audio_blocks(
         sample_rate: to which it is resampled. Default: its own.
         mono: the channels' mean; else all of them.
         block: frames read at once.
+        heard: called with each piece as it stands in the file, (frames, channels), before it is mixed and resampled.
 
     Yields:
         (frames, channels) float32 in [-1, 1]; values beyond, which files of floats may hold, are cut off there.
@@ -163,6 +194,8 @@ def audio_blocks(
             left -= len(piece)
             if not np.isfinite(piece).all():
                 raise DataError(f"audio: '{path}' must hold finite samples, got infinite ones or no numbers")
+            if heard is not None:
+                heard(piece)
             if mono:
                 piece = piece.mean(1, keepdims=True, dtype=np.float32)
             if stream is not None:

@@ -6,10 +6,10 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,13 +108,22 @@ class Recordings:
         """The samples of one recording, (samples,) in [-1, 1]."""
         return dequantize(self[number], self.quantization)
 
+    def _joined(self, parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Pieces of these codes one behind the other: in memory, or on disk where these are."""
+        if not isinstance(self.codes, np.memmap):
+            return np.concatenate(list(parts))
+        with _code_store() as store:
+            for part in parts:
+                store.write(part.tobytes())
+            return _mapped(store)
+
     def take(self, rows: Sequence[int] | NDArray[Any]) -> Recordings:
         """Some recordings, by their numbers."""
         rows = np.asarray(rows)
         if not len(rows):
             raise DataError("recordings: wanted some of them, got none; choose other splits")
         return Recordings(
-            np.concatenate([self[int(row)] for row in rows]),
+            self._joined(self[int(row)] for row in rows),
             np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64),
             tuple(self.names[int(row)] for row in rows),
             self.sample_rate,
@@ -129,7 +138,7 @@ class Recordings:
         lengths = np.minimum(self.lengths, longest)
         if (lengths == self.lengths).all():
             return self
-        codes = np.concatenate([self[number][:length] for number, length in enumerate(lengths)])
+        codes = self._joined(self[number][:length] for number, length in enumerate(lengths))
         return replace(self, codes=codes, offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
     def between(self, low: float, high: float) -> Recordings:
@@ -140,7 +149,7 @@ class Recordings:
         kept = np.flatnonzero(stops > starts)
         if not len(kept):
             raise DataError("recordings: nothing is left between these shares; take longer recordings")
-        codes = np.concatenate([self[int(number)][starts[number] : stops[number]] for number in kept])
+        codes = self._joined(self[int(number)][starts[number] : stops[number]] for number in kept)
         offsets = np.concatenate([[0], np.cumsum((stops - starts)[kept])]).astype(np.int64)
         labels = None if self.labels is None else self.labels[kept]
         names = tuple(self.names[int(number)] for number in kept)
@@ -187,6 +196,16 @@ class Recordings:
                 sample_rate=self.sample_rate,
                 quantization=self.quantization,
             )
+
+
+def _code_store() -> IO[bytes]:
+    """A file without a name, which goes when nobody has it open or mapped."""
+    return tempfile.TemporaryFile(prefix="statescan-codes-")
+
+
+def _mapped(store: IO[bytes]) -> NDArray[np.uint8]:
+    store.flush()
+    return np.memmap(store, np.uint8, mode="r")  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def load_recordings(path: str | os.PathLike[str]) -> Recordings:
@@ -250,15 +269,20 @@ def read_recordings(
         raise DataError(f"recordings: labels must be one of {', '.join(LABELS)}, got {labels!r}")
     files = find_audio(paths)
     rate = audio_facts(files[0]).sample_rate if sample_rate is None else sample_rate
-    offsets, clipped = [0], 0.0
-    with tempfile.TemporaryFile(prefix="statescan-codes-") as store:
+    offsets, loud = [0], [0.0, 0]
+
+    def note_clipped(piece: NDArray[np.float32]) -> None:
+        # As recorded: mixing channels and resampling round off what stood at full scale.
+        loud[0] += clipped_share(piece) * piece.size
+        loud[1] += piece.size
+
+    with _code_store() as store:
         for number, path in enumerate(files):
             peak = 1.0
             if normalize:
                 peak = max(float(np.abs(block).max()) for block in audio_blocks(path, sample_rate=rate)) or 1.0
             count = 0
-            for block in audio_blocks(path, sample_rate=rate):
-                clipped += clipped_share(block) * len(block)
+            for block in audio_blocks(path, sample_rate=rate, heard=note_clipped):
                 store.write(quantize(block[:, 0] / np.float32(peak), quantization).tobytes())
                 count += len(block)
             if not count:
@@ -266,9 +290,8 @@ def read_recordings(
             offsets.append(offsets[-1] + count)
             if progress is not None:
                 progress(number + 1, len(files))
-        store.flush()
         store.seek(0)
-        codes = np.memmap(store, np.uint8, mode="r") if on_disk else np.frombuffer(store.read(), np.uint8)
+        codes = _mapped(store) if on_disk else np.frombuffer(store.read(), np.uint8)
     found: list[str] = []
     if labels != "none":
         found = [path.name.partition("_")[0] if labels == "name" else path.parent.name for path in files]
@@ -284,7 +307,7 @@ def read_recordings(
         quantization,
         np.array([place[name] for name in found], np.uint8) if found else None,
         classes,
-        clipped / offsets[-1],
+        loud[0] / loud[1],
     )
 
 

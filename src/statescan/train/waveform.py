@@ -263,7 +263,10 @@ def load_audio_run(out: str | os.PathLike[str]) -> AudioRun:
 def window_batch(
     recordings: Recordings, window: int, rows: int, seed: int, step: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The windows of an update, given by the seed and its number alone: each sample is as likely as any other.
+    """The windows of an update, given by the seed and its number alone.
+
+    A recording is drawn as often as windows fill it, and its window begins anywhere in it, each place alike: so the
+    samples less than a window from its ends are heard less often than those between.
 
     Args:
         recordings: of any lengths.
