@@ -173,6 +173,11 @@ def test_variants(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None
     assert first[8:] == ["GT", "0/1"]
     assert second[7] in ("LLR=0.0000", "LLR=-0.0000")
     assert "2" in shown
+    # Once more, of what came: the same, with nothing said twice.
+    again = tmp_path / "c.vcf"
+    code, _, err = run("dna", "variants", out, "--genome", genome, "--model", trained, "-o", again)
+    assert code == 0, err
+    assert again.read_text() == out.read_text()
     # What goes wrong on the way leaves the file that stood there.
     before = out.read_text()
     vcf.write_text(vcf.read_text() + "chr9\t1\t.\tA\tC\t.\t.\t.\n")

@@ -153,9 +153,10 @@ def test_bed(tmp_path: Path, opened) -> None:
     for line, message in (
         ("one\t4\t4", r"a\.bed:1: wanted .*0 <= start < end"),
         ("one\tx\t4", r"a\.bed:1: wanted"),
+        ("one\t\u00b2\t4", r"a\.bed:1: wanted"),
         ("# nothing", r"wanted intervals in"),
     ):
-        path.write_text(line + "\n")
+        path.write_text(line + "\n", encoding="utf-8")
         with pytest.raises(DataError, match=message):
             read_bed(path)
     with pytest.raises(DataError, match=r"0 <= start < end <= 8 in 'one', got 2 to 9"):

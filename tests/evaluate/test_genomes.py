@@ -117,7 +117,9 @@ def genome(tmp_path: Path) -> Genome:
 
 
 def lines(path: Path, *rows: str) -> list[Variant]:
-    path.write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n" + "".join(rows))
+    path.write_text(
+        "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n" + "".join(rows), encoding="utf-8"
+    )
     return [line for line in read_vcf(path) if isinstance(line, Variant)]
 
 
@@ -182,6 +184,7 @@ def test_nothing_is_said_of_alleles_with_unknown_bases(model, tmp_path) -> None:
         ),
         ("c2\t8\t.\tTT\tC\t.\t.\t.\n", "where it holds the end of the record"),
         ("c2\t0\t.\tT\tC\t.\t.\t.\n", r"v\.vcf:3: wanted a variant"),
+        ("c2\t\u00b2\t.\tA\tC\t.\t.\t.\n", r"v\.vcf:3: wanted a variant"),
         ("c2 8 T C\n", r"v\.vcf:3: wanted a variant, CHROM POS"),
     ],
 )

@@ -227,13 +227,17 @@ def variants(
                 else:
                     if line.startswith("#CHROM"):
                         lines.write(head)
-                    lines.write(line)
+                    # What an earlier run said is not said beside what this one says.
+                    if not line.startswith("##INFO=<ID=LLR,"):
+                        lines.write(line)
 
         effects = variant_effects(language_model, opened, judged(), context=context, both_strands=not one_strand)
         for variant, ratios in effects:
             shown = ",".join("." if ratio is None else f"{ratio:.4f}" for ratio in ratios)
-            before = variant.fields[7]
-            info = f"LLR={shown}" if before in (".", "") else f"{before};LLR={shown}"
+            before = [
+                field for field in variant.fields[7].split(";") if field.partition("=")[0] not in ("", ".", "LLR")
+            ]
+            info = ";".join([*before, f"LLR={shown}"])
             lines.write("\t".join([*variant.fields[:7], info, *variant.fields[8:]]) + "\n")
             count += 1
             bar(count, count)

@@ -236,7 +236,7 @@ def read_bed(path: str | os.PathLike[str]) -> list[Region]:
                 fields = fields if len(fields) > 1 else line.split()
                 if not fields or not fields[0] or fields[0].startswith(("#", "track", "browser")):
                     continue
-                bounds = [field for field in fields[1:3] if field.strip().isdigit()]
+                bounds = [field for field in fields[1:3] if field.strip().isdecimal()]
                 if len(bounds) != 2 or not int(bounds[0]) < int(bounds[1]):
                     raise DataError(
                         f"bed: {path}:{number}: wanted a record's name, start and end with 0 <= start < end, got "

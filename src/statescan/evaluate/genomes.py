@@ -182,7 +182,7 @@ def read_vcf(path: str | os.PathLike[str]) -> Iterator[str | Variant]:
                 if not line.strip():
                     continue
                 fields = line.rstrip("\r\n").split("\t")
-                if len(fields) < 8 or not fields[1].isdigit() or int(fields[1]) < 1:
+                if len(fields) < 8 or not fields[1].isdecimal() or int(fields[1]) < 1:
                     raise DataError(
                         f"vcf: {path}:{number}: wanted a variant, CHROM POS ID REF ALT QUAL FILTER INFO with tabs "
                         f"between, got {line.strip()[:80]!r}"
