@@ -82,6 +82,8 @@ def test_bad_input() -> None:
         LabelledSequences(values, labels[:3], 2)
     with pytest.raises(DataError, match="labels must be below 2, got 5"):
         LabelledSequences(values, labels + np.uint8(5), 2)
+    with pytest.raises(DataError, match="vary must have lengths"):
+        LabelledSequences(values, labels, 2, vary=lambda rows, lengths: (rows, lengths))
     with pytest.raises(DataError, match="ids must be below vocab_size = 1, got 1"):
         LabelledSequences(values, labels, 2, vocab_size=1)
     with pytest.raises(DataError, match=r"at least train.batch_size = 5 examples, got 4"):

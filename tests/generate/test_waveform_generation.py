@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from statescan.errors import ConfigError
+from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.generate.waveform import generate_waveforms
 from statescan.models.waveform import WaveformConfig, WaveformModel
 
@@ -57,3 +57,7 @@ def test_numbers_out_of_range():
         generate_waveforms(model, 4, capture=True)
     with pytest.raises(ConfigError, match="labels"):
         generate_waveforms(model, 4, labels=[1])
+    with pytest.raises(ShapeError, match=r"labels must be in \[0, 2\), got 2 to 2"):
+        generate_waveforms(make(classes=2), 4, labels=[2])
+    with pytest.raises(DTypeError, match="labels must be integers"):
+        generate_waveforms(make(classes=2), 4, labels=[0.5])

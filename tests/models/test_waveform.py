@@ -148,6 +148,14 @@ def test_what_is_refused(codes):
         model.step(codes, model.init_state(2))
     with pytest.raises(DTypeError, match="quantise"):
         model(codes.float())
+    for wrong in (codes + 200, codes - 256):
+        with pytest.raises(ShapeError, match=r"codes must be in \[0, 256\)"):
+            model(wrong)
+    for wrong in (torch.tensor([0, 2]), torch.tensor([-1, 0])):
+        with pytest.raises(ShapeError, match=r"labels must be in \[0, 2\)"):
+            known(codes, wrong)
+    with pytest.raises(DTypeError, match="labels must be integers"):
+        known(codes, torch.tensor([0.5, 1.0]))
     with pytest.raises(ShapeError, match="targets must be"):
         model(codes, targets=codes[:, 1:])
     with pytest.raises(ConfigError, match="no labels"):

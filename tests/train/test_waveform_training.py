@@ -12,7 +12,7 @@ from statescan.data.recordings import SILENCE, Recordings
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.waveforms import bits_per_sample
 from statescan.models.waveform import WaveformConfig, WaveformModel
-from statescan.train.waveform import WaveformTraining, train_waveform, window_batch
+from statescan.train.waveform import AudioData, AudioRun, WaveformTraining, run_audio, train_waveform, window_batch
 
 MODEL = WaveformConfig(stages=("s4d", "mamba"), d_model=8, n_layer=1, d_state=8, d_state_mamba=4, pool=2, dropout=0.1)
 TRAIN = WaveformTraining(steps=6, batch_size=2, window=64, warmup=2, evaluate_every=3, checkpoint_every=2, log_every=1)
@@ -91,6 +91,10 @@ def test_what_does_not_fit(tmp_path):
         WaveformTraining(window=1)
     with pytest.raises(ConfigError, match=r"train\.lr"):
         WaveformTraining(lr=-1)
+    sounds().save(tmp_path / "plain.npz")
+    asked = AudioRun(MODEL, AudioData((str(tmp_path / "plain.npz"),), labels="name"), TRAIN)
+    with pytest.raises(ConfigError, match=r"data\.labels=name wanted recordings with labels"):
+        run_audio(asked, tmp_path / "a", progress=False)
     train_waveform(MODEL, dataclasses.replace(TRAIN, steps=1), data, tmp_path / "b", progress=False)
     other = sounds(7).split(0.3)
     with pytest.raises(CheckpointError, match="the train recordings"):

@@ -70,6 +70,8 @@ class LabelledSequences:
                 raise DataError(
                     f"labelled sequences: {name} must be (count,) = ({len(self.values)},), got {array.shape}"
                 )
+        if self.vary is not None and self.lengths is None:
+            raise DataError("labelled sequences: vary must have lengths to change, got none; pass how much is real")
         if int(self.labels.max()) >= self.classes:
             raise DataError(
                 f"labelled sequences: labels must be below {self.classes}, got {int(self.labels.max())}; "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from statescan.errors import ConfigError
-from statescan.models.waveform import WaveformModel
+from statescan.models.waveform import WaveformModel, check_below
 
 __all__ = ["generate_waveforms"]
 
@@ -47,7 +47,9 @@ def generate_waveforms(
         (rows, samples) uint8 codes; `statescan.data.audio.dequantize` makes sound of them.
 
     Raises:
-        ConfigError: a number out of range, or a graph where there can be none.
+        ConfigError: a number out of range, labels that the model has no use for or lacks, or a graph where there can be
+            none.
+        ShapeError, DTypeError: labels that are none of the model's.
     """
     if samples < 1 or rows < 1 or not 0 <= temperature < float("inf"):
         raise ConfigError(
@@ -61,7 +63,10 @@ def generate_waveforms(
             f"generate_waveforms: capture=True wants a model on a CUDA device without attention, got one on '{device}' "
             f"with stages {model.config.stages}; leave it None"
         )
-    known = None if labels is None else torch.as_tensor(labels, device=device)
+    known = None if labels is None else torch.as_tensor(labels)
+    if known is not None and model.config.classes:
+        check_below("labels", known, model.config.classes)  # here: a GPU is not waited for
+    known = None if known is None else known.to(device)
     generator = torch.Generator(device).manual_seed(seed)
     was_training = model.training
     model.eval()

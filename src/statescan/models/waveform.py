@@ -122,6 +122,18 @@ class WaveformConfig:
         return cls(**fields)
 
 
+def check_below(name: str, values: Tensor, count: int) -> None:
+    """Integers in [0, count), or a ShapeError or DTypeError; what lies on another device is not looked at, which would
+    wait for it."""
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        cure = "quantise the samples first" if name == "codes" else "pass their numbers"
+        raise DTypeError(f"WaveformModel: {name} must be integers, got {values.dtype}; {cure}")
+    if values.device.type == "cpu" and type(values) is Tensor and values.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in values.aminmax())
+        if low < 0 or high >= count:
+            raise ShapeError(f"WaveformModel: {name} must be in [0, {count}), got {low} to {high}")
+
+
 class StageState(NamedTuple):
     """What a stage keeps of the samples before.
 
@@ -299,17 +311,17 @@ class WaveformModel(nn.Module):
         return list(self.stages)  # pyright: ignore[reportReturnType]
 
     def _embed(self, codes: Tensor, labels: Tensor | None) -> Tensor:
-        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-            raise DTypeError(f"WaveformModel: codes must be integers, got {codes.dtype}; quantise the samples first")
         if (labels is None) != (self.class_embedding is None):
             wanted = f"(batch,) labels below {self.config.classes}" if self.config.classes else "no labels"
             got = "none" if labels is None else "some"
             raise ConfigError(f"WaveformModel: wanted {wanted}, as it was made with, got {got}")
+        check_below("codes", codes, self.config.levels)
         x = self.embedding(codes.long())
         if labels is None or self.class_embedding is None:
             return x
         if tuple(labels.shape) != (codes.shape[0],):
             raise ShapeError(f"WaveformModel: labels must be (batch,) = ({codes.shape[0]},), got {tuple(labels.shape)}")
+        check_below("labels", labels, self.config.classes)
         known = self.class_embedding(labels.long())
         return x + (known.unsqueeze(1) if codes.dim() == 2 else known)
 

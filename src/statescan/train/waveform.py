@@ -212,6 +212,11 @@ def run_audio(
             normalize=data.normalize,
             on_disk=data.on_disk,
         )
+        if data.labels != "none" and made.labels is None:
+            raise ConfigError(
+                f"train: data.labels={data.labels} wanted recordings with labels, got '{paths[0]}' without; make it "
+                "anew with labels, or leave data.labels out"
+            )
         if made.clipped > 0.001:
             say(f"{100 * made.clipped:.1f} % of the samples are clipped: they were recorded too loud")
         return made if data.labels != "none" else dataclasses.replace(made, labels=None, classes=())
