@@ -130,6 +130,9 @@ def test_rows_of_a_folder_are_trained_once_and_the_twin_as_long_as_mamba(tmp_pat
     assert (out / "mamba" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match="other settings"):
         builtin_model(data, out, runs=[replace(SMALL, lr=1.0)], **call)
+    (data / f"{recipe.SHIPPED_TEXTS[0]}.txt.xz").write_bytes(lzma.compress(text.tobytes()[:700]))
+    with pytest.raises(CheckpointError, match="other texts"):
+        builtin_model(data, out, runs=[SMALL], **call)
 
 
 def test_runs_that_cannot_be_are_refused(text: np.ndarray) -> None:

@@ -448,6 +448,10 @@ def builtin_model(
                 raise CheckpointError(
                     f"builtin-model: '{folder}' holds a run with other settings; name another --out, or delete it"
                 )
+            if trained.get("corpus_digest", corpus.digest) != corpus.digest:
+                raise CheckpointError(
+                    f"builtin-model: '{folder}' learnt from other texts; name another --out, or delete it"
+                )
         else:
             trained = train_language_model(run, np.asarray(corpus.tokens), folder, device=device, say=say)
         if judged not in trained.setdefault("scores", {}):
