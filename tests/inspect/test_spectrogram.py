@@ -29,6 +29,21 @@ def test_pictures(tmp_path):
     for name in ("a.png", "b.png"):
         draw_spectrograms(tmp_path / name, sounds, columns=2)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    # A click in the middle of a short sound is drawn there, not where its column would be, stretched over all of it.
+    from matplotlib.axes import Axes
+
+    drawn, original = [], Axes.imshow
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Axes, "imshow", lambda axes, values, **k: drawn.append((values, k["extent"])) or original(axes, values, **k)
+        )
+        click = np.zeros(1200)
+        click[400] = 1
+        draw_spectrograms(tmp_path / "d.png", [("click", click, 8000)], window=256, hop=16)
+    values, (left, right, _, top) = drawn[0]
+    column = int(np.abs(10 ** (values / 20)).sum(0).argmax())
+    assert left + (column + 0.5) * (right - left) / values.shape[1] == pytest.approx(400 / 8000, abs=0.002)
+    assert top == pytest.approx(4 + 4 / 256)
     with pytest.raises(ConfigError, match="at least one sound"):
         draw_spectrograms(tmp_path / "c.png", [])
     with pytest.raises(ConfigError, match="wanted samples"):

@@ -93,12 +93,15 @@ def draw_spectrograms(
             continue
         title, samples, rate = sounds[place]
         made = spectrogram(samples, rate, window=window, hop=hop)
-        extent = (0, len(samples) / rate, 0, rate / 2000)
+        # Each column stands at the middle of its window, each row at its frequency.
+        across, up = hop / rate / 2, made.hertz[1] / 2
+        extent = (made.seconds[0] - across, made.seconds[-1] + across, -up / 1000, (made.hertz[-1] + up) / 1000)
         image = axes.imshow(
             made.decibels, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=floor, vmax=0
         )
         axes.set_title(title, fontsize=8)
         axes.set_xlim(0, longest)
+        axes.set_ylim(0, rate / 2000)
         axes.tick_params(labelsize=7)
         axes.set_facecolor("black")
         if place % columns == 0:
