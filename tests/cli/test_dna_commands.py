@@ -89,6 +89,20 @@ def test_trains_tells_and_goes_on_to_the_same_bits(run: Run, genome: Path, tmp_p
     assert (other / "log.csv").read_text().splitlines()[1:3] == (trained / "log.csv").read_text().splitlines()[1:3]
 
 
+def test_unknown_bases_are_read_and_not_learnt(run: Run, tmp_path: Path) -> None:
+    path, out = tmp_path / "n.fa", tmp_path / "run"
+    path.write_text(">n\n" + "AN" * 2000 + "\n")
+    more = ["--set", "train.steps=40", "--set", "train.lr=0.03", "--set", "train.warmup=0"]
+    code, _, err = run("train", "--modality", "dna", "--data", path, "--out", out, *SMALL, *more)
+    assert code == 0, err
+    model = CausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        said = model(torch.tensor([[0, 4] * 20])).logits.float().softmax(-1)[0]
+    # Every second base is unknown; what comes after an unknown one is A, or T on the other strand.
+    assert float(said[:, 4].max()) < 0.1
+    assert float(said[1::2, [0, 3]].sum(-1).min()) > 0.8
+
+
 def test_regions_of_bed_files_are_held_out_and_trained_on(run: Run, genome: Path, tmp_path: Path) -> None:
     bed = tmp_path / "valid.bed"
     bed.write_text("chr1\t0\t500\nchr2\t100\t300\n")
