@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,10 @@ def test_what_does_not_go_together_is_named(run: Run, tmp_path: Path, arguments:
     assert ran.code == 1
     assert told in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_s_next_line_goes_on_with_the_text_that_was_learnt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = {"seconds": {"all": 2.0, "training": 1.0}, "files": ["model"], "samples": [{"prompt": "A rose's "}]}
+    monkeypatch.setattr("statescan.recipes.demo.demo", lambda out, **settings: summary)
+    line = run("demo", "--out", "shown").out.splitlines()[-1]
+    assert shlex.split(line)[:6] == ["statescan", "generate", "--model", "shown/model", "--prompt", "A rose's "]

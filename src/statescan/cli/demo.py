@@ -46,10 +46,10 @@ def demo(
     print(f"Done in {seconds['all']:.0f} s, {seconds['training']:.0f} s of it training. Written:")
     for name in summary["files"]:
         print(f"  {out / name}")
-    model = shlex.quote(str(out / "model"))
+    model, prompt = shlex.quote(str(out / "model")), shlex.quote(summary["samples"][0]["prompt"])
     print(
         f"\nOpen {out / 'inspection.html'} in a browser. Next:\n"
-        f'  statescan generate --model {model} --prompt "The white whale" --max-new-tokens 300'
+        f"  statescan generate --model {model} --prompt {prompt} --max-new-tokens 300"
     )
 
 
