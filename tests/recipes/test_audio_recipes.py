@@ -182,3 +182,9 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
         raw_audio.judge_digits(tmp_path / "none", data, digits / "s4d-official-frame16")
     with pytest.raises(ConfigError, match="conditioned by labels"):
         raw_audio.make_digits(tmp_path / "made.npz", out / "s4d-mamba")
+    # Made once, and anew where something else is asked for.
+    lines: list[str] = []
+    kept = raw_audio.make_digits(out / "made.npz", out / "conditional", each=2, say=lines.append)
+    assert (len(kept), lines) == (20, [])
+    assert len(raw_audio.make_digits(out / "made.npz", out / "conditional", each=1, seed=3, say=lines.append)) == 10
+    assert len(lines) == 1

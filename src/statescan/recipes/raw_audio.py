@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -232,7 +233,8 @@ def make_digits(
     at_once: int = 500,
     say: Callable[[str], object] = print,
 ) -> Recordings:
-    """Sounds that a conditioned model makes, `each` for each label, and keeps in a file; made once.
+    """Sounds that a conditioned model makes, `each` for each label, and keeps in a file; made once, and anew where the
+    model, `each`, the temperature or the seed is another than that of the file (beside it, as .json).
 
     Args:
         out: the .npz file.
@@ -249,9 +251,12 @@ def make_digits(
         CheckpointError: the folder is no model's.
         ConfigError: the model is not conditioned.
     """
-    if Path(out).exists():
-        return load_recordings(out)
     made = WaveformModel.from_pretrained(model, device=_device())
+    digest = hashlib.sha256((Path(model) / "model.safetensors").read_bytes()).hexdigest()
+    of = {"model": digest, "each": each, "temperature": temperature, "seed": seed, "samples": LONGEST}
+    told = Path(out).with_suffix(".json")
+    if Path(out).exists() and told.exists() and json.loads(told.read_text()) == of:
+        return load_recordings(out)
     classes = made.config.classes
     if not classes:
         raise ConfigError(f"make digits: the model in '{model}' must be conditioned by labels, got one that is not")
@@ -276,7 +281,10 @@ def make_digits(
         tuple(map(str, range(classes))),
     )
     sounds = _as_recorded(sounds)
+    told.unlink(missing_ok=True)  # of no sounds, should this be broken off in between
     sounds.save(out)
+    with atomic_file(told) as temporary:
+        temporary.write_text(json.dumps(of, indent=1) + "\n")
     return sounds
 
 
