@@ -1,0 +1,363 @@
+"""CUDA kernels compiled at first use by NVRTC, through NVIDIA's cuda-core: no toolkit and no compiler on the machine.
+
+A kernel's cubin is kept on disk under a name made from its source, its options, the architecture and the versions of
+compiler and package, so that a machine compiles it once; the file appears whole or not at all, so that processes that
+start together don't harm each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import struct
+import tempfile
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import statescan
+from statescan.errors import BackendUnavailableError
+
+__all__ = ["Kernel", "cache_folder", "i32", "kernel", "unavailable_reason"]
+
+_COMMON = Path(__file__).with_name("_cuda_common.cuh")
+i32 = ctypes.c_int32
+
+
+def _core() -> Any:
+    try:
+        import cuda.core as core  # pyright: ignore[reportMissingImports]
+
+        if hasattr(core, "Program"):
+            return core
+    except ImportError:
+        pass
+    import cuda.core.experimental as core  # where cuda-core is older than 0.5  # pyright: ignore[reportMissingImports]
+
+    return core
+
+
+_PROBE = 'extern "C" __global__ void probe() {}'
+
+
+def _probe() -> str | None:
+    """Compiles and loads an empty kernel: finds a missing compiler or too old a driver before a real call does."""
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        name = torch.cuda.get_device_name()
+        return f"its kernels need compute capability 8.0, {name} has {major}.{minor}; use backend='torch'"
+    try:
+        core = _core()
+        core.Device(torch.cuda.current_device()).set_current()
+        core.ObjectCode.from_cubin(_cached(_PROBE, (), f"sm_{major}{minor}")).get_kernel("probe")
+    except Exception as problem:
+        wanted = torch.version.cuda or "13"
+        text = " ".join(str(problem).split())
+        return (
+            f"an empty kernel could not be compiled and loaded ({type(problem).__name__}: {text}); it takes a driver "
+            f"for CUDA {wanted} and pip install 'cuda-core[cu{wanted.split('.')[0]}]'"
+        )
+    return None
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why CUDA kernels can't be compiled here, with the cure; None where they can. Where there is a GPU that goes
+    unused for it, it also warns, once a process."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip:
+        return "this torch is built for ROCm; CUDA kernels run on NVIDIA GPUs"
+    try:
+        _core()
+    except ImportError as problem:
+        major = (torch.version.cuda or "13").split(".")[0]
+        reason = f"cuda-core does not import ({problem}); install it: pip install 'cuda-core[cu{major}]'"
+    else:
+        reason = _probe()
+    if reason is not None:
+        warnings.warn(f"statescan's CUDA kernels are not used: {reason}", stacklevel=2)
+    return reason
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $STATESCAN_CACHE, or the user's cache folder."""
+    named = os.environ.get("STATESCAN_CACHE")
+    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statescan"
+    return base / "kernels"
+
+
+def _compile(source: str, options: tuple[str, ...], arch: str) -> bytes:
+    core = _core()
+    defines = [tuple(o.split("=", 1)) for o in options] or None  # it takes no empty list
+    # A generic lambda can't be marked as the device's own: without this NVRTC takes it for the host's and refuses it.
+    settings = core.ProgramOptions(arch=arch, std="c++17", define_macro=defines, device_as_default_execution_space=True)
+    try:
+        code = core.Program(source, "c++", settings).compile("cubin").code
+    except Exception as problem:
+        text = " ".join(str(problem).split())
+        raise BackendUnavailableError(
+            f"a CUDA kernel did not compile for {arch} with {' '.join(options) or 'no options'}: {text}; "
+            "use backend='torch' and report this"
+        ) from problem
+    return bytes(code)
+
+
+# Folders of which it was said that they can't be written.
+_not_kept: set[Path] = set()
+
+
+def _cached(source: str, options: tuple[str, ...], arch: str) -> bytes:
+    core = _core()
+    facts = "\0".join(
+        [source, *options, arch, torch.version.cuda or "", getattr(core, "__version__", ""), statescan.__version__]
+    )
+    file = cache_folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
+    try:
+        return file.read_bytes()
+    except OSError:
+        pass
+    code = _compile(source, options, arch)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
+            part.write(code)
+        os.replace(part.name, file)
+    except OSError as problem:
+        if file.parent not in _not_kept:
+            _not_kept.add(file.parent)
+            warnings.warn(
+                f"compiled CUDA kernels can't be kept in {file.parent} ({problem}); every process compiles them anew: "
+                "set STATESCAN_CACHE to a folder that can be written",
+                stacklevel=2,
+            )
+    return code
+
+
+def _allow_shared(function: Any, shared: int) -> None:
+    """Lets a kernel use more than 48 KiB of shared memory a block (cuda-core reads the attribute, it can't set it)."""
+    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+
+    kind = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (code,) = driver.cuKernelSetAttribute(kind, shared, int(function.handle), torch.cuda.current_device())
+    if code != driver.CUresult.CUDA_SUCCESS:
+        raise BackendUnavailableError(f"this GPU does not give a block {shared} bytes of shared memory ({code.name})")
+
+
+# The driver needs a context in every thread that launches. autograd's own thread has none until torch first asks
+# something of the driver there, and memory from torch's cache asks nothing.
+_thread = threading.local()
+
+
+class _AttributeValue(ctypes.Union):
+    """CUlaunchAttributeValue: 64 bytes."""
+
+    _fields_ = (("numbers", ctypes.c_uint * 16),)
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("kind", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", _AttributeValue))
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_COOPERATIVE, _CLUSTER, _PROGRAMMATIC = 2, 4, 6  # CUlaunchAttributeID
+
+
+@functools.cache
+def _launcher() -> Any:
+    """The driver's cuLaunchKernelEx. cuda-core's launch is the same call behind a configuration, a stream and argument
+    holders made anew each time, which cost the host more than the driver does."""
+    library = ctypes.WinDLL("nvcuda.dll") if os.name == "nt" else ctypes.CDLL("libcuda.so.1")
+    launch = library.cuLaunchKernelEx
+    launch.argtypes = (ctypes.c_void_p,) * 4
+    launch.restype = ctypes.c_int
+    return launch
+
+
+def _error_name(code: int) -> str:
+    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+
+    return driver.CUresult(code).name
+
+
+def _stream_handle() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+if hasattr(torch._C, "_cuda_getCurrentRawStream"):
+    # What torch's own compiled code asks: it makes no object.
+    def _stream_handle() -> int:
+        return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+
+
+# What a kernel's parameter is, by what is handed over: 8 bytes each, of which the kernel reads as many as it declares.
+_FORMATS = {int: "q", float: "d", ctypes.c_double: "d", ctypes.c_int32: "i4x", ctypes.c_float: "f4x"}
+
+
+class _Prepared:
+    """A launch's structures, filled anew for each: configuration, arguments, and the pointers to them."""
+
+    def __init__(self, kernel: Kernel, arguments: tuple[Any, ...]) -> None:
+        kinds = (int if a is None or isinstance(a, torch.Tensor) else type(a) for a in arguments)
+        formats = [f"{len(a)}s" if kind is bytes else _FORMATS[kind] for a, kind in zip(arguments, kinds, strict=True)]
+        layout = struct.Struct("=" + "".join(formats))
+        self._values = ctypes.create_string_buffer(max(layout.size, 1))
+        self.fill = functools.partial(layout.pack_into, self._values, 0)
+        sizes = [struct.calcsize("=" + one) for one in formats]
+        places = itertools.accumulate(sizes[:-1], initial=ctypes.addressof(self._values))
+        self._pointers = (ctypes.c_void_p * max(len(arguments), 1))(*(places if arguments else ()))
+        self.pointers = ctypes.addressof(self._pointers)
+        attributes = kernel.attributes
+        self.configuration = _Configuration(
+            1, 1, 1, kernel.threads, 1, 1, kernel.shared, None, attributes, len(attributes)
+        )
+        self.address = ctypes.addressof(self.configuration)
+
+
+class Kernel:
+    """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit,
+    floats as ``ctypes.c_float`` or plain 64-bit, and structures as bytes, of one size in all calls)."""
+
+    def __init__(
+        self,
+        function: Any,
+        threads: int,
+        shared: int,
+        cooperative: bool = False,
+        cluster: int = 1,
+        early: bool = False,
+    ) -> None:
+        self._function = function  # keeps its module loaded
+        self._handle = int(function.handle)
+        self.threads, self.shared, self._cluster = threads, shared, cluster
+        wanted: list[tuple[int, tuple[int, ...]]] = [(_COOPERATIVE, (1,))] if cooperative else []
+        if cluster > 1:
+            wanted.append((_CLUSTER, (cluster, 1, 1)))
+        if early:
+            wanted.append((_PROGRAMMATIC, (1,)))
+        self.attributes = (_Attribute * len(wanted))()
+        for attribute, (kind, numbers) in zip(self.attributes, wanted, strict=True):
+            attribute.kind = kind
+            attribute.value.numbers[: len(numbers)] = numbers
+        self._core = _core()
+        self._launch = _launcher()
+        # Those that no thread is filling: to take one out and to put it back are single steps of the interpreter.
+        self._free: list[_Prepared] = []
+        if shared > 48 * 1024:
+            _allow_shared(function, shared)
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launches on torch's current stream. Tensors are passed by address, None as a null pointer.
+
+        Raises:
+            RuntimeError: the driver refuses; an error of an earlier kernel may show here.
+        """
+        if not getattr(_thread, "has_context", False):
+            self._core.Device(torch.cuda.current_device()).set_current()
+            _thread.has_context = True
+        try:
+            ready = self._free.pop()
+        except IndexError:
+            ready = _Prepared(self, arguments)
+        ready.fill(
+            *[
+                a
+                if (kind := type(a)) is int or kind is float or kind is bytes
+                else a.value
+                if kind is i32 or kind is ctypes.c_float
+                else 0
+                if a is None
+                else a.data_ptr()
+                for a in arguments
+            ]
+        )
+        configuration = ready.configuration
+        configuration.grid_x, configuration.grid_y, configuration.grid_z = grid[0] * self._cluster, grid[1], grid[2]
+        configuration.stream = _stream_handle()
+        code = self._launch(ready.address, self._handle, ready.pointers, None)
+        self._free.append(ready)
+        if code:
+            raise RuntimeError(
+                f"a CUDA kernel could not be launched ({_error_name(code)}; grid {grid}, {self.threads} threads and "
+                f"{self.shared} bytes of shared memory a block); an earlier kernel's error may show here: run with "
+                "CUDA_LAUNCH_BLOCKING=1"
+            )
+
+
+@functools.cache
+def _module(file: str, options: tuple[str, ...], device: int, specific: bool) -> Any:
+    core = _core()
+    core.Device(device).set_current()
+    major, minor = torch.cuda.get_device_capability(device)
+    source = _COMMON.read_text() + Path(file).read_text()
+    return core.ObjectCode.from_cubin(_cached(source, options, f"sm_{major}{minor}{'a' * specific}"))
+
+
+@functools.cache
+def _function(
+    file: str,
+    name: str,
+    options: tuple[str, ...],
+    threads: int,
+    device: int,
+    shared: int,
+    cooperative: bool,
+    cluster: int,
+    early: bool,
+    specific: bool,
+) -> Kernel:
+    function = _module(file, options, device, specific).get_kernel(name)
+    return Kernel(function, threads, shared, cooperative, cluster, early)
+
+
+_kernels: dict[tuple[Any, ...], Kernel] = {}
+
+
+def kernel(
+    file: Path,
+    name: str,
+    options: Mapping[str, int],
+    threads: int,
+    device: int,
+    shared: int = 0,
+    cooperative: bool = False,
+    cluster: int = 1,
+    early: bool = False,
+    specific: bool = False,
+) -> Kernel:
+    """The function `name` of `file`, compiled with the macros `options` for this device; made once a process.
+    `shared`: bytes of dynamic shared memory a block. `cooperative`: all blocks of a launch run at once, or it fails.
+    `cluster`: blocks of a cluster; the grid then counts clusters. `early`: it may begin before the launch in front has
+    ended, for which it waits itself (``griddepcontrol.wait``) before it touches memory; compute capability 9.0.
+    `specific`: it uses instructions of this architecture alone (``sm_90a``).
+
+    Raises:
+        BackendUnavailableError: the compiler refuses it.
+    """
+    # To put the macros into words takes longer than the launch.
+    key = (file, name, threads, device, shared, cooperative, cluster, early, specific, *options.items())
+    found = _kernels.get(key)
+    if found is None:
+        settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
+        found = _function(str(file), name, settings, threads, device, shared, cooperative, cluster, early, specific)
+        _kernels[key] = found
+    return found
