@@ -11,7 +11,7 @@ import typer
 from statescan.cli.reproduce_audio import raw_audio, spoken_digits
 from statescan.cli.reproduce_dna import dna_pretraining, great_apes, microbes
 from statescan.cli.reproduce_language import context_growth, language_scaling
-from statescan.cli.reproducing import chosen_rows, default_device, going_on, print_results
+from statescan.cli.reproducing import Json, Seconds, chosen_rows, default_device, going_on, print_results
 from statescan.cli.terminal import command, emit_json, note, progress, result_console
 from statescan.cli.zero_shot import zero_shot
 
@@ -40,10 +40,6 @@ Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Train each row with 
 Device = Annotated[
     str | None, typer.Option("--device", show_default="cuda where there is one", help="cpu, cuda, cuda:1, ...")
 ]
-Seconds = Annotated[
-    float | None,
-    typer.Option("--seconds", min=0, show_default="no end", help="Leave off training after so many; call again."),
-]
 EvaluateOnly = Annotated[
     bool, typer.Option("--evaluate-only", help="Train nothing: judge the packaged model, or --model.")
 ]
@@ -51,7 +47,6 @@ Model = Annotated[
     Path | None,
     typer.Option("--model", show_default="the packaged one", help="With --evaluate-only: folder of a trained model."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
 
 
 def _judged(examples: int, tokens: int | None) -> Callable[[int], int]:

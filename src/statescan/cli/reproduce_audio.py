@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from statescan.cli.reproducing import chosen_rows, going_on, print_results
+from statescan.cli.reproducing import Json, Overrides, ReportOnly, Seconds, chosen_rows, going_on, print_results
 from statescan.cli.terminal import command, note
 
 __all__ = ["raw_audio", "spoken_digits"]
@@ -16,16 +16,6 @@ Data = Annotated[
     Path,
     typer.Option("--data", help="The Free Spoken Digit Dataset's folder of wav files, or the .npz that --keep wrote."),
 ]
-Seconds = Annotated[
-    float | None,
-    typer.Option("--seconds", min=0, show_default="no end", help="Leave off training after so many; call again."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every run, e.g. train.steps=20."),
-]
-ReportOnly = Annotated[bool, typer.Option("--report", help="Train nothing: write table and figure of what is there.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
 
 
 @command

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from statescan.cli.reproducing import chosen_rows, default_device, going_on, print_results
+from statescan.cli.reproducing import Device, Json, chosen_rows, default_device, going_on, print_results
 from statescan.cli.terminal import command, note
 
 __all__ = ["dna_pretraining", "great_apes", "microbes"]
@@ -16,7 +16,6 @@ Lengths = Annotated[
     list[int] | None, typer.Option("--length", help="Bases of a window; several times for several lengths.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights and order.")]
-Device = Annotated[str | None, typer.Option("--device", show_default="cuda where there is one", help="cpu or cuda.")]
 Seconds = Annotated[
     float | None,
     typer.Option(
@@ -27,7 +26,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every run, e.g. train.epochs=2."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
 
 
 @command

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from statescan.cli.reproducing import chosen_rows, default_device, going_on, print_results
+from statescan.cli.reproducing import (
+    Device,
+    Json,
+    Overrides,
+    ReportOnly,
+    chosen_rows,
+    default_device,
+    going_on,
+    print_results,
+)
 from statescan.cli.terminal import command, emit_json, note
 
 if TYPE_CHECKING:
@@ -23,13 +32,6 @@ Rows = Annotated[
     list[str] | None,
     typer.Option("--row", show_default="all", help="Row of the table; several times for several, or 'all'."),
 ]
-Device = Annotated[str | None, typer.Option("--device", show_default="cuda where there is one", help="cpu or cuda.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every run, e.g. train.steps=20."),
-]
-ReportOnly = Annotated[bool, typer.Option("--report", help="Train nothing: write table and figure of what is there.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
 
 
 @command

@@ -1,17 +1,39 @@
-"""What the commands of ``statescan reproduce`` share: which rows, on which device, interruption, the printed table."""
+"""What the commands of ``statescan reproduce`` share: options, rows, the device, interruption, the printed table."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from statescan.cli.terminal import INTERRUPTED, emit_json, note
 
-__all__ = ["chosen_rows", "default_device", "going_on", "print_results"]
+__all__ = [
+    "Device",
+    "Json",
+    "Overrides",
+    "ReportOnly",
+    "Seconds",
+    "chosen_rows",
+    "default_device",
+    "going_on",
+    "print_results",
+]
+
+Device = Annotated[str | None, typer.Option("--device", show_default="cuda where there is one", help="cpu or cuda.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option("--seconds", min=0, show_default="no end", help="Leave off training after so many; call again."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every run, e.g. train.steps=20."),
+]
+ReportOnly = Annotated[bool, typer.Option("--report", help="Train nothing: write table and figure of what is there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to standard error.")]
 
 
 @contextlib.contextmanager

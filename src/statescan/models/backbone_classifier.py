@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statescan import checkpoint as files
 from statescan.errors import CheckpointError, ConfigError, ShapeError
 from statescan.models.baseline_config import ModelConfig, config_from_dict
 from statescan.models.causal_lm import Backbone, CausalLM
-from statescan.models.classifier import ClassifierOutput
+from statescan.models.classifier import ClassifierOutput, pooled
+from statescan.models.own_folder import load_own_weights, own_config, save_own
 from statescan.nn.reverse_complement import ReverseComplement, strand_pair
 
 __all__ = ["BackboneClassifier", "BackboneClassifierConfig"]
@@ -140,10 +140,10 @@ class BackboneClassifier(nn.Module):
                 )
             pair = strand_pair(lambda ids: self.backbone.embed("BackboneClassifier", ids, None, 2), inputs)
             this, other = ReverseComplement(lambda x: self.backbone.run(x, None, None).hidden)(pair).chunk(2, -1)
-            pooled = (this.mean(1) + other.flip(2).mean(1)) / 2
+            rows = (this.mean(1) + other.flip(2).mean(1)) / 2
         else:
-            pooled = self._pool(self.backbone(inputs, mask=mask).hidden, mask)
-        logits = self.head(self.dropout(pooled)).float()
+            rows = pooled(self.backbone(inputs, mask=mask).hidden, mask, self.config.pooling)
+        logits = self.head(self.dropout(rows)).float()
         if labels is None:
             return ClassifierOutput(logits, None)
         if tuple(labels.shape) != (inputs.shape[0],):
@@ -152,19 +152,9 @@ class BackboneClassifier(nn.Module):
             )
         return ClassifierOutput(logits, F.cross_entropy(logits, labels.long()))
 
-    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return x.mean(1) if self.config.pooling == "mean" else x[:, -1]
-        real = mask.to(x.dtype)
-        if self.config.pooling == "mean":
-            return (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-        last = (real.sum(1).long() - 1).clamp(min=0)
-        return x[torch.arange(x.shape[0], device=x.device), last]
-
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes config.json and the weights into a folder, whole or not at all."""
-        config = {"architecture": _ARCHITECTURE, **self.config.to_dict()}
-        return files.save_folder(folder, config, self.state_dict())
+        return save_own(folder, _ARCHITECTURE, self.config.to_dict(), self)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> BackboneClassifier:
@@ -173,12 +163,6 @@ class BackboneClassifier(nn.Module):
         Raises:
             CheckpointError: the folder is no such model's, or a file in it is missing, cut short or of another shape.
         """
-        fields = files.load_config(folder)
-        if fields.pop("architecture", None) != _ARCHITECTURE:
-            raise CheckpointError(f"{folder}: config.json is not a {_ARCHITECTURE}'s; open it with its own class")
-        model = cls(BackboneClassifierConfig.from_dict(fields))
-        wanted = model.state_dict()
-        model.load_state_dict(
-            files.load_tensors(folder, {name: (tuple(value.shape), value.dtype) for name, value in wanted.items()})
-        )
+        model = cls(BackboneClassifierConfig.from_dict(own_config(folder, _ARCHITECTURE)))
+        load_own_weights(model, folder)
         return model

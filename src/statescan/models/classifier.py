@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statescan import checkpoint as files
-from statescan.errors import CheckpointError, ConfigError, DTypeError, ShapeError
+from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.models.own_folder import load_own_weights, own_config, save_own
 from statescan.nn import GRU, LSTM, MLP, S4, S4D, CausalSelfAttention, DilatedConv, Embedding, Mamba
 from statescan.nn.s4 import joint_kernels
 
@@ -111,6 +111,23 @@ class ClassifierOutput(NamedTuple):
     loss: Tensor | None
 
 
+def pooled(x: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """One vector a row: the mean over its real positions, or the last of them.
+
+    Args:
+        x: (batch, length, features).
+        mask: (batch, length), 1 at real positions. None: all are real.
+        pooling: "mean" or "last".
+    """
+    if mask is None:
+        return x.mean(1) if pooling == "mean" else x[:, -1]
+    if pooling == "mean":
+        real = mask.to(x.dtype)
+        return (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+    last = torch.where(mask != 0, torch.arange(x.shape[1], device=x.device), 0).amax(1)
+    return x[torch.arange(x.shape[0], device=x.device), last]
+
+
 class SequenceClassifier(nn.Module):
     """Encoder, blocks of norm, mixer and residual, a pooled position, a linear head.
 
@@ -175,7 +192,7 @@ class SequenceClassifier(nn.Module):
             x = x + self.dropout(mixer(norm(x), **given[layer]).output)
             if self.config.d_mlp:
                 x = x + self.dropout(self.mlps[layer](self.mlp_norms[layer](x)))
-        return self._pool(self.norm_f(x), mask)
+        return pooled(self.norm_f(x), mask, self.config.pooling)
 
     def _encode(self, inputs: Tensor) -> Tensor:
         if self.encoder is not None:
@@ -199,20 +216,9 @@ class SequenceClassifier(nn.Module):
         weight = self.embedding.weight
         return F.linear((inputs.unsqueeze(-1) == ids).to(weight.dtype), weight.T)
 
-    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return x.mean(1) if self.config.pooling == "mean" else x[:, -1]
-        real = mask.to(x.dtype)
-        if self.config.pooling == "mean":
-            return (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-        places = torch.arange(x.shape[1], device=x.device)
-        last = torch.where(mask != 0, places, 0).amax(1)
-        return x[torch.arange(x.shape[0], device=x.device), last]
-
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes config.json and the weights into a folder, whole or not at all."""
-        config = {"architecture": _ARCHITECTURE, **self.config.to_dict()}
-        return files.save_folder(folder, config, self.state_dict())
+        return save_own(folder, _ARCHITECTURE, self.config.to_dict(), self)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> SequenceClassifier:
@@ -221,12 +227,6 @@ class SequenceClassifier(nn.Module):
         Raises:
             CheckpointError: the folder is no such model's, or a file in it is missing, cut short or of another shape.
         """
-        fields = files.load_config(folder)
-        if fields.pop("architecture", None) != _ARCHITECTURE:
-            raise CheckpointError(f"{folder}: config.json is not a {_ARCHITECTURE}'s; open it with its own class")
-        model = cls(ClassifierConfig.from_dict(fields))
-        wanted = model.state_dict()
-        model.load_state_dict(
-            files.load_tensors(folder, {name: (tuple(value.shape), value.dtype) for name, value in wanted.items()})
-        )
+        model = cls(ClassifierConfig.from_dict(own_config(folder, _ARCHITECTURE)))
+        load_own_weights(model, folder)
         return model

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statescan import checkpoint as files
-from statescan.errors import CheckpointError, ConfigError, DTypeError, ShapeError
+from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.models.own_folder import load_own_weights, own_config, save_own
 from statescan.nn import GRU, LSTM, MLP, S4, S4D, CausalSelfAttention, DilatedConv, Embedding, Mamba
 from statescan.nn.s4 import joint_kernels
 
@@ -384,8 +384,7 @@ class WaveformModel(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes config.json and the weights into a folder, whole or not at all."""
-        config = {"architecture": _ARCHITECTURE, **self.config.to_dict()}
-        return files.save_folder(folder, config, self.state_dict())
+        return save_own(folder, _ARCHITECTURE, self.config.to_dict(), self)
 
     @classmethod
     def from_pretrained(
@@ -396,12 +395,6 @@ class WaveformModel(nn.Module):
         Raises:
             CheckpointError: the folder is no such model's, or a file in it is missing, cut short or of another shape.
         """
-        fields = files.load_config(folder)
-        if fields.pop("architecture", None) != _ARCHITECTURE:
-            raise CheckpointError(f"{folder}: config.json is not a {_ARCHITECTURE}'s; open it with its own class")
-        model = cls(WaveformConfig.from_dict(fields))
-        wanted = model.state_dict()
-        model.load_state_dict(
-            files.load_tensors(folder, {name: (tuple(value.shape), value.dtype) for name, value in wanted.items()})
-        )
+        model = cls(WaveformConfig.from_dict(own_config(folder, _ARCHITECTURE)))
+        load_own_weights(model, folder)
         return model.to(device)

@@ -28,7 +28,7 @@ from statescan.models.backbone_classifier import BackboneClassifier, BackboneCla
 from statescan.nn.reverse_complement import complement_ids
 from statescan.train.capture import CapturedStep
 from statescan.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
-from statescan.train.config import TrainConfig
+from statescan.train.config import TrainConfig, check_as_train_config
 from statescan.train.logs import CsvLog, Progress
 from statescan.train.loop import RUN_FILE, Interruption, check_folder
 from statescan.train.optim import learning_rate, parameter_groups
@@ -109,9 +109,7 @@ class ClassifyConfig:
         for name in ("epochs", "multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: train.{name}: wanted >= 1, got {getattr(self, name)}")
-        # The fields that both have are checked by the other one.
-        shared = {entry.name for entry in dataclasses.fields(TrainConfig)}
-        TrainConfig(**{e.name: getattr(self, e.name) for e in dataclasses.fields(self) if e.name in shared})
+        check_as_train_config(self)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from statescan.errors import ConfigError
 from statescan.models import MambaConfig, ModelConfig
 from statescan.models.baseline_config import FAMILIES
 
-__all__ = ["DataConfig", "RunConfig", "TrainConfig", "apply_overrides", "build_config"]
+__all__ = ["DataConfig", "RunConfig", "TrainConfig", "apply_overrides", "build_config", "check_as_train_config"]
 
 Config = TypeVar("Config")
 
@@ -233,6 +233,16 @@ class RunConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"config: wanted a JSON object in '{source}', got {type(values).__name__}")
         return cls.from_dict(values.get("config", values))
+
+
+def check_as_train_config(config: Any) -> None:
+    """Checks the fields of another training's configuration that `TrainConfig` has too, as those of one.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+    shared = {entry.name for entry in dataclasses.fields(TrainConfig)}
+    TrainConfig(**{e.name: getattr(config, e.name) for e in dataclasses.fields(config) if e.name in shared})
 
 
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:

@@ -28,7 +28,7 @@ from statescan.models.waveform import WaveformConfig, WaveformModel
 from statescan.train.capture import CapturedStep
 from statescan.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from statescan.train.classify import pick_device
-from statescan.train.config import TrainConfig, build_config
+from statescan.train.config import TrainConfig, build_config, check_as_train_config
 from statescan.train.logs import CsvLog, Progress
 from statescan.train.loop import RUN_FILE, Interruption, check_folder
 from statescan.train.optim import learning_rate, parameter_groups
@@ -105,9 +105,7 @@ class WaveformTraining:
         for name, least in (("window", 2), ("evaluate_windows", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"config: train.{name}: wanted >= {least}, got {getattr(self, name)}")
-        # The fields that both have are checked by the other one.
-        shared = {entry.name for entry in dataclasses.fields(TrainConfig)}
-        TrainConfig(**{e.name: getattr(self, e.name) for e in dataclasses.fields(self) if e.name in shared})
+        check_as_train_config(self)
 
 
 class HeldOut(NamedTuple):
