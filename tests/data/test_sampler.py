@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from statescan.data import LaneSampler, PackedSampler, WindowSampler, permute
+from statescan.data import LaneSampler, MixedLengthSampler, PackedSampler, WindowSampler, permute
 from statescan.errors import ConfigError, DataError
 
 
@@ -237,3 +237,60 @@ def test_ranks_share_lanes_and_a_saved_place_goes_on():
         LaneSampler(ids, 100, 6, seed=1)
     with pytest.raises(ConfigError, match="length and rows >= 1"):
         LaneSampler(ids, 9, 0, seed=1)
+
+
+def test_mixed_lengths_predict_an_id_once_an_epoch_and_each_length_as_many():
+    count, length, rows = 1700, 16, 3
+    sampler = MixedLengthSampler(np.arange(count, dtype=np.uint16), length, 4, rows, seed=3)
+    assert sampler.lengths == [4, 8, 16]
+    updates = sampler.windows_per_epoch // rows
+    assert updates == ((count - 1) // length - 1) // rows == 35
+    epochs, orders = [], []
+    for _ in range(3):
+        batches = [sampler.next_batch(rows) for _ in range(updates)]
+        assert all(batch.shape == (rows * length // (batch.shape[1] - 1), batch.shape[1]) for batch in batches)
+        assert all((np.diff(batch) == 1).all() for batch in batches), "a window is a piece of the text"
+        targets = np.concatenate([batch[:, 1:].ravel() for batch in batches])
+        assert len(set(targets.tolist())) == targets.size == updates * rows * length
+        orders.append([len(batch[0]) - 1 for batch in batches])
+        shares = [orders[-1].count(size) for size in sampler.lengths]
+        assert sum(shares) == updates
+        assert max(shares) - min(shares) <= 1
+        epochs.append(batches)
+    assert sampler.epoch == 3
+    assert orders[0] != orders[1], "each epoch has an order of its own"
+    assert orders[0] != sorted(orders[0])
+    # Short windows of a batch are from all over the text, not the pieces of a few long ones.
+    firsts = [batch[:, 0] for batch in epochs[0] if batch.shape[1] == 5]
+    assert np.mean([np.isin(first + 4, first).mean() for first in firsts]) < 0.25
+    assert np.median([np.ptp(first) for first in firsts]) > count / 2
+    starts = [{int(row[0]) for batch in batches for row in batch if len(row) == 5} for batches in epochs]
+    assert len(starts[0] & starts[1]) < len(starts[0]) / 2
+
+
+def test_ranks_share_mixed_lengths_and_a_saved_place_goes_on():
+    ids = np.arange(500)
+    one = MixedLengthSampler(ids, 8, 2, 4, seed=1)
+    halves = [MixedLengthSampler(ids, 8, 2, 4, seed=1, rank=rank, world=2) for rank in range(2)]
+    for _ in range(20):
+        again = MixedLengthSampler(ids, 8, 2, 4, seed=1)
+        again.load_state_dict(one.state_dict())
+        whole = one.next_batch(4)
+        assert (np.concatenate([half.next_batch(2) for half in halves]) == whole).all()
+        assert (again.next_batch(4) == whole).all()
+    other = MixedLengthSampler(ids, 8, 2, 4, seed=2)
+    other.position = one.position
+    assert not np.array_equal(other.next_batch(4), one.next_batch(4))
+    with pytest.raises(DataError, match="saved with shortest_length = 4, got 2"):
+        MixedLengthSampler(ids, 8, 4, 4, seed=1).load_state_dict(one.state_dict())
+    with pytest.raises(DataError, match="saved with rows = 3, got 4"):
+        MixedLengthSampler(ids, 8, 2, 3, seed=1).load_state_dict(one.state_dict())
+    with pytest.raises(DataError, match="saved with shortest_length = None"):
+        WindowSampler(ids, 8, seed=1).load_state_dict(one.state_dict())
+    with pytest.raises(ConfigError, match="wanted batches of 4 / 1 windows, got 2"):
+        one.next_batch(2)
+    for shortest, rows in ((3, 4), (0, 4), (16, 4), (2, 0)):
+        with pytest.raises(ConfigError, match=rf"doubles up to length = 8, got {rows} and {shortest}; e.g. 2"):
+            MixedLengthSampler(ids, 8, shortest, rows, seed=1)
+    with pytest.raises(DataError, match=r"of 25 x 8 ids for each of the lengths \[2, 4, 8\], got 500 ids"):
+        MixedLengthSampler(ids, 8, 2, 25, seed=1)

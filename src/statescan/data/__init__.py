@@ -5,7 +5,14 @@ from statescan.data.augment import VaryWaveforms
 from statescan.data.dna import Genome, GenomeSampler, Region, read_bed, reverse_complement, split_regions
 from statescan.data.listops import LISTOPS_VOCABULARY, ListOpsExample, listops, solve_listops
 from statescan.data.recordings import Recordings, load_recordings, read_recordings
-from statescan.data.sampler import LaneSampler, PackedSampler, PackedWindows, WindowSampler, permute
+from statescan.data.sampler import (
+    LaneSampler,
+    MixedLengthSampler,
+    PackedSampler,
+    PackedWindows,
+    WindowSampler,
+    permute,
+)
 from statescan.data.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying, SyntheticBatch, SyntheticTask
 from statescan.data.text import Chunk, Document, Source, find_sources, packaged_corpus, read_chunks, read_texts
 from statescan.data.tokenizer import (
@@ -32,6 +39,7 @@ __all__ = [
     "JsonTokenizer",
     "LaneSampler",
     "ListOpsExample",
+    "MixedLengthSampler",
     "PackedSampler",
     "PackedWindows",
     "Recordings",

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from statescan.errors import ConfigError, DataError
 
-__all__ = ["LaneSampler", "PackedSampler", "PackedWindows", "WindowSampler", "permute"]
+__all__ = ["LaneSampler", "MixedLengthSampler", "PackedSampler", "PackedWindows", "WindowSampler", "permute"]
 
 _ROUNDS = 6
 _PHASE_SEED = 0x5EED
+_DEAL_SEED = _PHASE_SEED << 16
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -147,6 +148,106 @@ class WindowSampler:
 
         Raises:
             DataError: the state counts windows of another length, seed or corpus.
+        """
+        check_state(self.state_dict(), state)
+        self.position = state["position"]
+
+
+class MixedLengthSampler:
+    """Batches of windows of several lengths: each batch of one of them, all batches of as many ids.
+
+    The lengths are `length` and its halves down to `shortest`. The text is cut into the windows of `length` that
+    `WindowSampler` has; every epoch deals them out to its batches, and the batches to the lengths in equal shares and
+    an order of their own. What belongs to a length is cut into windows of it, which come shuffled. So an epoch predicts
+    an id once, whatever window it lies in (but for what doesn't fill a batch), every length gets as many of them, and a
+    batch of short windows is drawn from as much text as its length has.
+
+    The state is one number, how many windows of `length` all ranks together have drawn the ids of.
+
+    Args:
+        tokens: (ids,) unsigned integers, memory-mapped or not.
+        length: inputs of the longest windows.
+        shortest: inputs of the shortest, `length` divided by a power of two.
+        rows: windows of `length` that hold as many ids as a batch, of all ranks together.
+        seed: picks the orders and the phases.
+        rank: this process, in [0, world).
+        world: how many processes draw from the same order; each takes an equal, disjoint part of every batch.
+
+    Raises:
+        ConfigError: lengths that don't double into each other, or rows below 1.
+        DataError: an epoch has fewer batches than there are lengths.
+
+    Source: a length for each update, with as many tokens, as in Pouransari et al. (2024), arXiv:2405.13226, whose
+    windows of a length are whole documents' parts.
+    """
+
+    def __init__(
+        self, tokens: NDArray[Any], length: int, shortest: int, rows: int, seed: int, *, rank: int = 0, world: int = 1
+    ) -> None:
+        doublings = max(0, (length // max(1, shortest)).bit_length() - 1)
+        if shortest < 1 or shortest << doublings != length or rows < 1:
+            raise ConfigError(
+                f"sampler: wanted rows >= 1 and a shortest length that doubles up to length = {length}, got {rows} and "
+                f"{shortest}; e.g. {max(1, length // 4)}"
+            )
+        self._windows = WindowSampler(tokens, length, seed)
+        self.lengths = [shortest << number for number in range(doublings + 1)]
+        self._batches = self._windows.windows_per_epoch // rows
+        if self._batches < len(self.lengths):
+            raise DataError(
+                f"sampler: wanted a batch of {rows} x {length} ids for each of the lengths {self.lengths}, got "
+                f"{len(tokens)} ids; take a longer text or a smaller train.length"
+            )
+        self.rows, self.seed, self.rank, self.world, self.position = rows, seed, rank, world, 0
+        self.windows_per_epoch = self._batches * rows
+
+    @property
+    def epoch(self) -> float:
+        """How many times the corpus has been gone through."""
+        return self.position / self.windows_per_epoch
+
+    def next_batch(self, batch_size: int) -> NDArray[np.int64]:
+        """The next windows of this rank.
+
+        Args:
+            batch_size: windows of `length` that hold as many ids; times `world` it must be `rows`.
+
+        Returns:
+            (batch_size k, length / k + 1) int64, with k a power of two.
+
+        Raises:
+            ConfigError: another number of rows.
+        """
+        if batch_size * self.world != self.rows:
+            raise ConfigError(f"sampler: wanted batches of {self.rows} / {self.world} windows, got {batch_size}")
+        epoch, number = divmod(self.position // self.rows, self._batches)
+        dealt = int(permute(np.array([number]), self._batches, self.seed ^ _DEAL_SEED, epoch)[0])
+        which = dealt * len(self.lengths) // self._batches
+        # The batches of a length lie side by side among those that are dealt.
+        first, last = (-(-one * self._batches // len(self.lengths)) for one in (which, which + 1))
+        window = self.lengths[which]
+        parts = self._windows.length // window
+        each = batch_size * parts
+        place = ((dealt - first) * self.world + self.rank) * each + np.arange(each, dtype=np.int64)
+        place = permute(place, (last - first) * self.rows * parts, self.seed ^ window, epoch)
+        whole = epoch * self._windows.windows_per_epoch + first * self.rows + place // parts
+        starts = self._windows.starts(whole) + place % parts * window
+        self.position += self.rows
+        return np.stack([self._windows.tokens[start : start + window + 1] for start in starts]).astype(np.int64)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and what it counts in."""
+        return self._windows.state_dict() | {
+            "position": self.position,
+            "shortest_length": self.lengths[0],
+            "rows": self.rows,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            DataError: the state counts windows of other lengths, seed or corpus, or other batches.
         """
         check_state(self.state_dict(), state)
         self.position = state["position"]

@@ -129,7 +129,9 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: list[int] = []
         self._warm = 0
-        self._beside = beside
+        # Those whose graphs never run at the same time.
+        self._group: weakref.WeakSet[CapturedStep] = weakref.WeakSet() if beside is None else beside._group
+        self._group.add(self)
         self._stream = None
         if self.captures:
             # Graphs share memory where they were captured on one stream.
@@ -298,8 +300,8 @@ class CapturedStep:
 
     def _capture(self, batch: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        other = None if self._beside is None else self._beside._graph
-        pool = None if other is None else other.pool()
+        others = (step._graph for step in self._group)
+        pool = next((other.pool() for other in others if other is not None), None)
         for generator in self._generators:
             graph.register_generator_state(generator)
         self._optimizer.zero_grad(set_to_none=True)

@@ -77,6 +77,10 @@ class TrainConfig:
         first_length: of DNA, length warm-up: ids of the first updates' windows, `length` divided by a power of two, and
             as many more windows as make up for it; 0 for none.
         stage_steps: of the length warm-up, updates after which the length doubles.
+        shortest_length: mixed lengths: every update's windows are of `length` or one of its halves down to this,
+            `length` divided by a power of two, and as many more of them as make up for it; each length has an equal
+            share of the updates. 0: all windows are of `length`. Not with `data.packing`, DNA, or carried or drawn
+            states.
         accumulate: passes whose gradients make one update; batch_size must divide by it times the devices.
         lr: peak learning rate.
         min_lr: learning rate at the end of the cosine; `lr` itself keeps it constant.
@@ -118,6 +122,7 @@ class TrainConfig:
     length: int = 512
     first_length: int = 0
     stage_steps: int = 0
+    shortest_length: int = 0
     accumulate: int = 1
     lr: float = 3e-3
     min_lr: float = 1e-5
@@ -152,7 +157,7 @@ class TrainConfig:
             _check(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
         for name in ("warmup", "evaluate_every", "evaluate_tokens", "checkpoint_every", "threads", "lora"):
             _check(getattr(self, name) >= 0, f"train.{name}", ">= 0", getattr(self, name))
-        for name in ("first_length", "stage_steps"):
+        for name in ("first_length", "stage_steps", "shortest_length"):
             _check(getattr(self, name) >= 0, f"train.{name}", ">= 0", getattr(self, name))
         for name in ("min_lr", "weight_decay", "eps", "clip"):
             _check(0 <= getattr(self, name) < float("inf"), f"train.{name}", ">= 0 and finite", getattr(self, name))
@@ -170,6 +175,19 @@ class TrainConfig:
             "train.stage_steps",
             "> 0 just where train.first_length is",
             self.stage_steps,
+        )
+        shorter, rest = divmod(self.length, self.shortest_length or self.length)
+        _check(
+            not rest and shorter > 0 and shorter & (shorter - 1) == 0,
+            "train.shortest_length",
+            f"train.length = {self.length} divided by a power of two",
+            self.shortest_length,
+        )
+        _check(
+            not self.shortest_length or self.initial_state == "zero",
+            "train.shortest_length",
+            f"0 with train.initial_state={self.initial_state}",
+            self.shortest_length,
         )
         _check(not self.lora or self.strategy != "fsdp", "train.lora", "0 with train.strategy=fsdp", self.lora)
         _check(self.max_nonfinite >= 1, "train.max_nonfinite", ">= 1", self.max_nonfinite)

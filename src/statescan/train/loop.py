@@ -32,6 +32,7 @@ from statescan.data import (
     Genome,
     GenomeSampler,
     LaneSampler,
+    MixedLengthSampler,
     PackedSampler,
     TokenFile,
     Tokenizer,
@@ -68,7 +69,7 @@ RUN_FILE = "run.json"
 _LOG_COLUMNS = ("step", "epoch", "tokens", "loss", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "tokens", "bits_per_byte")
 # What a resumed run must share with the one it goes on from: the rest may change, and is named when it does.
-_FIXED = ("seed", "batch_size", "length", "initial_state", "lora")
+_FIXED = ("seed", "batch_size", "length", "shortest_length", "initial_state", "lora")
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,10 @@ def read_genome(run: RunConfig) -> _Corpus:
         raise ConfigError(f"train: wanted {name} with data.modality=dna, whose windows lie within records")
     if config.first_length and config.initial_state != "zero":
         raise ConfigError("train: wanted train.first_length=0 with train.initial_state=noise; leave one of them out")
+    if config.shortest_length:
+        raise ConfigError(
+            "train: wanted train.shortest_length=0 with data.modality=dna; train.first_length warms the length up"
+        )
     tokenizer = DnaTokenizer(data.soft_masked, data.gaps)
     genome = Genome(data.paths, tokenizer, cache=data.cache)
     held_out = genome
@@ -327,11 +332,18 @@ def _read_corpus(run: RunConfig) -> _Corpus:
             f"train: wanted data.packing=false with train.initial_state={run.train.initial_state}, got true; a packed "
             "window starts in the middle of documents of its own"
         )
+    if run.train.shortest_length and data.packing:
+        raise ConfigError(
+            "train: wanted data.packing=false with train.shortest_length, got true; packed documents have lengths of "
+            "their own"
+        )
     # Before any process is launched: they say where the text is too short.
     if data.packing:
         PackedSampler(train_ids, documents, length, run.train.seed)
     elif run.train.initial_state == "carry":
         LaneSampler(train_ids, length, run.train.batch_size, run.train.seed)
+    elif run.train.shortest_length:
+        MixedLengthSampler(train_ids, length, run.train.shortest_length, run.train.batch_size, run.train.seed)
     elif len(train_ids) < length + 1:
         raise DataError(
             f"train: wanted a training text of at least train.length + 1 = {length + 1} ids, got {len(train_ids)}; "
@@ -539,13 +551,17 @@ class _Trainer:
             "rank": fabric.global_rank,
             "world": fabric.world_size,
         }
-        self.sampler: WindowSampler | PackedSampler | LaneSampler | GenomeSampler
+        self.sampler: WindowSampler | MixedLengthSampler | PackedSampler | LaneSampler | GenomeSampler
         if corpus.spans is not None:
             self.sampler = _genome_sampler(run, corpus.train, corpus.spans, order["rank"], order["world"])
         elif run.data.packing:
             self.sampler = PackedSampler(corpus.train, corpus.documents, **order)
         elif self.config.initial_state == "carry":
             self.sampler = LaneSampler(corpus.train, rows=self.config.batch_size, **order)
+        elif self.config.shortest_length:
+            self.sampler = MixedLengthSampler(
+                corpus.train, shortest=self.config.shortest_length, rows=self.config.batch_size, **order
+            )
         else:
             self.sampler = WindowSampler(corpus.train, **order)
         self.device = fabric.device
@@ -759,8 +775,8 @@ class _Trainer:
             batch = [inputs, targets, np.stack(offsets)]
         else:
             batch = [self.sampler.next_batch(config.batch_size)]
-            # In a length warm-up a graph for each length; another key than any room for offsets.
-            room = -batch[0].shape[1] if config.first_length else 0
+            # Where lengths change a graph for each; another key than any room for offsets.
+            room = -batch[0].shape[1] if config.first_length or config.shortest_length else 0
         step = self._captured_for(room)
         step.set_lr(learning_rate(self.done, config))
         loss = step.step(*(self._pinned(array) for array in batch))
@@ -839,9 +855,12 @@ class _Trainer:
             )
 
     def _utilization(self, tokens_per_second: float) -> float | None:
-        config = self.config
+        config, length = self.config, self.config.length
+        if isinstance(self.sampler, MixedLengthSampler):
+            # As many ids are read at each.
+            length = sum(self.sampler.lengths) // len(self.sampler.lengths)
         return utilization(
-            self.model_config, config.length, tokens_per_second, self.device, config.precision, self.fabric.world_size
+            self.model_config, length, tokens_per_second, self.device, config.precision, self.fabric.world_size
         )
 
     def _evaluate(self) -> None:
