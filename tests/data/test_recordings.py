@@ -112,6 +112,50 @@ def test_files_that_hold_none(tmp_path):
             load_recordings(tmp_path / name)
 
 
+GOOD: dict[str, object] = {
+    "codes": np.full(5, 9, np.uint8),
+    "offsets": np.array([0, 2, 5]),
+    "names": np.array(["a", "b"]),
+    "labels": np.array([0, 1], np.uint8),
+    "classes": np.array(["x", "y"]),
+    "sample_rate": 8000,
+    "quantization": "mu-law",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("codes", np.full(5, 9), "must hold codes as uint8 with 1 axes, got int64"),
+        ("codes", np.full((5, 1), 9, np.uint8), r"must hold codes as uint8 with 1 axes, got uint8 \(5, 1\)"),
+        ("offsets", np.array([0.0, 2, 5]), "must hold offsets as integers"),
+        ("offsets", np.array([0, 4, 2]), "offsets must rise from 0 to the 5 codes"),
+        ("names", np.array([1, 2]), "must hold names as text"),
+        ("names", np.array(["a"]), "one more than the 1 names"),
+        ("labels", np.array([0.0, 1.0]), "must hold labels as uint8"),
+        ("labels", np.array([0, 2], np.uint8), "below the 2 classes"),
+        ("sample_rate", np.array([8000]), "must hold sample_rate as integers with 0 axes"),
+        ("sample_rate", 8000.5, "must hold sample_rate as integers"),
+        ("sample_rate", -8000, "wanted a sample_rate of at least 1"),
+        ("quantization", "a-law", "got 8000 and 'a-law'"),
+    ],
+)
+def test_arrays_that_are_not_as_saved(tmp_path, name, value, words):
+    path = tmp_path / "a.npz"
+    np.savez(path, **GOOD)
+    assert load_recordings(path).names == ("a", "b")
+    np.savez(path, **{**GOOD, name: value})
+    with pytest.raises(DataError, match=words) as caught:
+        load_recordings(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_kept_file_of_another_rate(tmp_path):
+    np.savez(tmp_path / "a.npz", **GOOD)
+    with pytest.raises(DataError, match="must hold sound at 16000 Hz, got 8000 Hz"):
+        read_recordings([tmp_path / "a.npz"], sample_rate=16000)
+
+
 def made_of(lengths, labels=None) -> Recordings:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     codes = np.random.default_rng(1).integers(0, 256, offsets[-1]).astype(np.uint8)
@@ -196,9 +240,22 @@ def rows(batch: int = 4, length: int = 400, real: int = 300) -> tuple[torch.Tens
 def test_no_variation_changes_nothing():
     codes, lengths = rows()
     values, after = VaryWaveforms(gain=0, speed=0, shift=0, noise=0, flip=False)(codes, lengths)
-    torch.testing.assert_close(values, codes.float(), atol=0.51, rtol=0)
+    torch.testing.assert_close(values, codes.float(), atol=0, rtol=0)
     assert after.tolist() == lengths.tolist()
     assert (values[:, 300:] == SILENCE).all()
+
+
+def test_no_variation_moves_the_mean():
+    # Noise too quiet to leave the two levels beside 0, between which it has its mean.
+    codes = torch.from_numpy(np.random.default_rng(0).integers(127, 129, (64, 4000)).astype(np.uint8))
+    lengths = torch.full((64,), 4000)
+    torch.manual_seed(0)
+    for vary in (VaryWaveforms(gain=0, speed=0, shift=0, noise=0), VaryWaveforms(gain=20, speed=0, shift=0, noise=0.5)):
+        values, _ = vary(codes, lengths)
+        assert (values == values.round()).all(), "codes, as recordings hold"
+        # 4,000 draws of half a level's deviation or, louder, of some.
+        spread = values.std(1) / 4000**0.5
+        assert ((values.mean(1) - 127.5).abs() < 5 * spread).all()
 
 
 def test_each_variation_is_what_it_says():
@@ -220,10 +277,11 @@ def test_each_variation_is_what_it_says():
         assert (row[length:] == SILENCE).all()
         if lead > 0:
             assert (row[:lead] == SILENCE).all()
-            torch.testing.assert_close(row[lead:length], codes[0, :300].float(), atol=0.51, rtol=0)
+            torch.testing.assert_close(row[lead:length], codes[0, :300].float(), atol=0, rtol=0)
     flipped, _ = VaryWaveforms(gain=0, speed=0, shift=0, noise=0)(codes, lengths)
-    turned = ((flipped[:, :300] - SILENCE) * (codes[:, :300].float() - SILENCE)).sum(1) < 0
+    turned = (flipped[:, :300] == 255 - codes[:, :300].float()).all(1)
     assert 10 < int(turned.sum()) < 54
+    assert ((flipped == codes).all(1) | turned).all()
     noisy, _ = VaryWaveforms(gain=0, speed=0, shift=0, noise=0.5, flip=False)(codes, lengths)
     assert (noisy[:, 300:] == SILENCE).all()
     assert (noisy[:, :300] - codes[:, :300]).abs().mean() > 1
@@ -237,7 +295,7 @@ def test_a_row_never_outgrows_its_batch():
     assert int(after.max()) == 300
     assert torch.isfinite(values).all()
     assert float(values.min()) >= 0
-    assert float(values.max()) <= 255.5
+    assert float(values.max()) <= 255
 
 
 def test_variations_out_of_range():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,8 @@ from typer.testing import CliRunner
 
 from statescan.cli.app import app
 from statescan.data.audio import dequantize, quantize, write_audio
-from statescan.data.recordings import Recordings, load_recordings
+from statescan.data.augment import VaryWaveforms
+from statescan.data.recordings import SILENCE, Recordings, load_recordings
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.recipes import raw_audio, spoken_digits
 from statescan.recipes.spoken_digits import digit_parts, digit_run, read_digits, speaker_and_take
@@ -20,19 +22,20 @@ def digit(number: int, speaker: int, take: int) -> np.ndarray:
     """A tone whose pitch says the digit: what even a tiny model hears."""
     rng = np.random.default_rng([number, speaker, take])
     time = np.arange(160 + 8 * take)
-    return 0.2 * np.sin(time * 0.08 * (number + 1) + speaker) + 0.01 * rng.normal(size=len(time))
+    wave = 0.2 * np.sin(time * 0.08 * (number + 1) + speaker) + 0.01 * rng.normal(size=len(time))
+    return wave / np.abs(wave).max()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
+def digits(shift: int = 0) -> Recordings:
+    """Recordings as `read_digits` wants them, others with another shift."""
     parts, names, labels = [], [], []
     for number in range(10):
         for speaker, name in enumerate(("ann", "bob")):
             for take in (0, 1, 5, 7, 8, 9, 10):
-                parts.append(quantize(digit(number, speaker, take)))
+                parts.append(quantize(digit(number, speaker + shift, take)))
                 names.append(f"{number}_{name}_{take}.wav")
                 labels.append(number)
-    made = Recordings(
+    return Recordings(
         np.concatenate(parts),
         np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
         tuple(names),
@@ -40,8 +43,12 @@ def data(tmp_path_factory) -> str:
         labels=np.array(labels, np.uint8),
         classes=tuple("0123456789"),
     )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("digits") / "digits.npz"
-    made.save(path)
+    digits().save(path)
     return str(path)
 
 
@@ -82,6 +89,32 @@ def test_a_folder_is_read_as_the_file(data, tmp_path):
     for name in ("7_ann.wav", "7_ann_x.wav"):
         with pytest.raises(DataError, match="names must be"):
             speaker_and_take(name)
+
+
+def test_a_file_of_other_recordings_is_refused(tmp_path):
+    good = digits()
+    path = tmp_path / "digits.npz"
+    wrong = (
+        ({"sample_rate": 16000}, "must hold sound at 8000 Hz, got 16000"),
+        ({"quantization": "linear"}, "must hold mu-law's levels"),
+        ({"labels": good.labels[::-1].copy()}, "must hold the labels that its names tell"),
+        ({"labels": None}, "must hold the labels that its names tell"),
+        ({"classes": tuple("abcdefghij")}, "got labels a, b, c"),
+        ({"names": (good.names[1], *good.names[1:])}, "got a name twice"),
+        ({"names": ("zero.wav", *good.names[1:])}, "names must be digit_speaker_take"),
+        ({"codes": np.clip(good.codes, 9, 246)}, "scaled to a loudest sample of 1"),
+    )
+    good.save(path)
+    assert read_digits(path).digest == good.digest
+    for change, words in wrong:
+        dataclasses.replace(good, **change).save(path)
+        with pytest.raises(DataError, match=words):
+            read_digits(path)
+    # Silence can't be scaled.
+    codes = good.codes.copy()
+    codes[: good.offsets[1]] = SILENCE
+    dataclasses.replace(good, codes=codes).save(path)
+    assert len(read_digits(path)) == 140
 
 
 def test_rows_that_are_none():
@@ -125,6 +158,11 @@ def test_digits_are_learnt_resumed_and_tabled(data, tmp_path):
     table = (tmp_path / "results.md").read_text()
     assert "| S4D | 1 | official |" in table
     assert "| Mamba | 1 | speaker bob |" in table
+    digits(7).save(tmp_path / "other.npz")
+    with pytest.raises(CheckpointError, match=r"with other data \(train.digest = "):
+        spoken_digits.spoken_digits(tmp_path, tmp_path / "other.npz", **options)
+    with pytest.raises(CheckpointError, match=r"with other data \(vary.gain = 1.0, wanted 0.0\)"):
+        spoken_digits.spoken_digits(tmp_path, data, vary=VaryWaveforms(gain=0.0), **options)
     facts = tmp_path / "mamba-bob" / "run.json"
     facts.write_text(facts.read_text().replace('"finished"', '"interrupted"'))
     other = {**options, "overrides": [*CLASSIFIER, "model.d_model=4"]}
@@ -143,9 +181,26 @@ def test_music_is_learnt_by_time(data, tmp_path):
     results = raw_audio.raw_audio(tmp_path, data, **options)
     assert [run["task"] for run in results["runs"]] == ["music"]
     assert "last twentieth of each track" in (tmp_path / "results.md").read_text()
+    scores = tmp_path / "conv" / "scores.json"
+    stamp = scores.stat().st_mtime_ns
     raw_audio.raw_audio(tmp_path, data, **options)
-    with pytest.raises(CheckpointError, match="other settings"):
+    assert scores.stat().st_mtime_ns == stamp
+    held = results["runs"][0]["scores"]
+    # The last twentieth of recordings of 160 to 240 samples: all of it, and what has at least 8 samples before it.
+    assert held["all"]["samples"] == len(parts[2].codes)
+    assert held["8"]["samples"] == int((parts[2].lengths - 8).clip(0).sum())
+    assert list(held) == ["all", "8"]
+    # Judged anew where something else is asked for, or the file is of an older form.
+    raw_audio.raw_audio(tmp_path, data, **{**options, "contexts": (0, 4)})
+    assert list(json.loads(scores.read_text())["scores"]) == ["all", "0", "4"]
+    scores.write_text(json.dumps({"8": {"bits": 1.0, "samples": 2}}))
+    assert raw_audio.report(tmp_path)["runs"][0]["scores"] == {}
+    assert raw_audio.raw_audio(tmp_path, data, **options)["runs"][0]["scores"] == held
+    with pytest.raises(CheckpointError, match=r"with other settings \(train.steps = 2, wanted 3\)"):
         raw_audio.raw_audio(tmp_path, data, **{**options, "overrides": [*WAVEFORM, "train.steps=3"]})
+    digits(7).save(tmp_path / "other.npz")
+    with pytest.raises(CheckpointError, match=r"with other data \(train.digest = "):
+        raw_audio.raw_audio(tmp_path, tmp_path / "other.npz", **options)
 
 
 def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
@@ -160,15 +215,18 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     runs = json.loads(result.stdout)["runs"]
     assert [run["row"] for run in runs] == ["s4d-mamba", "conditional"]
     assert 5 < runs[0]["scores"]["64"]["bits"] < 10
-    digits = tmp_path / "digits"
+    # The conditioned model has learnt 64 samples from where a recording begins on, and is judged on them.
+    assert runs[1]["scores"]["all"]["samples"] == 40 * 64
+    assert list(runs[1]["scores"]) == ["all", "16"]
+    folder = tmp_path / "digits"
     result = CliRunner().invoke(
         app,
-        ["reproduce", "spoken-digits", "--data", data, "--out", str(digits), "--row", "s4d", "--frame", "16", "--json"]
+        ["reproduce", "spoken-digits", "--data", data, "--out", str(folder), "--row", "s4d", "--frame", "16", "--json"]
         + [part for change in CLASSIFIER for part in ("--set", change)],
     )
     assert result.exit_code == 0, result.stderr
     pytest.importorskip("soundfile")
-    judging = ["--classifier", str(digits / "s4d-official-frame16"), "--each", "2", "--wav", str(tmp_path / "wav")]
+    judging = ["--classifier", str(folder / "s4d-official-frame16"), "--each", "2", "--wav", str(tmp_path / "wav")]
     result = CliRunner().invoke(app, [*line, "--row", "conditional", *changes, *judging])
     assert result.exit_code == 0, result.stderr
     judged = json.loads((out / "results.json").read_text())["judged"]
@@ -179,7 +237,17 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     assert len(list((tmp_path / "wav").glob("*.wav"))) == 10
     assert (tmp_path / "wav" / "spectrograms.png").exists()
     with pytest.raises(CheckpointError, match="row conditional"):
-        raw_audio.judge_digits(tmp_path / "none", data, digits / "s4d-official-frame16")
+        raw_audio.judge_digits(tmp_path / "none", data, folder / "s4d-official-frame16")
+    # A classifier that may have heard the test judges nothing.
+    sounds, kept = load_recordings(out / "made.npz"), read_digits(data)
+    spoken_digits.spoken_digits(folder, data, rows=("conv",), splits=("bob",), overrides=CLASSIFIER, say=str)
+    with pytest.raises(CheckpointError, match=r"with other data \(split = bob, wanted official\)"):
+        raw_audio.judge_sounds(sounds, folder / "conv-bob", kept)
+    with pytest.raises(CheckpointError, match=r"with other data \(train.digest = "):
+        raw_audio.judge_sounds(sounds, folder / "s4d-official-frame16", digits(7))
+    for none in (out / "s4d-mamba", tmp_path / "none"):
+        with pytest.raises(CheckpointError, match="must hold a run of reproduce spoken-digits"):
+            raw_audio.judge_sounds(sounds, none, kept)
     with pytest.raises(ConfigError, match="conditioned by labels"):
         raw_audio.make_digits(tmp_path / "made.npz", out / "s4d-mamba")
     # Made once, and anew where something else is asked for.

@@ -97,3 +97,10 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     # Judged anew at other lengths.
     results = recipe.dna_pretraining(runs(60, "mamba"), out, context=256, carried=2048, say=lines.append)
     assert results["rows"][0]["window"]["context"] == 256
+    # Other bases under the same name.
+    with np.load(genome) as held:
+        arrays = dict(held)
+    arrays["seq"] = (arrays["seq"] + 1) % 4
+    np.savez(genome, **arrays)
+    with pytest.raises(CheckpointError, match=r"is of a run with other data \(digest = "):
+        recipe.dna_pretraining(runs(60, "mamba"), out, context=256, carried=2048, say=lines.append)

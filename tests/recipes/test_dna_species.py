@@ -196,7 +196,7 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is of a run with other settings"):
         recipe.dna_species(recipe.microbe_run(256, 3, overrides=[*SMALL, "train.lr=1e-3"]), splits, out, species=names)
     others, _ = recipe.microbe_splits(genomes, 256, run.rows, seed=1, cache=tmp_path / "cache")
-    with pytest.raises(CheckpointError, match="is of a run with another train split"):
+    with pytest.raises(CheckpointError, match=r"is of a run with other data \(train.digest = "):
         recipe.dna_species(run, others, out, species=names)
     words = out / run.name / "kmers.json"
     recipe.dna_species(run, splits, out, species=names, kmers=2, say=lines.append)
@@ -213,6 +213,12 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
             ape, recipe.ape_splits(blocks, 64, ape.rows), out, species=blocks.names, pretrained=start, kmers=2,
             say=lines.append,
         )  # fmt: skip
+    # What it started from belongs to it.
+    CausalLM(backbone).save_pretrained(tmp_path / "lm")
+    with pytest.raises(CheckpointError, match=r"is of a run with other data \(start = "):
+        recipe.dna_species(
+            ape, recipe.ape_splits(blocks, 64, ape.rows), out, species=blocks.names, pretrained=tmp_path / "lm"
+        )
     results = recipe.report(out)
     assert [(row["task"], row["origin"]) for row in results["rows"]] == [
         ("apes", "pretrained"),

@@ -107,21 +107,33 @@ def test_what_does_not_fit(tmp_path):
 def test_bits_by_hand():
     made = sounds(3, True)
     model = WaveformModel(dataclasses.replace(MODEL, classes=2, dropout=0.0)).double().eval()
-    for context in (7, 64, 1000):
-        nats, count = 0.0, 0
-        assert made.labels is not None
+    assert made.labels is not None
+    for longest in (7, 64, None):
+        nats: list[list[float]] = [[] for _ in range(made.lengths.max())]
         for number in range(len(made)):
             whole = torch.from_numpy(made[number].astype(np.int64))
-            for piece in whole.split(context):
+            for piece in whole.split(longest or 1000):
                 inputs = torch.cat([torch.tensor([SILENCE]), piece[:-1]])[None]
                 logits = model(inputs, torch.tensor([made.labels[number]])).logits[0]
-                nats -= float(logits.log_softmax(-1).gather(1, piece[:, None]).sum())
-                count += len(piece)
-        judged = bits_per_sample(model, made, context=context, at_once=200)
-        assert judged.samples == count == len(made.codes)
-        assert judged.bits == pytest.approx(nats / count / np.log(2), rel=1e-12)
-    assert bits_per_sample(model, made, context=7, limit=3).samples <= 21
-    with pytest.raises(ConfigError, match="context"):
-        bits_per_sample(model, made, context=0)
+                each = -logits.log_softmax(-1).gather(1, piece[:, None])[:, 0] / np.log(2)
+                for before, bits in enumerate(each.tolist()):
+                    nats[before].append(bits)
+        contexts = (0, 5, 40, 5000)
+        judged = bits_per_sample(model, made, longest=longest, contexts=contexts, at_once=200)
+        assert judged.samples == sum(map(len, nats)) == len(made.codes)
+        assert judged.bits == pytest.approx(np.mean(np.concatenate(nats)), rel=1e-12)
+        # A sample is of the range of how many came before it in its recording; of none, where no recording is so long.
+        assert list(judged.by_context) == ([0, 5] if longest == 7 else [0, 5, 40])
+        for low, high in ((0, 5), (5, 40), (40, 5000)):
+            those = np.concatenate([*nats[low:high], []])
+            if len(those):
+                assert judged.by_context[low] == (pytest.approx(np.mean(those), rel=1e-12), len(those))
+    assert bits_per_sample(model, made, longest=7, limit=3).samples <= 21
+    assert bits_per_sample(model, made).by_context == {}
+    with pytest.raises(ConfigError, match="longest must be at least 1"):
+        bits_per_sample(model, made, longest=0)
+    for wrong in ((4, 4), (8, 4), (-1, 4)):
+        with pytest.raises(ConfigError, match="contexts must rise"):
+            bits_per_sample(model, made, contexts=wrong)
     with pytest.raises(DataError, match="labels"):
-        bits_per_sample(model, dataclasses.replace(made, labels=None), context=7)
+        bits_per_sample(model, dataclasses.replace(made, labels=None))

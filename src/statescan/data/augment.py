@@ -13,7 +13,6 @@ from statescan.errors import ConfigError
 __all__ = ["VaryWaveforms"]
 
 _MU = 255.0
-_SILENCE = 128.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class VaryWaveforms:
             lengths: (batch,) samples that are real.
 
         Returns:
-            (values, lengths): (batch, length) float32 on the scale of the codes, but between them too; and how much of
-            each is real now, at most `length`.
+            (values, lengths): (batch, length) codes as float32, quantised as recordings are, so that nothing in them
+            tells that they were varied; and how much of each is real now, at most `length`.
         """
         rows, length = codes.shape
         where = codes.device
@@ -61,7 +60,8 @@ class VaryWaveforms:
         def draw() -> Tensor:
             return torch.rand(rows, 1, device=where) * 2 - 1
 
-        companded = (codes.float() - _SILENCE) * (2 / _MU)
+        # Levels lie around the middle between the codes 127 and 128: sound has no mean there, and turns over there.
+        companded = codes.float() * (2 / _MU) - 1
         x = companded.sign() * torch.expm1(companded.abs() * math.log1p(_MU)) / _MU
         speed = torch.exp(draw() * math.log1p(self.speed))
         lead = ((draw() * 0.625 + 0.375) * self.shift).floor()
@@ -86,4 +86,4 @@ class VaryWaveforms:
             x = x * torch.where(draw() > 0, 1.0, -1.0)
         x = x.clamp(-1, 1)
         companded = x.sign() * torch.log1p(_MU * x.abs()) / math.log1p(_MU)
-        return companded * (_MU / 2) + _SILENCE, after.squeeze(1).to(lengths.dtype)
+        return ((companded + 1) * (_MU / 2) + 0.5).floor(), after.squeeze(1).to(lengths.dtype)

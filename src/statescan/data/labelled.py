@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,11 @@ class LabelledSequences:
     def length(self) -> int:
         """Positions of a row."""
         return self.values.shape[1]
+
+    @property
+    def digest(self) -> int:
+        """Differs where the rows or their labels do."""
+        return zlib.crc32(self.labels.tobytes(), zlib.crc32(self.values.tobytes()))
 
     def take(self, rows: Any) -> LabelledSequences:
         """Some rows, by a slice or an array of indices."""

@@ -14,7 +14,16 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from statescan.data.audio import LEVELS, audio_blocks, audio_facts, clipped_share, dequantize, find_audio, quantize
+from statescan.data.audio import (
+    LEVELS,
+    QUANTIZATIONS,
+    audio_blocks,
+    audio_facts,
+    clipped_share,
+    dequantize,
+    find_audio,
+    quantize,
+)
 from statescan.data.labelled import LabelledSequences
 from statescan.errors import DataError
 from statescan.files import atomic_file
@@ -33,7 +42,17 @@ __all__ = [
 LABELS = ("none", "name", "folder")
 # The code of silence in both quantisations.
 SILENCE = LEVELS // 2
-_ARRAYS = ("codes", "offsets", "names", "labels", "classes", "sample_rate", "quantization")
+# What a file of them holds: the dtype's kind, as numpy's letters, and the axes of each array.
+_ARRAYS = {
+    "codes": ("u", 1),
+    "offsets": ("iu", 1),
+    "names": ("U", 1),
+    "labels": ("u", 1),
+    "classes": ("U", 1),
+    "sample_rate": ("iu", 0),
+    "quantization": ("U", 0),
+}
+_KINDS = {"u": "uint8", "iu": "integers", "U": "text"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,11 @@ class Recordings:
             raise DataError(
                 f"recordings: offsets must rise from 0 to the {len(self.codes):,} codes, one more than the {count} "
                 f"names, got {self.offsets.shape}"
+            )
+        if self.sample_rate < 1 or self.quantization not in QUANTIZATIONS:
+            raise DataError(
+                f"recordings: wanted a sample_rate of at least 1 and a quantization of {', '.join(QUANTIZATIONS)}, got "
+                f"{self.sample_rate} and {self.quantization!r}"
             )
         if self.labels is not None and (self.labels.shape != (count,) or int(self.labels.max()) >= len(self.classes)):
             raise DataError(
@@ -212,7 +236,7 @@ def load_recordings(path: str | os.PathLike[str]) -> Recordings:
     """Reads what `Recordings.save` wrote.
 
     Raises:
-        DataError: no such file, or not one of these.
+        DataError: no such file, or not one of these: an array is missing, or of another dtype or shape.
     """
     try:
         with np.load(path, allow_pickle=False) as held:
@@ -223,16 +247,26 @@ def load_recordings(path: str | os.PathLike[str]) -> Recordings:
         if isinstance(problem, DataError):
             raise
         raise DataError(f"recordings: '{path}' can't be read as .npz ({problem}); write it again") from None
+    for name, (kind, axes) in _ARRAYS.items():
+        dtype, shape = arrays[name].dtype, arrays[name].shape
+        if dtype.kind not in kind or len(shape) != axes or (kind == "u" and dtype != np.uint8):
+            raise DataError(
+                f"recordings: '{path}' must hold {name} as {_KINDS[kind]} with {axes} axes, got {dtype} {shape}; write "
+                "it with Recordings.save"
+            )
     labels = arrays["labels"]
-    return Recordings(
-        arrays["codes"],
-        arrays["offsets"],
-        tuple(map(str, arrays["names"])),
-        int(arrays["sample_rate"]),
-        str(arrays["quantization"]),
-        labels if len(labels) else None,
-        tuple(map(str, arrays["classes"])),
-    )
+    try:
+        return Recordings(
+            arrays["codes"],
+            arrays["offsets"].astype(np.int64),
+            tuple(map(str, arrays["names"])),
+            int(arrays["sample_rate"]),
+            str(arrays["quantization"]),
+            labels if len(labels) else None,
+            tuple(map(str, arrays["classes"])),
+        )
+    except DataError as problem:
+        raise DataError(f"recordings: '{path}': {str(problem).removeprefix('recordings: ')}") from None
 
 
 def read_recordings(
@@ -249,7 +283,7 @@ def read_recordings(
 
     Args:
         paths: files and folders; or one .npz file that `Recordings.save` wrote, which is taken as it is.
-        sample_rate: of all. Default: that of the first file.
+        sample_rate: of all; that of an .npz must be the same. Default: that of the first file.
         quantization: "mu-law" or "linear".
         labels: "none"; "name", the part of a file's name before the first "_"; "folder", the name of its folder.
         normalize: scale each recording so that its loudest sample is 1. One of silence stays as it is.
@@ -264,7 +298,13 @@ def read_recordings(
         DataError: nothing is found, or a file can't be read or holds no samples: its name is told.
     """
     if len(paths) == 1 and Path(paths[0]).suffix == ".npz":
-        return load_recordings(paths[0])
+        kept = load_recordings(paths[0])
+        if sample_rate not in (None, kept.sample_rate):
+            raise DataError(
+                f"recordings: '{paths[0]}' must hold sound at {sample_rate} Hz, got {kept.sample_rate} Hz; read the "
+                "sound files anew at that rate"
+            )
+        return kept
     if labels not in LABELS:
         raise DataError(f"recordings: labels must be one of {', '.join(LABELS)}, got {labels!r}")
     files = find_audio(paths)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +20,17 @@ __all__ = ["BitsPerSample", "SoundScores", "bits_per_sample", "frechet_distance"
 
 
 class BitsPerSample(NamedTuple):
-    """bits: mean negative log-likelihood of a sample, to base 2; samples: how many were judged."""
+    """Mean negative log-likelihood of a sample, to base 2.
+
+    bits: of all samples.
+    samples: how many were judged.
+    by_context: (bits, samples) of those that had so many samples before them, by where that range begins; without the
+        ranges in which there was none.
+    """
 
     bits: float
     samples: int
+    by_context: dict[int, tuple[float, int]]
 
 
 @torch.no_grad()
@@ -29,42 +38,48 @@ def bits_per_sample(
     model: WaveformModel,
     recordings: Recordings,
     *,
-    context: int,
+    longest: int | None = None,
+    contexts: Sequence[int] = (),
     at_once: int = 1 << 18,
     limit: int = 0,
     autocast: torch.dtype | None = None,
 ) -> BitsPerSample:
-    """The bits that each sample of some recordings costs a model that has seen those before it.
+    """The bits that each sample of some recordings costs a model that has heard its recording from the beginning on.
 
-    Recordings are cut into pieces of `context` samples, and each piece starts from nothing: a sample is judged by at
-    most ``context - 1`` before it. Of silence that pads a batch nothing counts.
+    Of silence that pads a batch nothing counts.
 
     Args:
         model: on the device where it shall run.
         recordings: what is judged; with labels where the model is conditioned.
-        context: samples of a piece.
+        longest: cut recordings into pieces of so many samples, each heard as if it were one of its own, with nothing
+            before it. Default: they stay whole.
+        contexts: where ranges of the number of samples before the judged one begin, rising; the last has no end.
         at_once: samples of a batch.
-        limit: judge so many pieces at most, evenly taken; 0 for all.
+        limit: judge so many recordings or pieces at most, evenly taken; 0 for all.
         autocast: dtype of `torch.autocast`; None for none.
 
     Raises:
-        ConfigError: context below 1.
+        ConfigError: longest below 1, or contexts that don't rise from 0 or more.
         DataError: no labels where the model wants some.
     """
-    if context < 1:
-        raise ConfigError(f"bits_per_sample: context must be at least 1, got {context}")
+    if longest is not None and longest < 1:
+        raise ConfigError(f"bits_per_sample: longest must be at least 1, got {longest}")
+    if any(one >= other for one, other in itertools.pairwise((-1, *contexts))):
+        raise ConfigError(f"bits_per_sample: contexts must rise from 0 or more, got {tuple(contexts)}")
     if model.config.classes and recordings.labels is None:
         raise DataError("bits_per_sample: a conditioned model wants recordings with labels, got none")
+    length = int(recordings.lengths.max()) if longest is None else longest
     pieces = [
-        (number, int(start), int(min(context, end - start)))
+        (number, int(start), int(min(length, end - start)))
         for number, (begin, end) in enumerate(zip(recordings.offsets[:-1], recordings.offsets[1:], strict=True))
-        for start in range(int(begin), int(end), context)
+        for start in range(int(begin), int(end), length)
     ]
     if limit and len(pieces) > limit:
         pieces = [pieces[int(i)] for i in np.linspace(0, len(pieces) - 1, limit)]
     pieces.sort(key=lambda piece: piece[2])
-    device, silence = model.head.weight.device, model.config.silence
-    nats, samples, at = torch.zeros((), dtype=torch.float64, device=device), 0, 0
+    device, silence, at = model.head.weight.device, model.config.silence, 0
+    # By the place in the piece, which is the number of samples before.
+    nats = torch.zeros(pieces[-1][2], dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
@@ -88,12 +103,22 @@ def bits_per_sample(
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             each = F.cross_entropy(wide.transpose(1, 2), heard, reduction="none")
             real = torch.tensor([piece[2] for piece in chosen], device=device)
-            nats += (each * (torch.arange(length, device=device) < real.unsqueeze(1))).sum(dtype=torch.float64)
-            samples += sum(piece[2] for piece in chosen)
+            counted = torch.arange(length, device=device) < real.unsqueeze(1)
+            nats[:length] += (each * counted).sum(0).cpu().double()
             at += rows
     finally:
         model.train(was_training)
-    return BitsPerSample(float(nats) / samples / math.log(2), samples)
+    bits = nats.numpy() / math.log(2)
+    # How many pieces reach each place.
+    lengths = np.array([piece[2] for piece in pieces])
+    there = np.cumsum(np.bincount(lengths)[:0:-1])[::-1]
+    ranges = itertools.pairwise((*contexts, len(bits))) if contexts else ()
+    by_context = {
+        low: (float(bits[low:high].sum() / there[low:high].sum()), int(there[low:high].sum()))
+        for low, high in ranges
+        if low < min(high, len(bits))
+    }
+    return BitsPerSample(float(bits.sum() / there.sum()), int(there.sum()), by_context)
 
 
 class SoundScores(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from statescan.errors import CheckpointError, ConfigError
+from statescan.errors import ConfigError
 from statescan.evaluate import Evaluation, evaluate_tokens
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, ModelConfig
@@ -20,7 +20,8 @@ from statescan.models.baseline_config import ConvConfig, S4Config, TransformerCo
 from statescan.recipes.synthetic import figure, machine_facts, save_figure
 from statescan.train import DataConfig, RunConfig, TrainConfig, train
 from statescan.train.config import apply_overrides
-from statescan.train.loop import RUN_FILE, load_run, read_genome
+from statescan.train.finished import run_status
+from statescan.train.loop import RUN_FILE, read_genome
 
 __all__ = ["ROWS", "dna_pretraining", "pretraining_run", "report"]
 
@@ -109,21 +110,18 @@ def dna_pretraining(
         What results.json holds.
 
     Raises:
-        CheckpointError: the folder holds a finished run of a row with other settings.
+        CheckpointError: the folder holds a finished run of a row with other settings, or of other bases.
         KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out = make_folder(out)
     for row, run in runs.items():
         folder = out / row
-        path = folder / RUN_FILE
-        facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if facts is not None and facts["status"] == "finished":
-            if load_run(folder) != run:
-                raise CheckpointError(
-                    f"reproduce: '{path}' is of a run with other settings; name another folder, or delete this one"
-                )
-        else:
-            result = train(run, folder, resume=facts is not None)
+        # A finished run is of these bases, too: files may have changed under their names.
+        bases = read_genome(run).facts
+        digests = {name: bases[name] for name in ("digest", "valid_digest", "train_tokens") if name in bases}
+        status = run_status(folder, {"model": run.model, "data": run.data, "train": run.train}, digests)
+        if status != "finished":
+            result = train(run, folder, resume=status is not None)
             if result.interrupted:
                 raise KeyboardInterrupt
             say(f"{row}: trained, {result.tokens_per_second:,.0f} bases/s, loss {result.train_loss:.4f} nats")

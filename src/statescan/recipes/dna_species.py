@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from statescan.data.dna import UNKNOWN, Genome, split_regions
 from statescan.data.text import find_sources
 from statescan.data.windows import LabelledWindows, window_rows
-from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.errors import ConfigError, DataError
 from statescan.evaluate.kmers import kmer_regression
 from statescan.files import atomic_file, make_folder
 from statescan.models import MambaConfig
 from statescan.models.backbone_classifier import BackboneClassifierConfig
-from statescan.recipes.spoken_digits import run_status
 from statescan.recipes.synthetic import figure, interval, percent, save_figure
 from statescan.train.classify import ClassifyConfig, Splits, train_classifier
 from statescan.train.config import apply_overrides
+from statescan.train.finished import run_status, weights_digest
 from statescan.train.loop import RUN_FILE
 
 __all__ = [
@@ -355,7 +355,7 @@ def dna_species(
 
     Raises:
         ConfigError: a run said to be pretrained without a model, or the other way round.
-        CheckpointError: the folder holds a run of that name with other settings or windows.
+        CheckpointError: the folder holds a run of that name with other settings, windows or weights to start from.
         KeyboardInterrupt: interrupted; what was trained is kept.
     """
     if (run.origin == "pretrained") != (pretrained is not None):
@@ -364,15 +364,11 @@ def dna_species(
     path = folder / RUN_FILE
     facts = {"species": list(species), "length": run.length, "rows": run.rows, "data_seed": run.data_seed}
     facts |= {"task": run.task, "origin": run.origin}
-    status = run_status(folder, {"model": run.model.to_dict(), "train": asdict(run.train)})
-    if status == "finished":
-        held = json.loads(path.read_text(encoding="utf-8"))["data"]
-        for name, part in zip(Splits._fields, splits, strict=True):
-            if isinstance(part, LabelledWindows) and held[name]["digest"] != part.digest:
-                raise CheckpointError(
-                    f"species: '{path}' is of a run with another {name} split; name another folder, or delete this one"
-                )
-    else:
+    if pretrained is not None:
+        facts["start"] = weights_digest(pretrained)
+    digests = {name: {"digest": part.digest} for name, part in zip(Splits._fields, splits, strict=True)}
+    status = run_status(folder, {"model": run.model, "train": run.train}, facts | digests)
+    if status != "finished":
         result = train_classifier(
             run.model,
             run.train,

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,11 @@ from statescan.inspect.spectrogram import draw_spectrograms
 from statescan.models import SequenceClassifier
 from statescan.models.waveform import WaveformConfig, WaveformModel
 from statescan.recipes import spoken_digits
-from statescan.recipes.spoken_digits import SPEAKERS, digit_parts, read_digits, run_status
+from statescan.recipes.spoken_digits import SPEAKERS, digit_parts, digit_splits, read_digits
 from statescan.recipes.synthetic import figure, save_figure
+from statescan.train.classify import Splits
 from statescan.train.config import apply_overrides
+from statescan.train.finished import check_same, run_status, weights_digest
 from statescan.train.loop import RUN_FILE
 from statescan.train.waveform import WaveformTraining, train_waveform
 
@@ -55,7 +56,7 @@ __all__ = [
 
 # Samples of a made digit; 97.6 % of the recordings are no longer.
 LONGEST = 6144
-# Samples of context at which the held-out recordings are judged.
+# Where the ranges of context begin by which the held-out recordings are judged: samples before the judged one.
 CONTEXTS = (16, 64, 256, 1024, 4096, 8192)
 MUSIC_CONTEXTS = (64, 1024, 4096, 16_384, 65_536)
 TASKS = ("digits", "music")
@@ -161,7 +162,9 @@ def raw_audio(
         rows: of `ROWS`, or "conditional" (digits alone).
         task: "digits" or "music".
         overrides: of the models and schedules, see `waveform_run`.
-        contexts: samples of context at which the test is judged. Default: `CONTEXTS` or `MUSIC_CONTEXTS`.
+        contexts: the test is judged by the number of samples before the judged one; where the ranges of it begin.
+            Recordings of digits are heard whole, those of music in pieces of twice the last context. Default:
+            `CONTEXTS` or `MUSIC_CONTEXTS`.
         seconds: leave off training after so many; the same call goes on.
         say: called with lines of progress.
 
@@ -170,25 +173,27 @@ def raw_audio(
 
     Raises:
         ConfigError, DataError: an unknown row, data that can't be read.
-        CheckpointError: a folder holds a run with other settings.
+        CheckpointError: a folder holds a run with other settings, or of other recordings.
     """
     out, begun = make_folder(out), time.perf_counter()
     runs = {row: waveform_run(row, overrides, task=task) for row in rows}
     music = task == "music"
+    contexts = tuple(sorted(set(contexts or (MUSIC_CONTEXTS if music else CONTEXTS))))
     learnt, valid, test = music_parts(data) if music else digit_parts(read_digits(data), "official")
     for row, run in runs.items():
         folder = out / row
         model = dataclasses.replace(run.model, sample_rate=learnt.sample_rate)
-        status = run_status(folder, {"model": model.to_dict(), "train": asdict(run.train)})
+        parts = (learnt, valid)
+        if row == CONDITIONAL:
+            # The few that are longer end where a window does: a made digit starts where a recording does.
+            parts = (learnt.cut(run.train.window), valid.cut(run.train.window))
+        digests = {name: {"digest": part.digest} for name, part in zip(("train", "valid"), parts, strict=True)}
+        status = run_status(folder, {"model": model, "train": run.train}, {"task": task, **digests})
         if status != "finished":
             left = None if seconds is None else seconds - (time.perf_counter() - begun)
             if left is not None and left <= 0:
                 say(f"{row}: no time left, not begun")
                 continue
-            parts = (learnt, valid)
-            if row == CONDITIONAL:
-                # The few that are longer end where a window does: a made digit starts where a recording does.
-                parts = (learnt.cut(run.train.window), valid.cut(run.train.window))
             result = train_waveform(
                 model,
                 run.train,
@@ -204,19 +209,37 @@ def raw_audio(
             )
             if result.interrupted:
                 continue
-        path = folder / _SCORES
-        if not path.exists():
-            trained = WaveformModel.from_pretrained(folder, device=_device())
-            autocast = torch.bfloat16 if run.train.precision == "bf16" and _device() == "cuda" else None
-            scores = {}
-            for context in contexts or (MUSIC_CONTEXTS if music else CONTEXTS):
-                judged = bits_per_sample(trained, test, context=context, autocast=autocast)
-                scores[str(context)] = judged._asdict()
-                say(f"{row}: {judged.bits:.4f} bits per sample of the test with {context:,} samples of context")
-            with atomic_file(path) as temporary:
-                temporary.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        _judge(row, run, folder, test, contexts, music, say)
         report(out)
     return report(out)
+
+
+def _judge(
+    row: str,
+    run: WaveformRun,
+    folder: Path,
+    test: Recordings,
+    contexts: tuple[int, ...],
+    music: bool,
+    say: Callable[[str], object],
+) -> None:
+    """Leaves scores.json in a finished run's folder, where it does not hold those that are asked for."""
+    if row == CONDITIONAL:
+        test = test.cut(run.train.window)
+    path, asked = folder / _SCORES, {"test": test.digest, "contexts": list(contexts)}
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if {name: held.get(name) for name in asked} == asked:
+            return
+    model = WaveformModel.from_pretrained(folder, device=_device())
+    autocast = torch.bfloat16 if run.train.precision == "bf16" and _device() == "cuda" else None
+    longest = 2 * contexts[-1] if music else None
+    judged = bits_per_sample(model, test, longest=longest, contexts=contexts, autocast=autocast)
+    say(f"{row}: {judged.bits:.4f} bits per sample of the test")
+    scores = {"all": {"bits": judged.bits, "samples": judged.samples}}
+    scores |= {str(low): {"bits": bits, "samples": count} for low, (bits, count) in judged.by_context.items()}
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({**asked, "scores": scores}, indent=1) + "\n", encoding="utf-8")
 
 
 def _device() -> str:
@@ -252,8 +275,7 @@ def make_digits(
         ConfigError: the model is not conditioned.
     """
     made = WaveformModel.from_pretrained(model, device=_device())
-    digest = hashlib.sha256((Path(model) / "model.safetensors").read_bytes()).hexdigest()
-    of = {"model": digest, "each": each, "temperature": temperature, "seed": seed, "samples": LONGEST}
+    of = {"model": weights_digest(model), "each": each, "temperature": temperature, "seed": seed, "samples": LONGEST}
     told = Path(out).with_suffix(".json")
     if Path(out).exists() and told.exists() and json.loads(told.read_text()) == of:
         return load_recordings(out)
@@ -313,12 +335,16 @@ def judge_sounds(sounds: Recordings, classifier: str | os.PathLike[str], recordi
     Args:
         sounds: from `make_digits`.
         classifier: folder of a run of `spoken_digits` on the official split.
-        recordings: from `read_digits`.
+        recordings: from `read_digits`; those that the classifier was trained and judged on.
 
     Returns:
         "made", "test", "train": `SoundScores` each as a dictionary, the Fréchet distance to the training recordings;
         "each": the part recognised of each label; "confused": (labels, labels) counts, asked for by heard.
+
+    Raises:
+        CheckpointError: no classifier of spoken digits, one of another split, or one that learnt from other recordings.
     """
+    _check_classifier(classifier, recordings)
     model = SequenceClassifier.from_pretrained(classifier).to(_device()).eval()
     learnt, _, test = digit_parts(recordings, "official")
     scale = labelled_recordings(learnt, spoken_digits.LONGEST)
@@ -336,6 +362,20 @@ def judge_sounds(sounds: Recordings, classifier: str | os.PathLike[str], recordi
     result["confused"] = confused.tolist()
     result["seconds"] = {name: float(part.lengths.mean() / part.sample_rate) for name, part in parts.items()}
     return result
+
+
+def _check_classifier(folder: str | os.PathLike[str], recordings: Recordings) -> None:
+    """Refuses a classifier that may have learnt from the test."""
+    run_status(folder)
+    path = Path(folder) / RUN_FILE
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"data": {}}
+    if facts["data"].get("task") != "spoken-digits":
+        raise CheckpointError(
+            f"judge sounds: '{folder}' must hold a run of reproduce spoken-digits; train one with --split official"
+        )
+    parts = digit_splits(recordings, "official", None, facts["data"]["frame"])
+    digests = {name: {"digest": part.digest} for name, part in zip(Splits._fields, parts, strict=True)}
+    check_same(path, facts["data"], {"split": "official", **digests}, "data")
 
 
 def _read(
@@ -368,7 +408,7 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts.get("data", {}).get("recipe") != "raw-audio":
             continue
-        scores = path.parent / _SCORES
+        kept = path.parent / _SCORES
         runs.append(
             {
                 "row": facts["data"]["row"],
@@ -379,7 +419,7 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
                 },
                 **{name: facts.get(name) for name in ("samples_per_second", "peak_bytes")},
                 "valid": facts["evaluations"],
-                "scores": json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {},
+                "scores": json.loads(kept.read_text(encoding="utf-8")).get("scores", {}) if kept.exists() else {},
                 "config": facts["config"],
             }
         )
@@ -403,26 +443,32 @@ def _title(row: str) -> str:
 
 _DIGITS = (
     "Bits per sample of the spoken digits' official test (8 kHz, 256 mu-law levels, each recording scaled to a loudest "
-    "sample of 1), by the samples of context; silence behind a recording is not judged. The paper's numbers are nats "
-    "per sample on SC09 (16 kHz, other data): for the order, not for the size."
+    "sample of 1), each recording heard from its beginning on; silence behind it is not judged. By columns: of the "
+    "samples with so many before them, up to the next column's number. What is said there differs too (a word's onset "
+    "comes early), so compare rows within a column. The paper's numbers are nats per sample on SC09 (16 kHz, other "
+    "data): for the order, not for the size."
 )
-_MUSIC = "Bits per sample of the last twentieth of each track (256 mu-law levels), by the samples of context."
+_MUSIC = (
+    "Bits per sample of the last twentieth of each track (256 mu-law levels), heard in pieces of twice the last "
+    "column's number of samples. By columns: of the samples with so many before them, up to the next column's number."
+)
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The runs as Markdown: bits per sample of the test over the context; and the judgement of made digits."""
-    contexts = sorted({int(context) for run in results["runs"] for context in run["scores"]})
+    contexts = _contexts(results["runs"])
     lines = [
         "# Raw audio",
         "",
         _MUSIC if any(run["task"] == "music" for run in results["runs"]) else _DIGITS,
         "",
-        f"| model | paper | {' | '.join(map(str, contexts))} | parameters | steps | samples/s | GiB |",
-        "|---" * (6 + len(contexts)) + "|",
+        f"| model | paper | all | {' | '.join(map(str, contexts))} | parameters | steps | samples/s | GiB |",
+        "|---" * (7 + len(contexts)) + "|",
     ]
     for run in results["runs"]:
         paper = ROWS[run["row"]].paper if run["row"] in ROWS and run["task"] == "digits" else ""
-        cells = [f"{run['scores'][str(c)]['bits']:.3f}" if str(c) in run["scores"] else "" for c in contexts]
+        scores = run["scores"]
+        cells = [f"{scores[str(c)]['bits']:.3f}" if str(c) in scores else "" for c in ("all", *contexts)]
         speed, peak = run["samples_per_second"] or 0, (run["peak_bytes"] or 0) / 2**30
         lines.append(
             f"| {_title(run['row'])} | {paper} | {' | '.join(cells)} | {run['parameters']:,} | {run['steps']:,} | "
@@ -444,8 +490,13 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _contexts(runs: Sequence[Mapping[str, Any]]) -> list[int]:
+    """All columns of some runs' scores but that of all samples."""
+    return sorted({int(context) for run in runs for context in run["scores"] if context != "all"})
+
+
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bits per sample over the context.
+    """Bits per sample over the number of samples before.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -453,10 +504,10 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     made, axes = figure(7.0, 4.2)
     for run in runs:
         if run["scores"] and run["row"] in ROWS:
-            contexts = sorted(map(int, run["scores"]))
+            contexts = _contexts([run])
             bits = [run["scores"][str(context)]["bits"] for context in contexts]
             axes.plot(contexts, bits, "o-", label=_title(run["row"]), linewidth=1.4, markersize=3.5)
-    axes.set(xlabel="samples of context", ylabel="bits per sample of the test", xscale="log")
+    axes.set(xlabel="samples before, at least", ylabel="bits per sample of the test", xscale="log")
     axes.set_xscale("log", base=2)
     if axes.lines:
         axes.legend(fontsize=8, frameon=False)

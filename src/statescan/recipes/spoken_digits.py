@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from statescan.data.audio import LEVELS
 from statescan.data.augment import VaryWaveforms
-from statescan.data.recordings import Recordings, labelled_recordings, read_recordings
-from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from statescan.data.recordings import SILENCE, Recordings, labelled_recordings, read_recordings
+from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.files import atomic_file, make_folder
 from statescan.models import ClassifierConfig
 from statescan.recipes.synthetic import figure, interval, percent, save_figure
 from statescan.train.classify import ClassifyConfig, Splits, train_classifier
 from statescan.train.config import apply_overrides
+from statescan.train.finished import run_status
 from statescan.train.loop import RUN_FILE
 
 __all__ = [
@@ -33,7 +35,6 @@ __all__ = [
     "digit_splits",
     "read_digits",
     "report",
-    "run_status",
     "speaker_and_take",
     "spoken_digits",
 ]
@@ -107,7 +108,8 @@ def read_digits(data: str | os.PathLike[str], *, progress: Callable[[int, int], 
         progress: called with (files done, files).
 
     Raises:
-        DataError: the folder can't be read, or a name is not of that form.
+        DataError: the folder can't be read, a name is not of that form or comes twice, or a file holds other recordings
+            than such: of another rate, quantisation or scale, with labels that are not those of their names.
     """
     recordings = read_recordings([data], sample_rate=_RATE, labels="name", normalize=True, progress=progress)
     if recordings.classes != tuple("0123456789"):
@@ -117,13 +119,29 @@ def read_digits(data: str | os.PathLike[str], *, progress: Callable[[int, int], 
         )
     for name in recordings.names:
         speaker_and_take(name)
+    if len(set(recordings.names)) < len(recordings):
+        raise DataError(f"spoken digits: '{data}' must hold each recording once, got a name twice; leave copies out")
+    # What a folder gives of itself, a file might not hold.
+    lack, labels = "", recordings.labels
+    low, high = (part.reduceat(recordings.codes, recordings.offsets[:-1]) for part in (np.minimum, np.maximum))
+    if labels is None or [str(label) for label in labels] != [name[:1] for name in recordings.names]:
+        lack = "the labels that its names tell"
+    elif recordings.quantization != "mu-law":
+        lack = "mu-law's levels"
+    elif ((low > 0) & (high < LEVELS - 1) & ((low < SILENCE) | (high > SILENCE))).any():
+        lack = "recordings scaled to a loudest sample of 1"
+    if lack:
+        raise DataError(
+            f"spoken digits: '{data}' must hold {lack}, got others; write it anew with --keep of statescan reproduce "
+            "spoken-digits"
+        )
     return recordings
 
 
 def speaker_and_take(name: str) -> tuple[str, int]:
     """What ``7_jackson_32.wav`` says: the speaker, and the number of the recording."""
     parts = name.rsplit(".", 1)[0].split("_")
-    if len(parts) != 3 or not parts[2].isdigit():
+    if len(parts) != 3 or not parts[2].isdecimal():
         raise DataError(f"spoken digits: names must be digit_speaker_take.wav, got '{name}'")
     return parts[1], int(parts[2])
 
@@ -193,7 +211,7 @@ def spoken_digits(
 
     Raises:
         ConfigError, DataError: an unknown row or split, data that can't be read.
-        CheckpointError: a folder holds a run with other settings.
+        CheckpointError: a folder holds a run with other settings, or of other recordings.
     """
     out, begun = make_folder(out), time.perf_counter()
     recordings = read_digits(data)
@@ -204,7 +222,9 @@ def spoken_digits(
         for row in rows:
             run = digit_run(row, overrides, frame=frame)
             folder = out / (f"{row}-{split}" if frame == 1 else f"{row}-{split}-frame{frame}")
-            status = run_status(folder, {"model": run.model.to_dict(), "train": asdict(run.train)})
+            facts = {"task": "spoken-digits", "row": row, "split": split, "frame": frame, "vary": asdict(vary)}
+            digests = {name: {"digest": part.digest} for name, part in zip(Splits._fields, parts, strict=True)}
+            status = run_status(folder, {"model": run.model, "train": run.train}, facts | digests)
             if status == "finished":
                 continue
             left = None if seconds is None else seconds - (time.perf_counter() - begun)
@@ -218,33 +238,12 @@ def spoken_digits(
                 folder,
                 resume=status is not None,
                 seconds=left,
-                facts={"task": "spoken-digits", "row": row, "split": split, "frame": frame, "vary": asdict(vary)},
+                facts=facts,
             )
             judged = "interrupted" if result.final is None else f"{percent(result.final.accuracy)} % of the test right"
             say(f"{folder.name}: {result.epochs} epochs, {result.seconds:.0f} s, {judged}")
             report(out)
     return report(out)
-
-
-def run_status(folder: Path, config: Mapping[str, Any] | None = None) -> str | None:
-    """The status of the run in a folder, None where there is none.
-
-    Args:
-        folder: of the run.
-        config: of the model and the training; that of a finished run must be the same. Default: any.
-
-    Raises:
-        CheckpointError: a finished run with other settings.
-    """
-    path = folder / RUN_FILE
-    if not path.exists():
-        return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    if facts["status"] == "finished" and config is not None and facts["config"] != json.loads(json.dumps(config)):
-        raise CheckpointError(
-            f"reproduce: '{path}' is of a run with other settings; name another folder, or delete this one"
-        )
-    return facts["status"]
 
 
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:

@@ -520,11 +520,11 @@ class _WaveformTrainer:
         judged = bits_per_sample(
             self.model,
             self.data[1],
-            context=self.config.window,
+            longest=self.config.window,
             limit=0 if whole else self.config.evaluate_windows,
             autocast=self.autocast,
         )
-        self.evaluations.append(HeldOut(*judged, self.done))
+        self.evaluations.append(HeldOut(judged.bits, judged.samples, self.done))
         self.evaluation_log.append(step=self.done, bits_per_sample=judged.bits, samples=judged.samples)
         self.progress.show(held_out=f"{judged.bits:.3f}")
         self.logged_at += time.perf_counter() - started
