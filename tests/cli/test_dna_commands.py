@@ -200,6 +200,38 @@ def test_variants(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None
     assert f"{vcf}:6: dna: wanted the name of a record, got 'chr9'" in err
 
 
+def test_lower_case_is_unknown_where_asked(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
+    # chr2 is soft-masked, its first 900 bases; the model was trained on all.
+    hard = tmp_path / "hard.fa"
+    hard.write_text(f">chr1\n{letters(3000, 0)}\n>chr2\n{'N' * 905}\n>scrap\nACGT\n")
+    vcf = tmp_path / "a.vcf"
+    rows = ((name, text[99]) for name, text in (("chr1", letters(3000, 0)), ("chr2", letters(900, 1))))
+    vcf.write_text("#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+                   + "".join(f"{name}\t100\t.\t{ref}\t{ref}A\t.\t.\t.\n" for name, ref in rows))  # fmt: skip
+
+    def all_of(path: Path, *more: object) -> tuple[np.ndarray, str, str]:
+        for line in (
+            ("embed", path, "-o", tmp_path / "v.npy"),
+            ("dna", "track", path, "-o", tmp_path / "t.bedgraph"),
+            ("dna", "variants", vcf, "--genome", path, "-o", tmp_path / "o.vcf", "--json"),
+        ):
+            code, shown, err = run(*line, "--model", trained, *more)
+            assert code == 0, err
+        last = (tmp_path / "o.vcf").read_text()
+        assert json.loads(shown)["unknown"] == last.count("LLR=.\n")
+        return np.load(tmp_path / "v.npy"), (tmp_path / "t.bedgraph").read_text(), last
+
+    asked, expected = all_of(genome, "--soft-masked", "n"), all_of(hard)
+    np.testing.assert_array_equal(asked[0], expected[0])
+    assert asked[1:] == expected[1:]
+    plain = all_of(genome)
+    assert (plain[0][1] != asked[0][1]).any()
+    assert ("chr2" in plain[1], "chr2" in asked[1]) == (True, False)
+    assert (plain[2].count("LLR=.\n"), asked[2].count("LLR=.\n")) == (0, 1)
+    code, _, err = run("embed", genome, "--model", trained, "-o", tmp_path / "w.npy", "--soft-masked", "x")
+    assert (code, "soft_masked must be one of base, n, got 'x'" in err) == (1, True)
+
+
 def test_a_long_window_is_timed(run: Run) -> None:
     code, shown, err = run("dna", "window", "--length", 512, "--layers", 1, "--device", "cpu", "--json")
     assert code == 0, err

@@ -174,6 +174,34 @@ def test_nothing_is_said_of_alleles_with_unknown_bases(model, tmp_path) -> None:
     assert ratios[1:] == [[None, None], [None]]
 
 
+def test_soft_masked_bases_are_unknown_where_asked(model, tmp_path) -> None:
+    path = tmp_path / "m.fa"
+    path.write_text(">c1\nACGTacgtRCGTTGCA\n")
+    masked = Genome(path, DnaTokenizer("n"), cache=tmp_path / "cache")
+    plain = Genome(path, cache=tmp_path / "cache")
+    # A VCF's letters mean the same in either case; a code of several bases is one of them in a VCF.
+    found = lines(
+        tmp_path / "v.vcf",
+        "c1\t2\t.\tC\tt\t.\t.\t.\n",
+        "c1\t6\t.\tC\tT\t.\t.\t.\n",
+        "c1\t4\t.\tTA\tT\t.\t.\t.\n",
+        "c1\t9\t.\tA\tG\t.\t.\t.\n",
+        "c1\t12\t.\tT\tC\t.\t.\t.\n",
+    )
+    said = [ratios[0] for _, ratios in variant_effects(model, masked, found, context=4)]
+    assert [value is None for value in said] == [False, True, True, True, False]
+    seen = [ratios[0] for _, ratios in variant_effects(model, plain, found, context=4)]
+    assert [value is None for value in seen] == [False, False, False, True, False]
+    # The surroundings are read so, too: of the last one four unknown bases stand in its context of either.
+    hidden = tmp_path / "h.fa"
+    hidden.write_text(">c1\nACGTNNNNNCGTTGCA\n")
+    expected = variant_effects(model, Genome(hidden, cache=tmp_path / "cache"), [found[0], found[4]], context=4)
+    assert [said[0], said[4]] == [ratios[0] for _, ratios in expected]
+    assert said[0] != seen[0]
+    with pytest.raises(DataError, match="wanted a REF that the genome holds at c1:4, got 'CA', where it holds TN"):
+        list(variant_effects(model, masked, lines(tmp_path / "v.vcf", "c1\t4\t.\tCA\tT\t.\t.\t.\n")))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -28,6 +28,14 @@ Model = Annotated[Path, typer.Option("--model", help="Folder of a model of bases
 Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
 BothStrands = Annotated[bool, typer.Option("--both-strands", help="The mean over both strands.")]
+SoftMasked = Annotated[
+    str | None,
+    typer.Option(
+        "--soft-masked",
+        show_default="as the model learnt",
+        help="Lower-case bases: 'base', as any other, or 'n', unknown.",
+    ),
+]
 Bed = Annotated[
     Path | None, typer.Option("--regions", show_default="whole records", help="BED file with what is read.")
 ]
@@ -105,6 +113,7 @@ def embed(
     model: Model,
     out: Out,
     both_strands: BothStrands = False,
+    soft_masked: SoftMasked = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -115,7 +124,7 @@ def embed(
     from statescan.files import atomic_file, want_folder
 
     want_folder(out)
-    language_model, genome = _open(model, sequences, device)
+    language_model, genome = _open(model, sequences, device, soft_masked)
     vectors = np.empty((len(genome), language_model.config.d_model), np.float32)
     with progress("reading", unit="sequences") as bar:
         for number in range(len(genome)):
@@ -145,6 +154,7 @@ def track(
         typer.Option("--context", min=1, show_default="all that came before", help="Bases of a window."),
     ] = None,
     both_strands: BothStrands = False,
+    soft_masked: SoftMasked = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -156,7 +166,7 @@ def track(
     from statescan.files import atomic_file, want_folder
 
     want_folder(out)
-    language_model, opened = _open(model, genome, device)
+    language_model, opened = _open(model, genome, device, soft_masked)
     asked = read_bed(regions) if regions else _records(opened)
     # A bedGraph says one thing of a base: what overlaps is one stretch.
     spans = [(int(start), int(end)) for start, end in opened.spans(asked)]
@@ -200,6 +210,7 @@ def variants(
     out: Out,
     context: Annotated[int, typer.Option("--context", min=1, help="Bases that are read on either side.")] = 512,
     one_strand: Annotated[bool, typer.Option("--one-strand", help="The given strand alone, not the mean.")] = False,
+    soft_masked: SoftMasked = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -208,12 +219,12 @@ def variants(
     from statescan.files import atomic_file, want_folder
 
     want_folder(out)
-    language_model, opened = _open(model, genome, device)
+    language_model, opened = _open(model, genome, device, soft_masked)
     head = (
         '##INFO=<ID=LLR,Number=A,Type=Float,Description="log p(ALT) - log p(REF) in nats, '
         f'{context} bases on either side, statescan {model.name}">\n'
     )
-    count = 0
+    count = unknown = 0
     with (
         progress("judging", unit="variants") as bar,
         atomic_file(out) as temporary,
@@ -240,11 +251,12 @@ def variants(
             info = ";".join([*before, f"LLR={shown}"])
             lines.write("\t".join([*variant.fields[:7], info, *variant.fields[8:]]) + "\n")
             count += 1
+            unknown += all(ratio is None for ratio in ratios)
             bar(count, count)
     if as_json:
-        emit_json({"out": out, "variants": count})
+        emit_json({"out": out, "variants": count, "unknown": unknown})
         return
-    print_rows(("variants", f"{count:,}"), ("written", str(out)))
+    print_rows(("variants", f"{count:,}, of {unknown:,} nothing is said"), ("written", str(out)))
 
 
 @dna.command(epilog="Example: statescan dna window --length 1048576 --device cuda")
@@ -286,8 +298,8 @@ def window(
     )
 
 
-def _open(model: Path, paths: list[str], device: str) -> tuple[CausalLM, Genome]:
-    """The model, and the sequences as its own tokenizer reads them."""
+def _open(model: Path, paths: list[str], device: str, soft_masked: str | None) -> tuple[CausalLM, Genome]:
+    """The model, and the sequences as its tokenizer reads them, but for lower case where something else is asked."""
     from statescan.cli.models import open_model
     from statescan.data import DnaTokenizer, Genome
     from statescan.errors import ConfigError
@@ -298,6 +310,8 @@ def _open(model: Path, paths: list[str], device: str) -> tuple[CausalLM, Genome]
             f"dna: wanted a model of bases, got '{model}', which reads {tokenizer.name}; train one with "
             "statescan train --modality dna"
         )
+    if soft_masked is not None:
+        tokenizer = DnaTokenizer(soft_masked, tokenizer.gaps)
     return language_model, Genome(list(paths), tokenizer)
 
 

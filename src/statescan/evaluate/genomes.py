@@ -219,10 +219,11 @@ def variant_effects(
 
     Yields:
         Each variant with a number for each alternative; None where it is not spelt out (<DEL>, *, breakends), or where
-        one of the two holds an unknown base, of whose likelihood nothing is said.
+        one of the two holds an unknown base, of whose likelihood nothing is said. Unknown is what the genome was read
+        so: N, codes of several bases, and lower case where its tokenizer has soft_masked="n".
 
     Raises:
-        DataError: no such record, or the reference allele is not what the genome holds there.
+        DataError: no such record, or the reference allele is not what the genome holds there, as far as that is known.
         ConfigError: a context below 1.
     """
     if context < 1:
@@ -249,7 +250,7 @@ def _alleles(genome: Genome, variant: Variant, context: int, tokenizer: DnaToken
     end = position + len(reference)
     expected = _spelt(reference, tokenizer)
     there = genome.fetch(record, position, end) if end <= size else None
-    if expected is None or there is None or not np.array_equal(expected, there):
+    if expected is None or there is None or ((expected != there) & (there != UNKNOWN)).any():
         got = "the end of the record" if there is None else tokenizer.decode(there)
         raise DataError(
             f"vcf: {variant.where}: wanted a REF that the genome holds at {record}:{position + 1}, got '{reference}', "
@@ -257,7 +258,7 @@ def _alleles(genome: Genome, variant: Variant, context: int, tokenizer: DnaToken
         )
     before = genome.fetch(record, max(0, position - context), position) if position else expected[:0]
     after = genome.fetch(record, end, min(size, end + context)) if end < size else expected[:0]
-    alleles = [expected, *(_spelt(text, tokenizer) for text in variant.alternatives)]
+    alleles: list[NDArray[np.uint8] | None] = [there, *(_spelt(text, tokenizer) for text in variant.alternatives)]
     # Unknown bases count nothing, so that an allele with one would seem likelier than any without.
     alleles = [None if allele is None or UNKNOWN in allele else allele for allele in alleles]
     return [None if allele is None else np.concatenate([before, allele, after]) for allele in alleles]
