@@ -129,6 +129,29 @@ def test_judged_by_record_in_bits_per_base(run: Run, genome: Path, trained: Path
     assert (code, "bits per base" in shown) == (0, True)
 
 
+def test_gaps_are_neither_trained_nor_judged_on(run: Run, tmp_path: Path) -> None:
+    path, bed = tmp_path / "g.fa", tmp_path / "v.bed"
+    # A chromosome as assemblies have it: the gap before it would be held out, and cut into parts that are no gaps.
+    path.write_text(f">chr1\n{'N' * 20000}{letters(2000, 0)}\n>chr2\n{letters(2000, 1).lower()}\n")
+    line = ("train", "--modality", "dna", "--data", path, *SMALL)
+    code, _, err = run(*line, "--out", tmp_path / "run", "--set", "data.valid_fraction=0.1")
+    assert code == 0, err
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert data["train_tokens"] + data["valid_tokens"] == 4000
+    bed.write_text("chr1\t100\t20100\n")
+    code, _, err = run(*line, "--out", tmp_path / "bed", "--set", f"data.valid_regions={bed}")
+    assert code == 0, err
+    data = json.loads((tmp_path / "bed" / "run.json").read_text())["data"]
+    assert (data["train_tokens"], data["valid_tokens"]) == (3900, 100)
+    bed.write_text("chr1\t100\t2100\n")
+    code, _, err = run(*line, "--out", tmp_path / "none", "--set", f"data.valid_regions={bed}")
+    assert (code, "wanted known bases to judge on, got runs of unknown ones alone; name" in err) == (1, True), err
+    path.write_text(f">chr2\n{letters(2000, 1).lower()}\n")
+    code, _, err = run(*line, "--out", tmp_path / "none", "--set", "data.soft_masked=n")
+    assert (code, "to train on, got runs of unknown ones alone, as lower case is" in err) == (1, True), err
+    assert not (tmp_path / "none").exists()
+
+
 def test_vectors(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "vectors.npy"
     code, shown, err = run("embed", genome, "--model", trained, "-o", out, "--json")

@@ -46,7 +46,14 @@ TEXT = ">one first record\nacgtN\nRYu\n\n>two\r\nGG\r\nTT\r\n"
 
 @pytest.mark.parametrize(
     ("name", "pack"),
-    [("a.fa", bytes), ("a.fa.gz", gzip.compress), ("a.fasta.xz", lzma.compress), ("reads", bytes)],
+    [
+        ("a.fa", bytes),
+        ("a.fa.gz", gzip.compress),
+        ("a.fasta.xz", lzma.compress),
+        ("reads", bytes),
+        ("unpacked.fa.gz", bytes),
+        ("packed.fa", gzip.compress),
+    ],
 )
 def test_records_of_any_packing_by_name(opened, name, pack) -> None:
     genome = opened(pack(TEXT.encode()), name)
@@ -94,7 +101,7 @@ BAD = {
     "prose": (b"hello\n", "a.txt", r"wanted FASTA .*or FASTQ"),
     "truncated": (GOOD[: len(GOOD) // 2], "a.fa.gz", r"a\.fa\.gz: wanted a whole file, got one that is cut short"),
     "damaged": (GOOD[:-8] + bytes([GOOD[-8] ^ 255]) + GOOD[-7:], "a.fa.gz", r"cut short or damaged"),
-    "not gzip": (b">a\nAC\n", "a.fa.gz", r"cut short or damaged"),
+    "not gzip": (b"ACGT\nAC\n", "a.fa.gz", r"cut short or damaged"),
     "short quality": (b"@r\nACGT\n+\nIII\n", "a.fq", r"FASTQ file at line 4"),
     "protein": (b">p1\nACDEFGHIKLM\n", "a.fa", r"record 'p1', got 'E' at place 4; that looks like protein"),
     "gaps": (b">g\nAC-GT\n", "a.fa", r"record 'g', got '-' at place 3; gaps of an alignment.*data\.gaps=n"),

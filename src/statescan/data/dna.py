@@ -6,6 +6,7 @@ memory: a window of a genome of any size costs what the window holds.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import itertools
@@ -90,8 +91,13 @@ def _read_fasta(source: Source) -> Iterator[tuple[str, bytes]]:
         raise MissingExtraError("reading FASTA and FASTQ", "dnaio", "dna") from None
     label = source.label
     try:
-        # Without a second process or thread, so that what goes wrong is raised here.
-        with dnaio.open(source.path, open_threads=0) as records:
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(open(source.path, "rb"))
+            # What is in it says how it is read: browsers unpack a .gz and leave it its name.
+            plain = file.read(1) in (b">", b"@")
+            file.seek(0)
+            # Without a second process or thread, so that what goes wrong is raised here.
+            records = opened.enter_context(dnaio.open(file if plain else source.path, open_threads=0))
             for record in records:
                 name = record.name.split(maxsplit=1)[0] if record.name.strip() else ""
                 yield name, record.sequence.encode("latin-1", "replace")

@@ -245,13 +245,15 @@ def read_genome(run: RunConfig) -> _Corpus:
     genome = Genome(data.paths, tokenizer, cache=data.cache)
     held_out = genome
     facts = {"digest": genome.file.digest, "tokens": len(genome.tokens), "bytes_per_token": genome.file.bytes_per_token}
-    spans = genome.spans(read_bed(data.regions) if data.regions else None)
+    # Gaps go before anything is held out: a part of one would be read as bases, or be all that is judged.
+    spans = without_gaps(genome.tokens, genome.spans(read_bed(data.regions) if data.regions else None))
     if data.valid_paths:
         held_out = Genome(data.valid_paths, tokenizer, cache=data.cache)
         valid = held_out.spans(read_bed(data.valid_regions) if data.valid_regions else None)
+        valid = without_gaps(held_out.tokens, valid)
         facts["valid_digest"] = held_out.file.digest
     elif data.valid_regions:
-        valid = genome.spans(read_bed(data.valid_regions))
+        valid = without_gaps(genome.tokens, genome.spans(read_bed(data.valid_regions)))
         spans = spans if data.regions else outside(spans, valid)
         check_apart(spans, valid)
     elif data.valid_fraction:
@@ -261,7 +263,12 @@ def read_genome(run: RunConfig) -> _Corpus:
         spans, valid = split_regions(spans, [1 - data.valid_fraction], block=block)
     else:
         valid = np.empty((0, 2), np.int64)
-    spans = without_gaps(genome.tokens, spans)
+    for part, what in ((spans, "to train on"), (valid, "to judge on")):
+        if not len(part) and (part is spans or data.valid_paths or data.valid_regions):
+            lower = ", as lower case is with data.soft_masked=n" if data.soft_masked == "n" else ""
+            raise DataError(
+                f"dna: wanted known bases {what}, got runs of unknown ones alone{lower}; name other regions"
+            )
     # Before any process is launched: it says where the records are too short.
     _genome_sampler(run, genome.tokens, spans)
     parts = [held_out.tokens[start:end] for start, end in valid.tolist()]
