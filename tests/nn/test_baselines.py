@@ -12,6 +12,7 @@ from torch import nn
 from statescan.errors import ConfigError, ShapeError
 from statescan.nn import GRU, LSTM, MLP, CausalSelfAttention, DilatedConv, GatedMLP
 from statescan.nn import attention as attention_module
+from statescan.nn import recurrent as recurrent_module
 
 LAYERS = {
     "lstm": lambda: LSTM(8, 5),
@@ -53,6 +54,24 @@ def test_whole_is_steps_is_pieces(kind: str, grad: bool) -> None:
     assert whole.state is None
     assert (whole.output - torch.stack(steps, 1)).abs().max() < 1e-12
     assert (whole.output - torch.cat([first.output, second.output], 1)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("layer", [LSTM(8, 5), GRU(8)], ids=["lstm", "gru"])
+def test_sequences_longer_than_the_loop_takes_are_run_in_parts(
+    layer: LSTM | GRU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer.double()
+    x = _input(layer)
+    whole = layer(x, layer.init_state(2))
+    monkeypatch.setattr(recurrent_module, "_LONGEST", 8)
+    lengths: list[int] = []
+    layer.rnn.register_forward_pre_hook(lambda _module, given: lengths.append(given[0].shape[1]))
+    parts = layer(x, layer.init_state(2))
+    assert lengths == [8, 8, 3]
+    assert torch.equal(parts.output, layer(x).output)
+    assert (parts.output - whole.output).abs().max() < 1e-14
+    for one, other in zip(parts.state, whole.state, strict=True):
+        assert one is other is None or (one - other).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -28,6 +28,10 @@ class RecurrentOutput(NamedTuple):
     state: RecurrentState | None
 
 
+# Positions that are given to the library's loop at once: cuDNN takes no more than 65,535.
+_LONGEST = 1 << 15
+
+
 class _Recurrent(nn.Module):
     """A recurrent net (cuDNN's on a GPU) and a projection back to the width of the residual stream."""
 
@@ -78,7 +82,12 @@ class _Recurrent(nn.Module):
         if cu_seqlens is not None:
             check_cu_seqlens(name, cu_seqlens, x.shape[0], x.shape[1])
             return self._packed(name, x, cu_seqlens.diff().tolist(), state)
-        hidden, after = self.rnn(x, None if state is None else self._given(name, state, x.shape[0]))
+        after = None if state is None else self._given(name, state, x.shape[0])
+        pieces = []
+        for piece in x.split(_LONGEST, 1):
+            hidden, after = self.rnn(piece, after)
+            pieces.append(hidden)
+        hidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         return RecurrentOutput(self.out_proj(hidden), None if state is None else self._taken(after))
 
     def _packed(self, name: str, x: Tensor, sizes: list[int], state: RecurrentState | None) -> RecurrentOutput:
