@@ -16,7 +16,7 @@ BUILTIN = "builtin"
 # Name: how it came to be; docs/reproduction.md says what it can do.
 SHIPPED = {
     BUILTIN: "statescan reproduce builtin-model",
-    "induction-heads": "statescan reproduce induction-heads, seed 2 of the term on the biases",
+    "induction-heads": "statescan reproduce induction-heads, seed 2",
     "selective-copying": "statescan reproduce selective-copying, seed 0",
 }
 _FOLDER = Path(__file__).with_name("models")
