@@ -36,7 +36,11 @@ def test_trained_resumed_and_made_to_sound(folder, tmp_path):
     result = json.loads(first.stdout)
     assert result["steps"] == 3
     assert 6 < result["bits_per_sample"] < 10
-    assert "3 recordings" in first.stderr
+    assert "3 recordings, 0.1 s at 8,000 Hz to learn from, 0.0 s held out" in first.stderr
+    # A folder that is taken is told before sound is read.
+    refused = run(*line)
+    assert (refused.exit_code, "which holds one" in refused.stderr) == (1, True)
+    assert "recordings" not in refused.stderr
     again = run("train", "--modality", "audio", "--out", out, "--resume", "--set", "train.steps=5")
     assert again.exit_code == 0, again.stderr
     assert "5 of 5" in again.stdout

@@ -200,6 +200,8 @@ def run_audio(
     data = run.data
     if not data.paths:
         raise ConfigError("train: --modality audio wanted sound files, got none; name some with --data FOLDER")
+    # Before what may be hours of sound are read.
+    check_folder(Path(out), resume)
 
     def read(paths: tuple[str, ...], rate: int) -> Recordings:
         made = read_recordings(
@@ -230,8 +232,8 @@ def run_audio(
     else:
         learnt, valid = learnt.split(data.held_out, run.train.seed)
     say(
-        f"{len(learnt):,} recordings, {learnt.seconds / 60:.1f} minutes at {learnt.sample_rate:,} Hz to learn from, "
-        f"{valid.seconds / 60:.1f} held out"
+        f"{len(learnt):,} recordings, {_time(learnt)} at {learnt.sample_rate:,} Hz to learn from, "
+        f"{_time(valid)} held out"
     )
     model = dataclasses.replace(
         run.model, sample_rate=learnt.sample_rate, quantization=learnt.quantization, classes=len(learnt.classes)
@@ -240,6 +242,11 @@ def run_audio(
     return train_waveform(
         model, run.train, (learnt, valid), out, resume=resume, seconds=seconds, progress=progress, facts=facts
     )
+
+
+def _time(recordings: Recordings) -> str:
+    minutes = recordings.seconds / 60
+    return f"{minutes:,.1f} minutes" if minutes >= 2 else f"{recordings.seconds:.1f} s"
 
 
 def load_audio_run(out: str | os.PathLike[str]) -> AudioRun:
