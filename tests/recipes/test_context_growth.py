@@ -1,20 +1,27 @@
-"""The curve over positions: every octave's mean is what the model's own bits give, and no text favours one of them."""
+"""The curve over positions: every octave's mean is what the model's own bits give, and no text favours one of them.
+
+And the rows: as many bytes as the scaling table's, judged once for each reach, and never reported for another."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from statescan.errors import ConfigError, DataError
+from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate import row_bits
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 from statescan.recipes import context_growth as recipe
 from statescan.recipes import language_scaling
+from statescan.train import RunConfig
 
 VOCABULARY = 11
 
@@ -62,6 +69,7 @@ def test_octaves_are_the_means_of_the_bits_read_one_by_one(config, monkeypatch) 
         else:
             values = np.array([row[part].mean() for row in more])
             counted, wanted = max(1.0, one.first / stride), level + values.mean()
+            assert one.gains == pytest.approx(values.tolist(), rel=1e-9, abs=1e-12)
         assert one.places == len(values)
         assert one.bits_per_byte == pytest.approx(wanted, rel=1e-9)
         error = values.std(ddof=1) / math.sqrt(len(values)) * math.sqrt(counted)
@@ -120,6 +128,8 @@ def test_rows_share_bytes_and_schedule_with_the_scaling_table(tmp_path: Path, mo
         assert abs(settings.steps * settings.batch_size * settings.length / read - 1) < 0.05
         assert (settings.lr, run.data) == (language_scaling.learning_rate_of(f"{entry.family}-1m"), plain.data)
         assert abs(settings.warmup / settings.steps - 0.1) < 0.04
+        # Whatever moment it is killed at, an eighth of its updates are lost at most, but for a remainder.
+        assert 0 < settings.checkpoint_every <= max(1, settings.steps / 8)
     with pytest.raises(ConfigError, match="got 'mamba-3k' and '1m'"):
         recipe.growth_run("mamba-3k", tmp_path)
     with pytest.raises(ConfigError, match="got 'mamba-2k' and '5m'"):
@@ -128,10 +138,101 @@ def test_rows_share_bytes_and_schedule_with_the_scaling_table(tmp_path: Path, mo
 
 def test_the_summary_tells_the_least_the_rise_and_the_gain() -> None:
     def curve(values: dict[int, float]) -> list[recipe.PositionBin]:
-        return [recipe.PositionBin(first, 2 * first - 1, bits, None, 1) for first, bits in values.items()]
+        return [
+            recipe.PositionBin(first, 2 * first - 1, bits, None, 2, (bits - 1.7, bits - 1.5 + 1e-18 * first**3))
+            for first, bits in values.items()
+        ]
 
     told = recipe.summary(curve({1 << 14: 1.6, 1 << 15: 1.5, 1 << 16: 1.52, 1 << 17: 1.53, 1 << 18: 1.51}))
     assert told["least"] == 1 << 15
     assert told["rise"] == pytest.approx(0.02)
-    assert told["from_16k_to_256k"] == pytest.approx(-0.07)
+    # Of two places, of which the second differs by what was added; neighbours share half of the last octave.
+    more = 1e-18 * ((1 << 17) ** 3 - (1 << 14) ** 3)
+    gain, error = told["from_16k_to_256k"]
+    assert gain == pytest.approx(-0.07 + more / 2)
+    assert error == pytest.approx(more / 2 * math.sqrt(2))
     assert recipe.summary(curve({1: 5.0, 2: 4.0})) == {"least": 2, "rise": 0.0, "from_16k_to_256k": None}
+
+
+SMALL = {"mamba-1m": MambaConfig(8, 1, 256, d_state=2), "transformer++-1m": TransformerConfig(8, 1, 256, n_head=1)}
+
+
+@pytest.fixture
+def novels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small parts and models, and curves to a few hundred positions."""
+    monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(language_scaling, "ROWS", SMALL)
+    monkeypatch.setattr(recipe, "LONGEST_ATTENTION", 128)
+    for name in ("judge_positions", "_places"):
+        monkeypatch.setattr(recipe, name, functools.partial(getattr(recipe, name), stride=64, window=16))
+    for part, size in (("train", 40_000), ("valid", 200), ("test", 900)):
+        (tmp_path / f"novels_{part}.txt").write_text(" ".join(f"{i * i % 97} of them;" for i in range(size))[:size])
+    return tmp_path
+
+
+def _brief(run: RunConfig) -> RunConfig:
+    lengths = {"length": 32, "shortest_length": 8 if run.train.shortest_length else 0}
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, steps=4, warmup=1, **lengths))
+
+
+def test_a_curve_is_of_the_longest_that_was_asked_for(novels: Path) -> None:
+    said: list[str] = []
+    growth, scaling = novels / "growth", novels / "scaling"
+
+    def call(longest: int, *rows: str) -> dict[str, Any]:
+        said.clear()
+        return recipe.context_growth(
+            rows, novels, growth, scaling=scaling, longest=longest, change=_brief, say=said.append
+        )
+
+    first = call(256, "mamba-2k", "transformer++-2k", "mamba-mixed")
+    assert (first["longest"], list(first["rows"])) == (256, ["mamba-2k", "mamba-mixed", "transformer++-2k"])
+    assert [len(row["bins"]) for row in first["rows"].values()] == [8, 8, 7]
+    assert (scaling / "mamba-1m" / "run.json").exists(), "a row of the scaling table is trained there"
+    assert [line for line in said if "judged to" in line] == [
+        "mamba-2k: judged to position 256",
+        "transformer++-2k: judged to position 128",
+        "mamba-mixed: judged to position 256",
+    ]
+    # Farther: what is named is judged anew, from places that leave as much behind; the others are not told of.
+    farther = call(512, "mamba-2k")
+    assert said == ["mamba-2k: judged to position 512"]
+    assert list(farther["rows"]) == ["mamba-2k"]
+    assert "transformer++-2k" in farther["not_run"]
+    assert len(farther["rows"]["mamba-2k"]["bins"]) == 9
+    places = [results["rows"]["mamba-2k"]["bins"][-1]["places"] for results in (first, farther)]
+    assert places == [len(range(0, 900 - span, 64)) for span in (256, 512)]
+    # Nearer again: nothing is done twice, and nothing of the farther one is told.
+    assert call(256, "mamba-2k", "mamba-mixed") == first
+    assert said == []
+    table = (growth / "results.md").read_text()
+    assert "| Mamba, 2k, 4k and 8k mixed |" in table
+    assert "Every place has 256 bytes behind it." in table
+    assert json.loads((growth / "results.json").read_text()) == json.loads(json.dumps(first))
+    assert recipe.report(growth, 512) == farther
+    assert (growth / "figure.svg").exists()
+    assert not recipe.report(growth, 1024)["rows"]
+    assert not (growth / "figure.svg").exists(), "no picture of what the table does not tell of"
+
+    # What was judged of another run, or on other books, is refused.
+    def otherwise(run: RunConfig) -> RunConfig:
+        return _brief(run).apply_overrides(["train.seed=1"])
+
+    with pytest.raises(CheckpointError, match=r"positions-256.json.*other settings \(config.train.seed"):
+        recipe.context_growth(["mamba-2k"], novels, growth, scaling=novels / "other", longest=256, change=otherwise)
+    assert not (novels / "other").exists(), "before anything is trained"
+    (novels / "novels_test.txt").write_text("Another book. " * 40)
+    with pytest.raises(CheckpointError, match=r"positions-256.json' is of a run with other settings \(digest"):
+        call(256, "mamba-2k")
+
+
+def test_what_cannot_be_judged_is_refused_before_it_is_trained(novels: Path) -> None:
+    for longest, error, message in (
+        (96, ConfigError, "powers of two"),
+        (1024, DataError, "a book of more than 1024 bytes"),
+    ):
+        with pytest.raises(error, match=message):
+            recipe.context_growth(
+                ["mamba-2k-carry"], novels, novels / "out", scaling=novels, longest=longest, change=_brief
+            )
+    assert not list((novels / "out").glob("*/run.json"))

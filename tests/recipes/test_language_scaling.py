@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -50,10 +51,6 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     monkeypatch.setattr(recipe, "_LSTM", recipe._LSTM | {"batch_size": 8, "length": 16})
 
 
-def _interrupt() -> RunConfig:
-    raise KeyboardInterrupt
-
-
 def _silent(_line: str) -> None:
     pass
 
@@ -79,6 +76,8 @@ def test_a_row_says_all_and_follows_the_rule(novels: Path) -> None:
     assert 1600 <= ids <= 1602
     assert run.train.steps == round(3.0 * ids / (4 * 32))
     assert run.train.warmup == round(0.1 * run.train.steps)
+    # Killed without a word it loses an eighth of its updates at most.
+    assert run.train.checkpoint_every == run.train.steps // 8 > 0
     assert run.train.lr == pytest.approx(recipe.RATES["mamba"] * math.sqrt(96 / 16))
     assert (run.train.precision, run.train.accelerator) == ("float32", "cpu")
     assert recipe.scaling_run("mamba-1m", novels, device="cuda").train.precision == "bf16"
@@ -100,10 +99,15 @@ def test_rows_are_trained_judged_and_tabled_once(novels: Path, tmp_path: Path) -
     rows = ["mamba-0.3m", "transformer++-0.3m", "mamba-1m"]
     results = recipe.language_scaling(rows, novels, tmp_path, passes=2.0, say=said.append)
     assert list(results["rows"]) == ["mamba-0.3m", "mamba-1m", "transformer++-0.3m"]
-    assert results["not_run"] == ["lstm-1m"]
+    assert (results["not_tuned"], results["not_run"]) == (list(results["rows"]), ["lstm-1m"])
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     table = (tmp_path / "results.md").read_text()
-    for words in ("| Mamba 0.3M |", "Not run: lstm-1m.", "not measured"):
+    for words in (
+        "| Mamba 0.3M |",
+        "through in this folder: mamba-0.3m, mamba-1m, transformer++-0.3m.",
+        "Not run: lstm-1m.",
+        "not measured",
+    ):
         assert words in table
     assert (tmp_path / "figure.svg").exists()
     assert not (tmp_path / "mamba-0.3m" / "checkpoints").exists()
@@ -135,7 +139,7 @@ def test_rows_are_trained_judged_and_tabled_once(novels: Path, tmp_path: Path) -
     assert recipe.language_scaling(rows, novels, tmp_path, passes=2.0, say=said.append) == results
     assert said == []
     assert (tmp_path / "mamba-1m" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(CheckpointError, match="holds a run with other settings"):
+    with pytest.raises(CheckpointError, match=r"mamba-1m/run.json' .* other settings \(train.steps = 25, wanted 13\)"):
         recipe.language_scaling(["mamba-1m"], novels, tmp_path, passes=1.0, say=_silent)
 
 
@@ -170,7 +174,8 @@ def test_every_rate_is_tried_and_the_best_one_with_dropout(
     novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe, "GRID", (1e-4, 3e-2))
-    found = recipe.tune(["mamba-0.3m"], novels, tmp_path, passes=1.0, say=_silent)
+    said: list[str] = []
+    found = recipe.tune(["mamba-1m", "mamba-0.3m"], novels, tmp_path, passes=1.0, say=said.append)
     assert [(one["row"], one["lr"], one["dropout"]) for one in found] == [
         ("mamba-0.3m", 1e-4, 0.0),
         ("mamba-0.3m", 3e-2, 0.0),
@@ -179,14 +184,59 @@ def test_every_rate_is_tried_and_the_best_one_with_dropout(
     by_rate = [one["bits_per_byte"] for one in found]
     assert by_rate[1] < by_rate[0], "three hundred times the rate learns more in a dozen updates"
     assert json.loads((tmp_path / "tuning.json").read_text()) == found
+    assert any(line.startswith("mamba-0.3m: 0.03 is the best of the grid and at its end") for line in said)
     best = min(found, key=lambda one: one["bits_per_byte"])
     told = recipe.tuned("mamba-1m", tmp_path)
     assert told == {"lr": pytest.approx(best["lr"] * math.sqrt(96 / 16)), "dropout": best["dropout"]}
     assert recipe.tuned("lstm-1m", tmp_path) == {}
-    seen: list[RunConfig] = []
-    with pytest.raises(KeyboardInterrupt):
-        recipe.language_scaling(["mamba-1m"], novels, tmp_path, change=lambda run: seen.append(run) or _interrupt())
-    assert (seen[0].train.lr, seen[0].model.dropout) == (told["lr"], told["dropout"])
+    results = recipe.language_scaling(["mamba-1m"], novels, tmp_path, say=_silent)
+    config = results["rows"]["mamba-1m"]["config"]
+    assert {"lr": config["train"]["lr"], "dropout": config["model"]["dropout"]} == told
+    assert results["not_tuned"] == []
+
+
+def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(
+    novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "GRID", (1e30, 1e-3))
+    monkeypatch.setattr(recipe, "DROPOUTS", (0.0,))
+    said: list[str] = []
+    found = recipe.tune(["mamba-0.3m"], novels, tmp_path, passes=2.0, say=said.append)
+    assert "mamba-0.3m-lr1e+30-dropout0: diverged" in said
+    bits = {one["lr"]: one["bits_per_byte"] for one in found}
+    assert bits[1e30] is None
+    assert 0 < bits[1e-3] < 8
+    assert json.loads((tmp_path / "tuning.json").read_text(), parse_constant=pytest.fail) == found
+    assert recipe.tuned("mamba-0.3m", tmp_path)["lr"] == recipe.learning_rate_of("mamba-0.3m", 1e-3)
+    # Some of the grid is no tuning.
+    (tmp_path / "part").mkdir()
+    for part in (found[:1], found[1:]):
+        (tmp_path / "part" / "tuning.json").write_text(json.dumps(part))
+        assert recipe.tuned("mamba-0.3m", tmp_path / "part") == {}
+    said.clear()
+    assert recipe.tune(["mamba-0.3m"], novels, tmp_path, passes=2.0, say=said.append) == found
+    assert not [line for line in said if line.startswith("training")]
+    with pytest.raises(CheckpointError, match=r"other settings \(train.steps = 25, wanted 38\)"):
+        recipe.tune(["mamba-0.3m"], novels, tmp_path, passes=3.0, say=_silent)
+
+
+def test_an_lstm_is_judged_as_all_are_and_other_seeds_are_told(novels: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    shutil.copytree(novels, texts)
+    for seed in (0, 1):
+        results = recipe.language_scaling(["lstm-1m"], texts, tmp_path / "out", seed=seed, say=_silent)
+    row, other = results["rows"]["lstm-1m"], json.loads((tmp_path / "out" / "lstm-1m-seed1" / "score.json").read_text())
+    assert row["config"]["train"]["length"] == 16
+    judged = recipe.read_judged(tmp_path / "out" / "lstm-1m")
+    assert judged.bytes.tolist() == [32] * 10 + [12] + [32] * 5 + [9], "windows of 32, as the other rows have them"
+    assert row["other_seeds"] == {"1": other["bits_per_byte"]}
+    assert other["bits_per_byte"] != row["bits_per_byte"]
+    assert f" | {other['bits_per_byte']:.4f} | " in (tmp_path / "out" / "results.md").read_text()
+    # Books of the same names, but others: neither what was learnt nor what was judged is taken for theirs.
+    for part, told in (("test", r"score.json' .* books \(digest"), ("train", r"run.json' .* data \(digest")):
+        (texts / f"novels_{part}" / "0.txt").write_text("Another book. " * 64)
+        with pytest.raises(CheckpointError, match=told):
+            recipe.language_scaling(["lstm-1m"], texts, tmp_path / "out", say=_silent)
 
 
 def test_speed_is_measured_in_a_moment_of_training(novels: Path, tmp_path: Path) -> None:

@@ -105,13 +105,13 @@ def context_growth(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte over a position up to a million: Mamba of three lengths, two remedies, beside Transformers."""
+    """Bits per byte over a position up to a million: Mamba of three lengths, three remedies, beside Transformers."""
     from statescan.recipes import context_growth as recipe
 
     rows = chosen_rows(row, recipe.ROWS)
     with going_on():
         if only_report:
-            results = recipe.report(out)
+            results = recipe.report(out, longest)
         else:
             results = recipe.context_growth(
                 rows, data, out, scaling=scaling, size=size, passes=passes, longest=longest,
@@ -140,6 +140,5 @@ def _print_tuning(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
         return
     print("| row | learning rate | dropout | updates | bits per byte, held-out books |\n|---|---:|---:|---:|---:|")
     for one in sorted(found, key=lambda one: (one["row"], one["dropout"], one["lr"])):
-        print(
-            f"| {one['row']} | {one['lr']:g} | {one['dropout']:g} | {one['updates']:,} | {one['bits_per_byte']:.4f} |"
-        )
+        bits = "diverged" if one["bits_per_byte"] is None else f"{one['bits_per_byte']:.4f}"
+        print(f"| {one['row']} | {one['lr']:g} | {one['dropout']:g} | {one['updates']:,} | {bits} |")

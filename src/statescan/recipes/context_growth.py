@@ -1,9 +1,9 @@
 """What more context is worth: bits per byte over the position in a novel, to a million bytes and far beyond training.
 
 A state space model trained on windows of 2,048 bytes meets, after a hundred thousand, states that no window ever came
-to. ``statescan reproduce context-growth`` trains a Mamba on windows of 2,048, 8,192 and 65,536 bytes, and on windows of
-2,048 with two remedies (the state carried along the text, and noise in its place), and judges all of them, beside
-Transformers, at every position of the two unseen novels that are long enough.
+to. ``statescan reproduce context-growth`` trains a Mamba on windows of 2,048, 8,192 and 65,536 bytes, and with three
+remedies (on windows of 2,048 the state carried along the text, or noise in its place; windows of 2,048, 4,096 and 8,192
+mixed), and judges all of them, beside Transformers, at every position of the two unseen novels that are long enough.
 
 Text is not equally hard everywhere, by far more than context is worth. So each byte read after a long context is set
 beside the same byte read by the same model in a window of 2,048, and a bin of positions tells the mean of these
@@ -29,10 +29,11 @@ from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.evaluate import row_bits
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM
-from statescan.recipes.language_scaling import PASSES, SIZES, books_of, scaling_run, train_row, tuned
+from statescan.recipes.language_scaling import PASSES, SIZES, books_of, scaling_run, schedule, train_row, tuned
 from statescan.recipes.novels import NOVELS, read_corpus
 from statescan.recipes.synthetic import figure, save_figure
 from statescan.train import RunConfig
+from statescan.train.finished import check_same
 
 __all__ = ["ROWS", "GrowthRow", "PositionBin", "context_growth", "growth_run", "judge_positions"]
 
@@ -41,9 +42,8 @@ LONGEST, LONGEST_ATTENTION = 1 << 20, 1 << 15
 # Bytes between the places from which a novel is read, a multiple of the window.
 STRIDE, WINDOW = 1 << 16, 2048
 SIZE = "1m"
-# Logits held at once.
-_LOGITS = 1 << 26
-_CURVE = "positions.json"
+# Logits held at once: those of 65,536 bytes.
+_LOGITS = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +67,10 @@ ROWS: dict[str, GrowthRow] = {
     "mamba-2k-carry": GrowthRow("Mamba, 2k, state carried", train={"initial_state": "carry"}),
     "mamba-8k": GrowthRow("Mamba, 8k", train={"length": 8192, "batch_size": 2}),
     "mamba-2k-noise": GrowthRow("Mamba, 2k, noise", train={"initial_state": "noise", "from_zero": 0.5}),
+    # Between the rows of its shortest and its longest windows, which read as many bytes.
+    "mamba-mixed": GrowthRow(
+        "Mamba, 2k, 4k and 8k mixed", train={"length": 8192, "batch_size": 2, "shortest_length": 2048}
+    ),
     "mamba-64k": GrowthRow("Mamba, 64k", train={"length": 65536, "batch_size": 1}),
     "transformer++-2k": GrowthRow("Transformer++, 2k", "transformer++"),
     "pythia-2k": GrowthRow("Transformer (Pythia), 2k", "pythia"),
@@ -109,21 +113,14 @@ def growth_run(
     plain = run.train
     length, rows = entry.train.get("length", plain.length), entry.train.get("batch_size", plain.batch_size)
     steps = max(1, round(plain.steps * plain.batch_size * plain.length / (rows * length)))
-    changed = dataclasses.replace(
-        plain,
-        steps=steps,
-        warmup=round(plain.warmup * steps / plain.steps),
-        log_every=max(1, steps // 64),
-        **entry.train,
-    )
-    return dataclasses.replace(run, train=changed)
+    return dataclasses.replace(run, train=dataclasses.replace(plain, **schedule(steps), **entry.train))
 
 
 class PositionBin(NamedTuple):
     """The predictions made after `first` to `last` bytes of context.
 
     bits_per_byte: their mean as told above; standard_error: of that mean's difference from the mean over all windows,
-    None of a single place; places: from how many the text was read.
+    None of a single place; places: from how many the text was read; gains: beyond a window, the difference at each.
     """
 
     first: int
@@ -131,6 +128,7 @@ class PositionBin(NamedTuple):
     bits_per_byte: float
     standard_error: float | None
     places: int
+    gains: Sequence[float] = ()
 
 
 def judge_positions(
@@ -165,12 +163,7 @@ def judge_positions(
         ConfigError: lengths that don't divide.
         DataError: no book is long enough.
     """
-    powers = all(length & (length - 1) == 0 for length in (longest, window))
-    if not powers or not window < longest <= span or stride % window or span % window:
-        raise ConfigError(
-            "judge_positions: longest and window must be powers of two, stride and span multiples of window, and "
-            f"window < longest <= span; got longest={longest}, window={window}, stride={stride}, span={span}"
-        )
+    where = _places(books, longest, span, stride=stride, window=window)
     device, vocabulary = model.lm_head.weight.device, model.config.padded_vocab_size
     carried = getattr(model.config, "family", None) != "transformer"
     piece = max(window, longest // 64) if carried else longest
@@ -178,10 +171,7 @@ def judge_positions(
     bounds = np.array([octave - 1 for octave in octaves if octave >= window])
     inside: list[NDArray[np.float64]] = []
     gains: list[NDArray[np.float64]] = []
-    for book in books:
-        places = range(0, len(book) - span, stride)
-        if not places:
-            continue
+    for book, places in where:
         starts = range(0, places[-1] + span, window)
         alone = [
             bits.ravel()
@@ -195,30 +185,46 @@ def judge_positions(
             more = np.concatenate(pieces, axis=1) - np.stack([plain[start : start + longest] for start in some])
             # The last position belongs to an octave that is not read.
             gains.append(np.add.reduceat(more[:, :-1], bounds, axis=1) / (bounds + 1))
-    if not inside:
+    windows, beyond = np.concatenate(inside), np.concatenate(gains)
+    level, repeated = float(windows.mean()), max(1.0, span / stride)
+    bins = []
+    for first in (octave for octave in octaves if octave < window):
+        mean, error = _mean(windows[:, first - 1 : 2 * first - 1].mean(1), repeated)
+        bins.append(PositionBin(first, 2 * first - 1, mean, error, len(windows)))
+    for number, first in enumerate(octave for octave in octaves if octave >= window):
+        mean, error = _mean(beyond[:, number], first / stride)
+        bins.append(PositionBin(first, 2 * first - 1, level + mean, error, len(beyond), beyond[:, number].tolist()))
+    return bins
+
+
+def _places(
+    books: Sequence[NDArray[Any]], longest: int, span: int, *, stride: int = STRIDE, window: int = WINDOW
+) -> list[tuple[NDArray[Any], range]]:
+    """The books that are long enough, each with the places it is read from; refuses what `judge_positions` does."""
+    powers = all(length & (length - 1) == 0 for length in (longest, window))
+    if not powers or not window < longest <= span or stride % window or span % window:
+        raise ConfigError(
+            "context-growth: longest and window must be powers of two, stride and span multiples of window, and "
+            f"window < longest <= span; got longest={longest}, window={window}, stride={stride}, span={span}"
+        )
+    found = [(book, range(0, len(book) - span, stride)) for book in books if len(book) > span]
+    if not found:
         raise DataError(
             f"context-growth: wanted a book of more than {span} bytes, got {max(map(len, books), default=0)} at most; "
             "take a longer text or fewer positions"
         )
-    windows, beyond = np.concatenate(inside), np.concatenate(gains)
-    level, repeated = float(windows.mean()), max(1.0, span / stride)
-    bins = [
-        _bin(first, windows[:, first - 1 : 2 * first - 1].mean(1), 0.0, repeated) for first in octaves if first < window
-    ]
-    for number, first in enumerate(octave for octave in octaves if octave >= window):
-        bins.append(_bin(first, beyond[:, number], level, max(1.0, first / stride)))
-    return bins
+    return found
 
 
 def _batches(starts: Sequence[int], rows: int) -> list[list[int]]:
     return [list(starts[first : first + rows]) for first in range(0, len(starts), rows)]
 
 
-def _bin(first: int, values: NDArray[np.float64], level: float, counted: float) -> PositionBin:
-    """The octave from `first` on, of values of which neighbours hold each byte `counted` times."""
+def _mean(values: NDArray[np.float64], counted: float) -> tuple[float, float | None]:
+    """(mean, its standard error) of values of which neighbours hold each byte `counted` times; None of a single one."""
     places = len(values)
-    error = float(values.std(ddof=1)) / math.sqrt(places) * math.sqrt(min(counted, places)) if places > 1 else None
-    return PositionBin(first, 2 * first - 1, level + float(values.mean()), error, places)
+    widened = math.sqrt(min(max(1.0, counted), places))
+    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(places) * widened if places > 1 else None
 
 
 def context_growth(
@@ -239,7 +245,8 @@ def context_growth(
     Args:
         rows: of `ROWS`; none to write the report alone.
         data: folder of the novels.
-        out: folder of the rows' folders, ``results.json``, ``results.md`` and ``figure.svg``.
+        out: folder of the rows' folders, ``results.json``, ``results.md`` and ``figure.svg``. What was judged to
+            another `longest` stays in the rows' folders, and is not in these.
         scaling: folder of the scaling table, whose rows some of these are; trained there where they aren't yet.
         size, passes, device: as for `growth_run`.
         longest: positions judged, a power of two; of Transformers 32,768 at most.
@@ -247,36 +254,61 @@ def context_growth(
         say: called with lines of progress.
 
     Returns:
-        {"rows", "not_run"}.
+        What `report` gives.
+
+    Raises:
+        CheckpointError: a folder holds another run, or one of other texts.
+        ConfigError, DataError: `longest` is no power of two above a window, or no book is long enough for it.
+        KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out = make_folder(Path(out))
     for row in rows:
         run = change(growth_run(row, data, size=size, passes=passes, device=device, scaling=scaling))
-        entry = ROWS[row]
-        kept = make_folder(out / row)
-        model = train_row(run, kept if entry.train else Path(scaling) / f"{entry.family}-{size}", say=say)
-        if (kept / _CURVE).exists():
-            continue
+        entry, kept = ROWS[row], make_folder(out / row)
+        text = read_corpus(data, NOVELS[2])
+        books = books_of(text, ByteTokenizer())
         far = longest if entry.family == "mamba" else min(longest, LONGEST_ATTENTION)
-        books = books_of(read_corpus(data, NOVELS[2]), ByteTokenizer())
-        bins = judge_positions(model, books, longest=far, span=longest)
-        facts = {"row": row, "config": run.to_dict(), "bins": [one._asdict() for one in bins]}
-        _write(kept / _CURVE, json.dumps(facts, indent=1) + "\n")
-        say(f"{row}: judged to position {far:,}")
-    return report(out)
+        curve, told = _curve(kept, longest), {"config": run.to_dict(), "digest": text.digest}
+        # Before hours of training.
+        _places(books, far, longest)
+        if curve.exists():
+            check_same(curve, json.loads(curve.read_text(encoding="utf-8")), told)
+        model = train_row(run, kept if entry.train else Path(scaling) / f"{entry.family}-{size}", say=say)
+        if not curve.exists():
+            bins = judge_positions(model, books, longest=far, span=longest)
+            facts = {"row": row, **told, "parameters": model.parameter_count()}
+            _write(curve, json.dumps(facts | {"bins": [one._asdict() for one in bins]}, indent=1) + "\n")
+            say(f"{row}: judged to position {far:,}")
+    return report(out, longest)
 
 
-def report(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Writes ``results.json``, ``results.md`` and, with matplotlib, ``figure.svg`` from the rows in a folder."""
+def _curve(folder: Path, longest: int) -> Path:
+    """What a row was judged to; places that leave other many bytes behind them are other places."""
+    return folder / f"positions-{longest}.json"
+
+
+def report(out: str | os.PathLike[str], longest: int = LONGEST) -> dict[str, Any]:
+    """Writes ``results.json``, ``results.md`` and, with matplotlib, ``figure.svg`` from the rows in a folder.
+
+    Args:
+        out: folder of the rows' folders.
+        longest: of the rows that were judged to so many positions; others are not comparable.
+
+    Returns:
+        {"longest", "rows", "not_run"}.
+    """
     out = Path(out)
     rows = {}
     for row in ROWS:
-        if (out / row / _CURVE).exists():
-            facts = json.loads((out / row / _CURVE).read_text(encoding="utf-8"))
+        curve = _curve(out / row, longest)
+        if curve.exists():
+            facts = json.loads(curve.read_text(encoding="utf-8"))
             rows[row] = facts | summary([PositionBin(**one) for one in facts["bins"]])
-    results = {"rows": rows, "not_run": [row for row in ROWS if row not in rows]}
+    results = {"longest": longest, "rows": rows, "not_run": [row for row in ROWS if row not in rows]}
     _write(out / "results.json", json.dumps(results, indent=1) + "\n")
-    _write(out / "results.md", _table(rows, results["not_run"]))
+    _write(out / "results.md", _table(results))
+    # It may be of another `longest`.
+    (out / "figure.svg").unlink(missing_ok=True)
     if rows:
         with contextlib.suppress(MissingExtraError):  # the table says all that the picture does
             _draw(rows, out / "figure.svg")
@@ -288,54 +320,63 @@ def summary(bins: Sequence[PositionBin]) -> dict[str, Any]:
 
     Returns:
         {"least": first byte of the octave, "rise": highest later octave over the least, minus 1, "from_16k_to_256k":
-        the octave that ends at 256k minus the one that begins at 16k, None where the curve ends before}.
+        (the octave that ends at 256k minus the one that begins at 16k, its standard error, place by place), None where
+        the curve ends before}.
     """
     least = min(range(len(bins)), key=lambda number: bins[number].bits_per_byte)
     later = max(one.bits_per_byte for one in bins[least:])
-    at = {one.first: one.bits_per_byte for one in bins}
-    ends = at.get(1 << 17), at.get(1 << 14)
+    at = {one.first: np.array(one.gains) for one in bins}
+    begin, end = 1 << 14, 1 << 17
     return {
         "least": bins[least].first,
         "rise": later / bins[least].bits_per_byte - 1,
-        "from_16k_to_256k": None if ends[0] is None or ends[1] is None else ends[0] - ends[1],
+        "from_16k_to_256k": _mean(at[end] - at[begin], end / STRIDE) if end in at else None,
     }
 
 
 _SHOWN = (1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 17, 1 << 19)
 
 
-def _table(rows: Mapping[str, Any], missing: Sequence[str]) -> str:
+def _table(results: Mapping[str, Any]) -> str:
     def short(count: int) -> str:
         return f"{count >> 20}M" if count >= 1 << 20 else f"{count >> 10}k" if count >= 1 << 10 else str(count)
 
+    def spread(error: float | None) -> str:
+        return "" if error is None else f" ± {error:.4f}"
+
     heads = [f"{short(first)} to {short(2 * first)}" for first in _SHOWN]
     lines = [
-        "| trained | " + " | ".join(heads) + " | 16k to 256k | rise above the least |",
-        "|---" + "|---:" * (len(heads) + 2) + "|",
+        "| trained | parameters | bytes read | " + " | ".join(heads) + " | 16k to 256k | rise above the least |",
+        "|---" + "|---:" * (len(heads) + 4) + "|",
     ]
-    for row, facts in rows.items():
+    for row, facts in results["rows"].items():
         at = {one["first"]: one for one in facts["bins"]}
-        cells = [ROWS[row].label]
+        settings = facts["config"]["train"]
+        read = settings["steps"] * settings["batch_size"] * settings["length"]
+        cells = [ROWS[row].label, f"{facts['parameters']:,}", f"{read:,}"]
         for first in _SHOWN:
             one = at.get(first)
-            error = "" if one is None or one["standard_error"] is None else f" ± {one['standard_error']:.4f}"
-            cells.append("" if one is None else f"{one['bits_per_byte']:.4f}{error}")
+            cells.append("" if one is None else f"{one['bits_per_byte']:.4f}{spread(one['standard_error'])}")
         gain = facts["from_16k_to_256k"]
-        cells += ["" if gain is None else f"{gain:+.4f}", f"{100 * facts['rise']:.2f} %"]
+        cells += ["" if gain is None else f"{gain[0]:+.4f}{spread(gain[1])}", f"{100 * facts['rise']:.2f} %"]
         lines.append("| " + " | ".join(cells) + " |")
-    if missing:
-        lines += ["", f"Not run: {', '.join(missing)}."]
+    lines += ["", f"Every place has {results['longest']:,} bytes behind it."]
+    if results["not_run"]:
+        lines += ["", f"Not run: {', '.join(results['not_run'])}."]
     return "\n".join(lines) + "\n"
 
 
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#D55E00", "#E69F00", "#999999")
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#882255", "#000000", "#D55E00", "#E69F00", "#999999")
 
 
 def _draw(rows: Mapping[str, Any], path: Path) -> None:
     """Bits per byte over the position, from 64 on, one line a row."""
     made, axes = figure(8.0, 4.8)
     lowest = math.inf
-    for (row, facts), colour in zip(rows.items(), _COLOURS, strict=False):
+    for row, colour in zip(ROWS, _COLOURS, strict=True):
+        if row not in rows:
+            continue
+        facts = rows[row]
         bins = [one for one in facts["bins"] if one["first"] >= 64]
         x = [math.sqrt(one["first"] * one["last"]) for one in bins]
         y = np.array([one["bits_per_byte"] for one in bins])

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from statescan.data import TokenFile, Tokenizer, load_tokenizer, read_texts
-from statescan.errors import CheckpointError, ConfigError, MissingExtraError
+from statescan.data import TokenFile, Tokenizer, build_token_file, load_tokenizer, read_texts
+from statescan.errors import ConfigError, MissingExtraError, TrainingError
 from statescan.evaluate import row_bits
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, ModelConfig
@@ -37,6 +37,8 @@ from statescan.models.baseline_config import RecurrentConfig, S4Config, Transfor
 from statescan.recipes.novels import NOVELS, find_text, read_corpus
 from statescan.recipes.synthetic import figure, machine_facts, save_figure
 from statescan.train import Callback, DataConfig, RunConfig, TrainConfig, load_run, train
+from statescan.train.finished import check_same, run_status
+from statescan.train.loop import RUN_FILE
 
 __all__ = [
     "FAMILIES",
@@ -52,9 +54,11 @@ __all__ = [
     "measure_speed",
     "paired_difference",
     "scaling_run",
+    "schedule",
     "train_row",
     "tune",
     "tuned",
+    "tuned_at",
 ]
 
 FAMILIES = {
@@ -134,7 +138,7 @@ _LSTM = {"batch_size": 32, "length": 512, "initial_state": "carry", "capture": F
 PASSES = 1.0
 # Learning rates and dropout were tuned over the same grid for all, by the books held out for that (novels_valid), each
 # run a quarter of a pass with a cosine of its own. LSTM and S4 at their own size.
-GRID, DROPOUTS, TUNING_PASSES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.0, 0.1), 0.25
+GRID, DROPOUTS, TUNING_PASSES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), (0.0, 0.1), 0.25
 # Where a folder holds no tuning of its own: the best of short trials (docs/reproduction.md), not of the grid.
 # A wider model's rate falls with the square root of its width, beginning at width 96.
 RATES = {"mamba": 8e-3, "transformer++": 8e-3, "pythia": 4e-3, "lstm": 4e-3, "s4": 1.6e-2}
@@ -142,9 +146,9 @@ DROPOUT = {"mamba": 0.0, "transformer++": 0.0, "pythia": 0.0, "lstm": 0.0, "s4":
 # Tokens of a window that hold about as many bytes, where ids are of BPE.
 _BPE_LENGTH, _BPE_VOCABULARY = 512, 8192
 
-_SCORE, _WINDOW_BITS, _SPEED = "score.json", "windows.npz", "speed.json"
-# Logits held at once while judging.
-_LOGITS = 1 << 25
+_SCORE, _WINDOW_BITS, _SPEED, _DIVERGED = "score.json", "windows.npz", "speed.json", "diverged.json"
+# Logits held at once while judging: those of 65,536 bytes.
+_LOGITS = 1 << 24
 
 
 def family_of(row: str) -> str:
@@ -164,6 +168,12 @@ def learning_rate_of(row: str, rate: float | None = None) -> float:
     return rate if family in _OF_ONE_SIZE else rate * math.sqrt(SIZES["0.3m"] / ROWS[row].d_model)
 
 
+def tuned_at(row: str) -> str:
+    """The row by which another one's rate and dropout are tuned: its family's smallest; of LSTM and S4 their only."""
+    family = family_of(row)
+    return row if family in _OF_ONE_SIZE else f"{family}-0.3m"
+
+
 def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
     """What `tune` found best for a row's family at its smallest size, carried to the row.
 
@@ -172,16 +182,27 @@ def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
         out: the folder that was tuned in.
 
     Returns:
-        {"lr", "dropout"}; empty where nothing was tuned.
+        {"lr", "dropout"}; empty where the grid was not gone through: some of it is not the same care.
     """
-    family = family_of(row)
-    at = row if family in _OF_ONE_SIZE else f"{family}-0.3m"
-    mine = [one for one in _read_json(Path(out) / "tuning.json") or () if one["row"] == at]
-    mine = [one for one in mine if math.isfinite(one["bits_per_byte"])]
-    if not mine:
+    told = [one for one in _read_json(Path(out) / "tuning.json") or () if one["row"] == tuned_at(row)]
+    bits = {(one["lr"], one["dropout"]): math.inf if (b := one["bits_per_byte"]) is None else b for one in told}
+    if not {(lr, DROPOUTS[0]) for lr in GRID} <= bits.keys():
         return {}
-    best = min(mine, key=lambda one: one["bits_per_byte"])
-    return {"lr": learning_rate_of(row, best["lr"]), "dropout": best["dropout"]}
+    best = min(GRID, key=lambda lr: bits[lr, DROPOUTS[0]])
+    if not {(best, dropout) for dropout in DROPOUTS} <= bits.keys() or not math.isfinite(min(bits.values())):
+        return {}
+    rate, dropout = min(bits, key=lambda pair: bits[pair])
+    return {"lr": learning_rate_of(row, rate), "dropout": dropout}
+
+
+def schedule(steps: int) -> dict[str, int]:
+    """The fields of `TrainConfig` that follow from the number of updates: a killed run loses an eighth at most."""
+    return {
+        "steps": steps,
+        "warmup": round(_WARMUP * steps),
+        "log_every": max(1, steps // 64),
+        "checkpoint_every": max(1, steps // 8),
+    }
 
 
 def scaling_run(
@@ -225,10 +246,8 @@ def scaling_run(
     if steps < 1:
         raise ConfigError(f"language-scaling: passes must make at least one update of {tokens} ids, got {passes}")
     settings = TrainConfig(
-        steps=steps,
         lr=learning_rate_of(row) if lr is None else lr,
         min_lr=_MIN_LR,
-        warmup=round(_WARMUP * steps),
         weight_decay=_WEIGHT_DECAY,
         betas=_BETAS,
         clip=_CLIP,
@@ -236,10 +255,9 @@ def scaling_run(
         seed=seed,
         evaluate_every=0,
         evaluate_tokens=0,
-        checkpoint_every=0,
         keep_checkpoints=1,
-        log_every=max(1, steps // 64),
         accelerator="cuda" if device == "cuda" else "cpu",
+        **schedule(steps),
         **fields,
     )
     texts = DataConfig(
@@ -274,26 +292,24 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
         say: called with lines of progress.
 
     Returns:
-        The model, in evaluation mode, on the run's device; `speed.json` in the folder holds its pace and memory.
+        The model, in evaluation mode, on the run's device; `speed.json` in the folder holds pace and memory of the
+        call that ended the training.
 
     Raises:
-        CheckpointError: another run lies in the folder.
+        CheckpointError: another run lies in the folder, or one of other texts.
+        TrainingError: it diverged.
         KeyboardInterrupt: a signal ended it; its checkpoint is kept.
     """
     folder, device = Path(folder), run.train.accelerator
-    there = (folder / "run.json").exists()
-    if there and load_run(folder) != run:
-        raise CheckpointError(
-            f"reproduce: '{folder}' holds a run with other settings; name another folder with --out, or delete it"
-        )
-    if not there or json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] != "finished":
+    status = _status(run, folder)
+    if status != "finished":
         say(f"training {folder.name}: {run.train.steps:,} updates, learning rate {run.train.lr:.4g}")
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         watch, begun = _Watch(), time.perf_counter()
-        result = train(run, folder, resume=there, progress=False, callbacks=[watch])
+        result = train(run, folder, resume=status is not None, progress=False, callbacks=[watch])
         if result.interrupted:
             raise KeyboardInterrupt
         pace = watch.speed(run.train.batch_size * run.train.length)
@@ -304,11 +320,25 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
             "machine": machine_facts(device),
         }
         _write_json(folder / _SPEED, facts)
-        # Nobody goes on with a run that is done, and they take three times the room of the model.
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         bits = f"{result.evaluations[-1][1]:.4f} bits per byte of the held-out books, " if result.evaluations else ""
         say(f"{folder.name}: {bits}{facts['seconds']:.1f} s, {pace or math.nan:,.0f} tokens/s")
+    # Nobody goes on with a run that is done, and they take three times the room of the model.
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return CausalLM.from_pretrained(folder, device=device).eval()
+
+
+def _status(run: RunConfig, folder: Path) -> str | None:
+    """That of the run in a folder, where it is this one; None where there is none."""
+    ids = load_tokenizer(run.data.tokenizer)
+    texts = {"digest": run.data.paths, "valid_digest": run.data.valid_paths}
+    # A finished run is of these texts, too; whether one that goes on is, training asks.
+    digests = {
+        name: build_token_file(paths, ids, cache=run.data.cache).digest for name, paths in texts.items() if paths
+    }
+    status = run_status(folder, data=digests)
+    if status is not None:
+        check_same(folder / RUN_FILE, load_run(folder).to_dict(), run.to_dict())
+    return status
 
 
 class Judged(NamedTuple):
@@ -469,7 +499,7 @@ def tune(
     """Trains each row with every rate of `GRID`, and at the best one with every dropout.
 
     Args:
-        rows: of `ROWS`.
+        rows: of `ROWS`; what is trained is the row that each is tuned by, see `tuned_at`.
         data: folder of the novels.
         out: a folder for each run in its ``tuning/``; what is done is not done again.
         tokenizer, passes, device: as for `scaling_run`.
@@ -477,38 +507,54 @@ def tune(
         say: called with lines of progress.
 
     Returns:
-        All that lies in ``tuning/``: {"row", "lr", "dropout", "updates", "bits_per_byte"} of the held-out books.
+        All that lies in ``tuning/``: {"row", "lr", "dropout", "updates", "bits_per_byte"} of the held-out books, None
+        where it diverged.
     """
     parent = Path(out) / "tuning"
 
     def bits(row: str, lr: float, dropout: float) -> float:
         run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, lr=lr, dropout=dropout, device=device))
         folder = parent / f"{row}-lr{lr:g}-dropout{dropout:g}"
-        train_row(run, folder, say=say)
+        if _status(run, folder) is None or not (folder / _DIVERGED).exists():
+            try:
+                train_row(run, folder, say=say)
+            except TrainingError as problem:
+                _write_json(folder / _DIVERGED, {"error": str(problem)})
+                say(f"{folder.name}: diverged")
+        found = _tuning_bits(folder)
         # A diverged run is worse than any other.
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))["evaluations"][-1][1]
-        return found if math.isfinite(found) else math.inf
+        return math.inf if found is None else found
 
-    for row in rows:
+    for row in dict.fromkeys(tuned_at(row) for row in rows):
         best = min(GRID, key=lambda lr: bits(row, lr, DROPOUTS[0]))
+        if best in (GRID[0], GRID[-1]):
+            say(f"{row}: {best:g} is the best of the grid and at its end; a rate beyond it may be better")
         for dropout in DROPOUTS[1:]:
             bits(row, best, dropout)
     found = []
-    for path in sorted(parent.glob("*/run.json")):
+    for path in sorted(parent.glob(f"*/{RUN_FILE}")):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["status"] == "finished":
+        if facts["status"] == "finished" or (path.parent / _DIVERGED).exists():
             settings = facts["config"]["train"]
             found.append(
                 {
                     "row": path.parent.name.partition("-lr")[0],
                     "lr": settings["lr"],
                     "dropout": facts["config"]["model"]["dropout"],
-                    "updates": facts["steps"],
-                    "bits_per_byte": facts["evaluations"][-1][1],
+                    "updates": settings["steps"],
+                    "bits_per_byte": _tuning_bits(path.parent),
                 }
             )
     _write_json(Path(out) / "tuning.json", found)
     return found
+
+
+def _tuning_bits(folder: Path) -> float | None:
+    """Bits per byte of the held-out books that a run of `tune` came to; None where it diverged."""
+    if (folder / _DIVERGED).exists():
+        return None
+    found = _read_json(folder / RUN_FILE)["evaluations"][-1][1]
+    return found if math.isfinite(found) else None
 
 
 def measure_speed(
@@ -535,7 +581,9 @@ def measure_speed(
         {"tokens_per_second", "bytes_per_second", "peak_bytes", "seconds", "machine"}.
     """
     run = change(scaling_run(row, data, tokenizer=tokenizer, device=device))
-    settings = dataclasses.replace(run.train, steps=updates, warmup=min(run.train.warmup, updates), log_every=10)
+    settings = dataclasses.replace(
+        run.train, steps=updates, warmup=min(run.train.warmup, updates), log_every=10, checkpoint_every=0
+    )
     run = dataclasses.replace(
         run, train=settings, data=dataclasses.replace(run.data, valid_paths=(), valid_fraction=0.0)
     )
@@ -546,8 +594,8 @@ def measure_speed(
     file = read_corpus(data, NOVELS[0], tokenizer=load_tokenizer(tokenizer))
     pace = facts["tokens_per_second"]
     facts["bytes_per_second"] = None if pace is None else pace * file.bytes_per_token
-    shutil.rmtree(place)
     _write_json(place.parent / f"{row}.json", facts)
+    shutil.rmtree(place)
     return facts
 
 
@@ -578,31 +626,39 @@ def language_scaling(
         What `report` gives.
 
     Raises:
-        CheckpointError: a folder holds another run.
+        CheckpointError: a folder holds another run, or one of other texts.
         KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out = make_folder(Path(out))
     ids = load_tokenizer(tokenizer)
     for row in rows:
+        books = read_corpus(data, NOVELS[2], tokenizer=ids)
         best: dict[str, Any] = tuned(row, out)
         run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, seed=seed, device=device, **best))
         folder = out / (row if seed == 0 else f"{row}-seed{seed}")
         model = train_row(run, folder, say=say)
-        if not (folder / _SCORE).exists():
-            books = read_corpus(data, NOVELS[2], tokenizer=ids)
-            write_score(folder, row, model, judge(model, books, ids, run.train.length))
+        score = _read_json(folder / _SCORE)
+        if score is None:
+            write_score(folder, row, model, judge(model, books, ids, judged_length(row, run)), books.digest)
             say(f"{folder.name}: judged")
+        else:
+            check_same(folder / _SCORE, score, {"digest": books.digest}, "books")
     return report(out)
 
 
-def write_score(folder: Path, row: str, model: CausalLM, judged: Judged) -> None:
-    """What a row came to: each window's bits, and their sum over all books and over each."""
+def judged_length(row: str, run: RunConfig) -> int:
+    """Predictions of the windows that a row is judged on: those that it learnt from, an LSTM on as long ones as all."""
+    return run.train.length * (_LENGTH // _LSTM["length"] if family_of(row) == "lstm" else 1)
+
+
+def write_score(folder: Path, row: str, model: CausalLM, judged: Judged, digest: str) -> None:
+    """What a row came to: each window's bits, and their sum over all books and over each; `digest` is the books'."""
     with atomic_file(folder / _WINDOW_BITS) as temporary, open(temporary, "wb") as stream:
         np.savez_compressed(
             stream,
             bits=judged.bits.astype(np.float32),
             bytes=judged.bytes.astype(np.int32),
-            book=judged.book.astype(np.int8),
+            book=judged.book.astype(np.int32),
         )
     mean, error = judged.mean()
     books = []
@@ -620,6 +676,7 @@ def write_score(folder: Path, row: str, model: CausalLM, judged: Judged) -> None
         folder / _SCORE,
         {
             "row": row,
+            "digest": digest,
             "parameters": model.parameter_count(),
             "parameters_outside_embedding": parameters_outside(model),
             "bits_per_byte": mean,
@@ -642,7 +699,8 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         out: folder of the rows' folders.
 
     Returns:
-        {"rows", "power_laws", "not_run"}.
+        {"rows", "power_laws", "not_tuned": rows whose rate and dropout are not what the folder's tuning says,
+        "not_run"}.
     """
     out = Path(out)
     rows: dict[str, dict[str, Any]] = {}
@@ -663,6 +721,10 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
             "config": run["config"],
             "training": _read_json(folder / _SPEED),
             "alone": _read_json(out / "speed" / f"{row}.json"),
+            "other_seeds": {
+                path.parent.name.rpartition("-seed")[2]: _read_json(path)["bits_per_byte"]
+                for path in sorted(out.glob(f"{row}-seed*/{_SCORE}"))
+            },
         }
         twin = f"transformer++-{row.rpartition('-')[2]}"
         if row != twin and (out / twin / _SCORE).exists():
@@ -678,24 +740,34 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
                 [facts["parameters_outside_embedding"] for facts in some], [facts["bits_per_byte"] for facts in some]
             )
             laws[family] = law._asdict()
-    results = {"rows": rows, "power_laws": laws, "not_run": [row for row in ROWS if row not in rows]}
+    results = {
+        "rows": rows,
+        "power_laws": laws,
+        "not_tuned": [row for row, facts in rows.items() if _care(facts["config"]) != tuned(row, out)],
+        "not_run": [row for row in ROWS if row not in rows],
+    }
     _write_json(out / "results.json", results)
     with atomic_file(out / "results.md") as temporary:
-        temporary.write_text(_table(rows, laws, results["not_run"]), encoding="utf-8")
+        temporary.write_text(_table(results), encoding="utf-8")
     if rows:
         with contextlib.suppress(MissingExtraError):  # the table says all that the picture does
             _draw(rows, laws, out / "figure.svg")
     return results
 
 
-def _table(rows: Mapping[str, Any], laws: Mapping[str, Any], missing: Sequence[str]) -> str:
-    """The table in Markdown, a sentence for each power law, and what was not run."""
+def _care(config: Mapping[str, Any]) -> dict[str, float]:
+    """What `tuned` tells, of a run as JSON has it."""
+    return {"lr": config["train"]["lr"], "dropout": config["model"]["dropout"]}
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    """The table in Markdown, a sentence for each power law, and what was not tuned and not run."""
     lines = [
         "| row | parameters outside the embedding | learning rate | dropout | passes | bits per byte, unseen books | "
-        "beside Transformer++ | training bytes/s alone | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "other seeds | beside Transformer++ | training bytes/s alone | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row, facts in rows.items():
+    for row, facts in results["rows"].items():
         alone, config = facts["alone"] or {}, facts["config"]
         beside = facts.get("beside_transformer++")
         error = facts["standard_error"]
@@ -707,6 +779,7 @@ def _table(rows: Mapping[str, Any], laws: Mapping[str, Any], missing: Sequence[s
             f"{config['model']['dropout']:g}",
             f"{facts['passes']:.2f}",
             f"{facts['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
+            ", ".join(f"{bits:.4f}" for bits in facts["other_seeds"].values()),
             "" if beside is None else f"{beside[0]:+.4f} ± {beside[1]:.4f}",
             "not measured" if pace is None else f"{pace:,.0f}",
             "not measured" if peak is None else f"{peak / 2**20:,.0f}",
@@ -715,10 +788,15 @@ def _table(rows: Mapping[str, Any], laws: Mapping[str, Any], missing: Sequence[s
     lines.append("")
     lines += [
         f"{FAMILIES[family]}: bits per byte = {law['scale']:.3f} x parameters ^ -{law['exponent']:.4f}"
-        for family, law in laws.items()
+        for family, law in results["power_laws"].items()
     ]
-    if missing:
-        lines += ["", f"Not run: {', '.join(missing)}."]
+    if results["not_tuned"]:
+        lines += [
+            "",
+            f"Rate and dropout not from a grid gone through in this folder: {', '.join(results['not_tuned'])}.",
+        ]
+    if results["not_run"]:
+        lines += ["", f"Not run: {', '.join(results['not_run'])}."]
     return "\n".join(lines) + "\n"
 
 
