@@ -10,6 +10,7 @@ from statescan.data import MixedLengthSampler, build_token_file
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.models import CausalLM
 from statescan.train import CapturedStep, loop, train
+from statescan.train.logs import read_csv
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -77,3 +78,20 @@ def test_what_does_not_go_together_is_named(make_run, tmp_path, fields, error, m
     with pytest.raises(error, match=message):
         train(make_run(**fields), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
+def test_two_processes_take_the_course_of_one(make_run, run_child, tmp_path):
+    fields = {"shortest_length": 8, "log_every": 1, "evaluate_every": 0, "checkpoint_every": 0, "steps": 5}
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(make_run(**fields), tmp_path / "one", progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    child = run_child(tmp_path / "two", make_run(devices=2, strategy="ddp", **fields), "--double")
+    assert child.returncode == 0, child.stderr[-3000:]
+    one, two = ([float(row["loss"]) for row in read_csv(tmp_path / name / "log.csv")] for name in ("one", "two"))
+    assert len(one) == 5
+    # In float64; logged from float32, rounded in each process and in their sum.
+    assert two == pytest.approx(one, rel=4 * 2**-24)
