@@ -97,6 +97,10 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     # Judged anew at other lengths.
     results = recipe.dna_pretraining(runs(60, "mamba"), out, context=256, carried=2048, say=lines.append)
     assert results["rows"][0]["window"]["context"] == 256
+    # Longer than what is held out: nothing stands in the table, and why is said.
+    results = recipe.dna_pretraining(runs(60, "mamba"), out, context=4096, carried=8192, say=lines.append)
+    assert next(row for row in results["rows"] if row["row"] == "mamba")["window"] is None
+    assert "not judged: nothing held out is longer than 4,096 bases" in lines[-1]
     # Other bases under the same name.
     with np.load(genome) as held:
         arrays = dict(held)

@@ -141,6 +141,27 @@ def test_blocks_from_arrays_and_from_records(tmp_path: Path) -> None:
         recipe.read_blocks(folder, cache=tmp_path / "cache")
 
 
+def test_arrays_that_are_no_aligned_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "apes.npz"
+    good = {"a": np.array([0, 1, 4], np.uint8), "a_blocklen": np.array([1, 2])}
+    good |= {"b": np.array([3, 1], np.uint8), "b_blocklen": np.array([1, 1])}
+    np.savez(path, **good)
+    assert recipe.read_blocks(path).offsets.tolist() == [[0, 1, 3], [3, 4, 5]]
+    for name, value in (
+        ("a", np.array([0, 1, 5], np.uint8)),
+        ("a", np.array([0.0, 1, 4])),
+        ("a", np.array([[0], [1], [4]], np.uint8)),
+        ("b_blocklen", np.array([1, 2])),
+        ("b_blocklen", np.array([3, -1])),
+    ):
+        np.savez(path, **{**good, name: value})
+        with pytest.raises(DataError, match=f"must hold {name[0]} as .* uint8 of A C G T N"):
+            recipe.read_blocks(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match="can't be read as aligned blocks"):
+        recipe.read_blocks(path)
+
+
 def test_words_of_bases() -> None:
     ids = np.array([[0, 1, 0, 1, 4, 3]], np.uint8)  # AC CA AC, then words with an unknown base
     found = kmer_frequencies(ids, 2)

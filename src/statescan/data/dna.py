@@ -103,7 +103,8 @@ def _read_fasta(source: Source) -> Iterator[tuple[str, bytes]]:
                 yield name, record.sequence.encode("latin-1", "replace")
     except (dnaio.FileFormatError, dnaio.UnknownFileFormat, UnicodeDecodeError) as problem:
         raise DataError(
-            f"dna: wanted FASTA (>name, then bases) or FASTQ in '{label}', got neither: {_first_line(problem)}"
+            f"dna: wanted FASTA (>name, then bases) or FASTQ in '{label}', got neither: {_first_line(problem)}; name "
+            "files of sequences alone, those of a folder by a glob such as 'genomes/*.fa.gz'"
         ) from None
     except _DAMAGE as problem:
         raise DataError(

@@ -128,13 +128,15 @@ def dna_pretraining(
         scores = folder / _SCORES
         lengths = {"context": context, "carried": carried}
         if not scores.exists() or json.loads(scores.read_text(encoding="utf-8")).get("lengths") != lengths:
-            _judge(row, run, folder, context, carried)
-            say(f"{row}: judged")
+            judged = _judge(row, run, folder, context, carried)
+            lack = f"nothing held out is longer than {context:,} bases, judge it in shorter windows (--context)"
+            say(f"{row}: " + ("judged" if judged else f"not judged: {lack}"))
         report(out)
     return report(out)
 
 
-def _judge(row: str, run: RunConfig, folder: Path, context: int, carried: int) -> None:
+def _judge(row: str, run: RunConfig, folder: Path, context: int, carried: int) -> bool:
+    """Leaves the scores in a run's folder; False where no region held out is as long as a window."""
     corpus = read_genome(run)
     assert corpus.valid_documents is not None
     device = "cuda" if torch.cuda.is_available() and run.train.accelerator != "cpu" else "cpu"
@@ -170,6 +172,7 @@ def _judge(row: str, run: RunConfig, folder: Path, context: int, carried: int) -
     scores["carried"] = None if far is None else far.to_dict()
     with atomic_file(folder / _SCORES) as temporary:
         temporary.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    return window is not None
 
 
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:

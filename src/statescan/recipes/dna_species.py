@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,7 +165,8 @@ def read_blocks(path: str | Path, *, cache: str | os.PathLike[str] | None = None
     FASTA file a species whose i-th records are orthologous.
 
     Raises:
-        DataError: the file can't be read, or the species have not as many blocks.
+        DataError: the file can't be read, holds no bases or blocks that don't add up to them, or the species have not
+            as many blocks.
     """
     path = Path(path)
     names: list[str] = []
@@ -176,8 +179,16 @@ def read_blocks(path: str | Path, *, cache: str | os.PathLike[str] | None = None
                 for name in names:
                     tokens.append(held[name])
                     lengths.append(held[f"{name}_blocklen"].astype(np.int64))
-        except (OSError, ValueError, EOFError, KeyError) as problem:
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as problem:
             raise DataError(f"species: '{path}' can't be read as aligned blocks: {problem}") from None
+        for name, bases, length in zip(names, tokens, lengths, strict=True):
+            whole = bases.dtype == np.uint8 and bases.ndim == 1 and length.ndim == 1 and (length > 0).all()
+            if not whole or int(length.sum()) != len(bases) or int(bases.max(initial=0)) > UNKNOWN:
+                raise DataError(
+                    f"species: '{path}' must hold {name} as (bases,) uint8 of A C G T N as 0 to 4, and {name}_blocklen "
+                    f"as the bases of each block, at least 1, got {bases.dtype} {bases.shape} up to "
+                    f"{bases.max(initial=0)}, and {int(length.sum()):,} bases in {length.size:,} blocks"
+                )
     else:
         for source in find_sources(path):
             genome = Genome(source.path, cache=cache)
