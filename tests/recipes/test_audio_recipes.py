@@ -245,6 +245,10 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
         raw_audio.judge_sounds(sounds, folder / "conv-bob", kept)
     with pytest.raises(CheckpointError, match=r"with other data \(train.digest = "):
         raw_audio.judge_sounds(sounds, folder / "s4d-official-frame16", digits(7))
+    made = (out / "made.npz").stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match="wanted official"):
+        raw_audio.judge_digits(out, data, folder / "conv-bob", seed=9)
+    assert (out / "made.npz").stat().st_mtime_ns == made, "refused before digits are made"
     for none in (out / "s4d-mamba", tmp_path / "none"):
         with pytest.raises(CheckpointError, match="must hold a run of reproduce spoken-digits"):
             raw_audio.judge_sounds(sounds, none, kept)

@@ -449,8 +449,8 @@ _DIGITS = (
     "data): for the order, not for the size."
 )
 _MUSIC = (
-    "Bits per sample of the last twentieth of each track (256 mu-law levels), heard in pieces of twice the last "
-    "column's number of samples. By columns: of the samples with so many before them, up to the next column's number."
+    "Bits per sample of the last twentieth of each track (256 mu-law levels), heard in pieces of at most twice "
+    "the largest context asked for. By columns: of the samples with so many before them, up to the next column's number."
 )
 
 
@@ -527,13 +527,15 @@ def judge_digits(
     """Digits made by the conditioned model in `out`, judged; leaves made.npz and judged.json there.
 
     Raises:
-        CheckpointError: no finished conditioned model, or no classifier.
+        CheckpointError: no conditioned model, or no classifier as `judge_sounds` wants it.
     """
     out = Path(out)
     if run_status(out / CONDITIONAL) is None:
         raise CheckpointError(f"judge digits: '{out}' must hold a run of the row {CONDITIONAL}; train it first")
+    recordings = read_digits(data)
+    _check_classifier(classifier, recordings)  # before the minutes that making them may take
     sounds = make_digits(out / "made.npz", out / CONDITIONAL, each=each, temperature=temperature, seed=seed, say=say)
-    judged = judge_sounds(sounds, classifier, read_digits(data))
+    judged = judge_sounds(sounds, classifier, recordings)
     with atomic_file(out / "judged.json") as temporary:
         temporary.write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
     say(f"{100 * judged['made']['accuracy']:.1f} % of {len(sounds)} made digits recognised")
