@@ -449,8 +449,8 @@ _DIGITS = (
     "data): for the order, not for the size."
 )
 _MUSIC = (
-    "Bits per sample of the last twentieth of each track (256 mu-law levels), heard in pieces of at most twice "
-    "the largest context asked for. By columns: of the samples with so many before them, up to the next column's number."
+    "Bits per sample of the last twentieth of each track (256 mu-law levels), heard in pieces of at most twice the "
+    "largest context asked for. By columns: of the samples with so many before them, up to the next column's number."
 )
 
 
