@@ -84,6 +84,8 @@ def test_trains_tells_and_goes_on_to_the_same_bits(run: Run, genome: Path, tmp_p
         "train", "--modality", "dna", "--data", genome, "--out", other, *SMALL, "--set", "train.steps=4"
     )
     assert (code, "bits per base" in shown, "nats per base" in shown) == (0, True, True)
+    code, _, err = run("train", "--resume", "--out", other, "--set", "train.steps=6", "--set", "train.stage_steps=1")
+    assert (code, "wanted train.stage_steps = 2, with which the run began, got 1" in err) == (1, True), err
     code, _, _ = run("train", "--resume", "--out", other, "--set", "train.steps=6")
     assert code == 0
     assert (other / "log.csv").read_text().splitlines()[1:3] == (trained / "log.csv").read_text().splitlines()[1:3]

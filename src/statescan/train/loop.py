@@ -69,7 +69,7 @@ RUN_FILE = "run.json"
 _LOG_COLUMNS = ("step", "epoch", "tokens", "loss", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "tokens", "bits_per_byte")
 # What a resumed run must share with the one it goes on from: the rest may change, and is named when it does.
-_FIXED = ("seed", "batch_size", "length", "shortest_length", "initial_state", "lora")
+_FIXED = ("seed", "batch_size", "length", "first_length", "stage_steps", "shortest_length", "initial_state", "lora")
 
 
 @dataclass(frozen=True)
