@@ -33,12 +33,7 @@ def test_examples_obey_the_rules() -> None:
         tokens = _tokens(example.ids.tolist())
         assert 20 < len(tokens) < 200
         assert tokens[0].startswith("[")
-        depth = deepest = 0
-        for token in tokens:
-            depth += token.startswith("[")
-            deepest = max(deepest, depth)
-            depth -= token == "]"
-        assert deepest <= 10
+        assert _nesting(tokens) <= 9
         assert example.answer == solve_listops(tokens) == _value(tokens)
     answers = {e.answer for e in examples}
     assert answers == set(range(10))
@@ -50,9 +45,39 @@ def test_the_same_seed_gives_the_same_examples() -> None:
     assert {e.ids.tobytes() for e in first} != {e.ids.tobytes() for e in other}
 
 
+def _nesting(tokens: list[str]) -> int:
+    return max(itertools.accumulate((token.startswith("[")) - (token == "]") for token in tokens))
+
+
 def test_long_range_arenas_lengths() -> None:
     for example in itertools.islice(listops(1), 5):
         assert 500 < len(example.ids) < 2000
+        # The Arena's trees have ten levels, and the last has digits alone.
+        assert _nesting(_tokens(example.ids.tolist())) == 9
+
+
+def test_arguments_are_drawn_by_the_rules() -> None:
+    counts, digits, asked = [], 0, 0
+    for example in itertools.islice(listops(3, min_length=3, max_length=10**6), 3000):
+        depth, arguments = 0, 0
+        for token in _tokens(example.ids.tolist()):
+            if token != "]" and depth == 1:
+                arguments += 1
+                digits += token.isdigit()
+            depth += (token.startswith("[")) - (token == "]")
+        counts.append(arguments)
+        asked += arguments
+    assert set(counts) == set(range(2, 11))
+    # Uniform over 2 ... 10, and three of four are digits; short trees come once only, which moves this a little.
+    assert abs(statistics.mean(counts) - 6) < 0.25
+    assert abs(digits / asked - 0.75) < 0.02
+
+
+def test_few_levels_have_few_operations() -> None:
+    for example in itertools.islice(listops(0, min_length=3, max_length=30, max_depth=2), 50):
+        assert _nesting(_tokens(example.ids.tolist())) == 1
+    with pytest.raises(ConfigError, match="max_depth >= 2"):
+        next(listops(0, max_depth=1))
 
 
 def test_known_values() -> None:

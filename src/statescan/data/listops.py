@@ -24,6 +24,8 @@ LISTOPS_VOCABULARY: tuple[str, ...] = ("<pad>", *(str(digit) for digit in range(
 _ID = {token: index for index, token in enumerate(LISTOPS_VOCABULARY)}
 # Examples that one stream of random numbers gives in `listops_splits`: whoever makes them, they are the same.
 _SHARD = 1000
+# Part of a kept file's name, raised when the rules are changed, so that no examples of older ones are taken for these.
+_RULES = "v2"
 
 
 class ListOpsExample(NamedTuple):
@@ -79,12 +81,13 @@ def listops(
     """Endless distinct examples: trees whose nodes are leaves with a probability, kept by their length.
 
     A tree's root is an operation of 2 to `max_arguments` arguments; each is a digit with `leaf_probability` or at the
-    greatest depth, and an operation else. Kept where ``min_length < length < max_length`` tokens, brackets included.
+    greatest depth, and an operation else: so operations nest ``max_depth - 1`` deep, nine in the Arena's data. Kept where
+    ``min_length < length < max_length`` tokens, brackets included.
 
     Args:
         seed: of the examples; the same seed gives the same ones in the same order.
         min_length, max_length: bounds, neither is reached.
-        max_depth: levels of operations.
+        max_depth: levels of a tree, the last of which has digits alone: at least 2.
         max_arguments: most arguments of an operation.
         leaf_probability: that an argument is a digit.
 
@@ -97,9 +100,9 @@ def listops(
     Source: Tay et al. (2020), arXiv:2011.04006, appendix; Nangia and Bowman (2018), arXiv:1804.06028. Splits of 96,000,
     2,000 and 2,000 are taken from the front.
     """
-    if not (0 <= min_length < max_length - 1 and max_depth >= 1 and max_arguments >= 2 and 0 < leaf_probability < 1):
+    if not (0 <= min_length < max_length - 1 and max_depth >= 2 and max_arguments >= 2 and 0 < leaf_probability < 1):
         raise ConfigError(
-            "listops: wanted 0 <= min_length < max_length - 1, max_depth >= 1, max_arguments >= 2 and a probability "
+            "listops: wanted 0 <= min_length < max_length - 1, max_depth >= 2, max_arguments >= 2 and a probability "
             f"within (0, 1), got {min_length}, {max_length}, {max_depth}, {max_arguments} and {leaf_probability}"
         )
     draw = random.Random(seed).random
@@ -108,7 +111,7 @@ def listops(
 
     def grow(depth: int, ids: list[int]) -> int | None:
         """Appends a tree and gives its value; None where it has grown too long to be kept."""
-        if depth > 1 and (depth > max_depth or draw() < leaf_probability):
+        if depth > 1 and (depth >= max_depth or draw() < leaf_probability):
             digit = int(10 * draw())
             ids.append(first_digit + digit)
             return digit
@@ -161,7 +164,7 @@ def listops_splits(
     kept = None
     if cache is not None:
         named = "".join(f"-{name}-{value}" for name, value in sorted(rules.items()))
-        kept = Path(cache) / f"listops-{seed}-{total}{named}.npz"
+        kept = Path(cache) / f"listops-{_RULES}-{seed}-{total}{named}.npz"
     if kept is not None and kept.exists():
         with np.load(kept, allow_pickle=False) as held:
             ids, lengths, answers = held["ids"], held["lengths"], held["answers"]
