@@ -81,8 +81,8 @@ def listops(
     """Endless distinct examples: trees whose nodes are leaves with a probability, kept by their length.
 
     A tree's root is an operation of 2 to `max_arguments` arguments; each is a digit with `leaf_probability` or at the
-    greatest depth, and an operation else: so operations nest ``max_depth - 1`` deep, nine in the Arena's data. Kept where
-    ``min_length < length < max_length`` tokens, brackets included.
+    greatest depth, and an operation else: so operations nest ``max_depth - 1`` deep, nine in the Arena's data. Kept
+    where ``min_length < length < max_length`` tokens, brackets included.
 
     Args:
         seed: of the examples; the same seed gives the same ones in the same order.
