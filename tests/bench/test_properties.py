@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from statescan.bench import properties
 from statescan.bench.properties import (
     KINDS,
     Stack,
@@ -46,6 +47,23 @@ def test_a_stack_reads_and_steps_as_it_runs(kind: str) -> None:
             assert (y - whole[:, t]).abs().max() < 1e-9 * whole.abs().max()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_token_comes_after_the_whole_context(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind reads as many tokens as the axis says, in pieces; a step's time is that of all rows."""
+    monkeypatch.setattr(properties, "_PIECE", 16)
+    stack, read = stacks(64, 2)[kind](), []
+    whole = stack.read
+
+    def watched(x: torch.Tensor, states: list) -> list:
+        read.append(tuple(x.shape))
+        return whole(x, states)
+
+    monkeypatch.setattr(stack, "read", watched)
+    found = properties._inference(stack, 40, properties._Sizes(64, 2, 128, (40,), 3, 5.0), "cpu")
+    assert read == [(3, 16, stack.d_model), (3, 16, stack.d_model), (3, 8, stack.d_model)]
+    assert found["seconds_per_token"] == found["seconds"] / 3
+
+
 def test_what_a_state_holds() -> None:
     x = torch.randn(3, 10, 64)
     with torch.no_grad():
@@ -82,8 +100,6 @@ def test_a_quick_run_reports_and_draws(tmp_path: Path) -> None:
 
 
 def test_a_length_that_would_take_too_long_is_left_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from statescan.bench import properties
-
     took = {32: 1.0, 128: 3.0}
     fake = lambda stack, length, sizes, device: {"seconds": took[length], "seconds_per_token": 1.0, "bytes": 1}
     monkeypatch.setitem(properties._TRAIN_OR_INFER, "training", fake)
@@ -97,6 +113,8 @@ def test_a_length_that_would_take_too_long_is_left_out_and_says_so(monkeypatch: 
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="device must be cpu, or cuda where there is a GPU, got 'tpu'"):
         run_properties(device="tpu")
+    with pytest.raises(ConfigError, match=r"--only must be part of one of LSTM, CNN, .*got 'GRU'"):
+        run_properties(only="GRU")
     (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
     assert read_properties(tmp_path / "other.json") is None
     assert read_properties(tmp_path / "none.json") is None

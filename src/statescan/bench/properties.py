@@ -31,6 +31,7 @@ __all__ = ["KINDS", "Stack", "draw_properties", "read_properties", "run_properti
 KINDS = ("LSTM", "CNN", "Transformer", "S4", "Mamba")
 _COLOURS = {"LSTM": "#8a8a8a", "CNN": "#e0a458", "Transformer": "#c8553d", "S4": "#5aa0e0", "Mamba": "#1f5fa8"}
 _STEPS = 8  # tokens of one measurement of inference
+_PIECE = 2048  # tokens of a context that are read at once
 
 
 class Stack(nn.Module):
@@ -171,6 +172,7 @@ def run_properties(
     device: str | None = None,
     threads: int | None = None,
     quick: bool = False,
+    only: str | None = None,
     out: Path | None = None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
@@ -178,14 +180,16 @@ def run_properties(
 
     Training: forward and backward of a stack, a fixed number of tokens in sequences of each length, or one sequence
     where it is longer; on a GPU bfloat16 autocast, on a CPU float32. Time and peak memory over the tokens; the weights'
-    gradients, which no length changes, are not counted. Inference: a token after a context of each length, for some
-    sequences at once; on a GPU bfloat16 weights (S4's and Mamba's systems float32) and one CUDA graph, so that the
-    host's launches don't hide the layer's work. Time of a token, and the bytes of one sequence's state.
+    gradients, which no length changes, are not counted. Inference: a token after a context of each length, which every
+    kind has read, a piece at a time, for some sequences at once; on a GPU bfloat16 weights (S4's and Mamba's systems
+    float32) and one CUDA graph, so that the host's launches don't hide the layer's work. Time of a token, and the bytes
+    of one sequence's state.
 
     Args:
         device: "cuda" or "cpu"; default: the GPU where there is one.
         threads: of the CPU.
         quick: tiny sizes, to see that it runs.
+        only: kinds whose name contains this, in any case. Default: all.
         out: a JSON file for the report; a figure of its name is drawn beside it where matplotlib is installed.
         progress: called with a line for each measurement.
 
@@ -193,8 +197,11 @@ def run_properties(
         machine, sizes, parameters of each kind, rows.
 
     Raises:
-        ConfigError: a device that is not there.
+        ConfigError: a device that is not there, or `only` names no kind.
     """
+    kinds = [kind for kind in KINDS if (only or "").lower() in kind.lower()]
+    if not kinds:
+        raise ConfigError(f"bench properties: --only must be part of one of {', '.join(KINDS)}, got {only!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"bench properties: device must be cpu, or cuda where there is a GPU, got {device!r}")
@@ -204,9 +211,9 @@ def run_properties(
     makers = stacks(sizes.d_model, sizes.n_layer)
     rows: list[dict[str, Any]] = []
     parameters = {}
-    for kind, make in makers.items():
+    for kind in kinds:
         torch.manual_seed(0)
-        stack = make().to(device)
+        stack = makers[kind]().to(device)
         parameters[kind] = stack.parameter_count()
         for use in ("training", "inference"):
             rows += _over_length(kind, use, stack, sizes, device, progress)
@@ -302,9 +309,9 @@ def _inference(stack: Stack, length: int, sizes: _Sizes, device: str) -> dict[st
     rows = sizes.rows
     with torch.no_grad():
         states = stack.init_states(rows, length + 64 * _STEPS)
-        # Every other kind's state is as large after one token as after all of them.
-        reads = length if isinstance(stack.mixers[0], CausalSelfAttention) else 1
-        states = stack.read(torch.randn(rows, reads, stack.d_model, device=device, dtype=narrow), states)
+        for start in range(0, length, _PIECE):
+            piece = (rows, min(_PIECE, length - start), stack.d_model)
+            states = stack.read(torch.randn(piece, device=device, dtype=narrow), states)
         held = sum(_bytes(state) for state in states) / rows
         x = torch.randn(rows, stack.d_model, device=device, dtype=narrow)
 
@@ -417,7 +424,7 @@ def draw_properties(report: dict[str, Any], path: Path) -> Path:
             axes.set_ylabel(unit)
             axes.set_xlabel("length of the sequences" if use == "training" else "tokens seen before")
         machine, sizes = report["machine"], report["sizes"]
-        count = report["parameters"]["Mamba"] / 1e6
+        count = next(iter(report["parameters"].values())) / 1e6
         figure.suptitle(
             f"{count:.1f} M parameters each; training steps of {sizes['tokens']:,} tokens or one sequence, "
             f"inference of {sizes['rows']} sequence{'s' if sizes['rows'] > 1 else ''} at once",

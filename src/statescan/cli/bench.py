@@ -32,7 +32,7 @@ def bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: shows that it runs, not how fast.")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the installed peers too.")] = True,
-    only: Annotated[str | None, typer.Option("--only", help="Only implementations whose name contains this.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Only implementations, or layers, with this name.")] = None,
     case: Annotated[str | None, typer.Option("--case", help="Only cases, as the table names them, with this.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="generate: this preset in place of the usual ones, e.g. pythia-1.4b.")
@@ -58,6 +58,7 @@ def bench(
             device=device,
             threads=threads,
             quick=quick,
+            only=only,
             out=out,
             progress=lambda line: console.print(line, style="dim"),
         )
