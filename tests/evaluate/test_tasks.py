@@ -71,6 +71,15 @@ def test_metrics_by_hand(folder: Path) -> None:
     assert {name: part.value for name, part in blimp.parts.items()} == {"p": 1.0, "q": 0.0}
 
 
+def test_a_sentence_of_blimp_is_asked_with_a_space_in_front(folder: Path) -> None:
+    assert read_questions(folder / "blimp.jsonl")[0].pairs == (("", " ab"), ("", " ba"))
+
+
+def test_metrics_of_the_paper() -> None:
+    assert {name for name, task in TASKS.items() if task.metric == "acc_norm"} == {"hellaswag", "arc_challenge"}
+    assert {task.metric for task in TASKS.values()} == {"acc", "acc_norm"}
+
+
 def test_pieces_of_many_questions_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     reader = StateReader(CausalLM(MambaConfig(d_model=16, n_layer=1, vocab_size=256, d_state=4)).double())

@@ -24,7 +24,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from statescan.evaluate import evaluate_tasks  # noqa: E402
+from statescan.evaluate import TASKS, evaluate_tasks  # noqa: E402
 from statescan.integrations.language_models import open_judged  # noqa: E402
 from statescan.integrations.lm_eval import JudgedLM, StatescanLM, evaluate_online  # noqa: E402
 
@@ -101,9 +101,8 @@ TEMPLATES = {
     "hellaswag": """
 output_type: multiple_choice
 doc_to_text: "{{context}}"
-doc_to_choice: "{{choices}}"
+doc_to_choice: "{{choices | map('trim') | list}}"
 doc_to_target: gold
-target_delimiter: ""
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """,
     "winogrande": """
@@ -120,6 +119,14 @@ doc_to_text: "{{context}}"
 doc_to_target: "{{target}}"
 target_delimiter: ""
 metric_list: [{metric: perplexity}, {metric: acc}]
+""",
+    # As lm-eval's own: the default target_delimiter, a space, stands before each sentence.
+    "blimp": """
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{[good, bad]}}"
+metric_list: [{metric: acc}]
 """,
     "rolling": """
 output_type: loglikelihood_rolling
@@ -179,7 +186,7 @@ def both(folder: Path, manager: Any, tmp_path_factory: pytest.TempPathFactory) -
     return ours, theirs
 
 
-@pytest.mark.parametrize("task", ["hellaswag", "winogrande", "lambada_openai"])
+@pytest.mark.parametrize("task", ["hellaswag", "winogrande", "lambada_openai", "blimp"])
 def test_every_question_scores_as_through_lm_evals_own_model(both: tuple[Any, Any], task: str) -> None:
     ours, theirs = both
     assert len(ours["samples"][task]) == QUESTIONS
@@ -210,10 +217,14 @@ def test_the_same_texts_are_written(both: tuple[Any, Any]) -> None:
 def test_the_same_questions_from_files_score_the_same(both: tuple[Any, Any], folder: Path, questions: Path) -> None:
     ours, _ = both
     judged = open_judged(folder)
-    for name, theirs in (("hellaswag", "hellaswag"), ("winogrande", "winogrande"), ("lambada", "lambada_openai")):
+    for name in ("hellaswag", "winogrande", "blimp", "lambada"):
+        theirs = TASKS[name].lm_eval
         (result,) = evaluate_tasks(judged.reader, judged.tokenizer, [name], questions)
         samples = sorted(ours["samples"][theirs], key=lambda one: one["doc_id"])
-        assert [item["acc"] for item in result.items] == [bool(sample["acc"]) for sample in samples]
+        for item, sample in zip(result.items, samples, strict=True):
+            assert item["logprobs"] == pytest.approx([answer[0] for answer in sample["filtered_resps"]], rel=1e-5)
+            for metric in ("acc", "acc_norm"):
+                assert item.get(metric) == (bool(sample[metric]) if metric in sample else None), metric
         assert result.metrics["acc"].value == pytest.approx(ours["results"][theirs]["acc,none"])
     assert result.metrics["perplexity"].value == pytest.approx(ours["results"]["lambada_openai"]["perplexity,none"])
 

@@ -7,7 +7,8 @@ Each line of a file is one question; four forms are known, told apart by their f
     {"context": ..., "target": ...}                                the word that must come next (LAMBADA)
     {"task": ..., "good": ..., "bad": ...}                         two sentences (BLiMP)
 
-What is judged stands in a choice, space in front included; "gold" counts from 0.
+What is judged stands in a choice, space in front included (a sentence of BLiMP gets one, as in lm-eval's template);
+"gold" counts from 0.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def _question(fields: Any) -> Question:
     elif {"context", "target"} <= set(fields):
         return Question(((text("context"), text("target")),), 0, part)
     elif {"good", "bad"} <= set(fields):
-        return Question((("", text("good")), ("", text("bad"))), 0, part)
+        # As lm-eval asks it: no context, and its template's space in front of the sentence all the same.
+        return Question((("", f" {text('good')}"), ("", f" {text('bad')}")), 0, part)
     else:
         raise ValueError(f"{_FORMS}, got {', '.join(sorted(map(str, fields))) or 'no field'}")
     gold = fields.get("gold")
