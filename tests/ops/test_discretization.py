@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import scipy.linalg
 import torch
@@ -120,7 +122,55 @@ def test_bad_input() -> None:
         discretize(A.long(), B, 0.1)
 
 
+@pytest.mark.parametrize(("method", "dt"), [("bilinear", 2.0), ("backward_euler", 1.0)])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_rule_without_an_inverse_is_refused(method: str, dt: float, diagonal: bool) -> None:
+    A = torch.ones(2, dtype=torch.float64) if diagonal else torch.eye(2, dtype=torch.float64)
+    B = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ConfigError, match=rf"discretize_{method}: .*got an eigenvalue of A that is {dt:g} / dt"):
+        discretize(A, B, dt, method, diagonal=diagonal)
+    discretize(A, B, dt / 2, method, diagonal=diagonal)  # a system that grows is a system
+
+
+@pytest.mark.parametrize("method", DISCRETIZATIONS)
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(method: str, diagonal: bool, bad: float, capfd: pytest.CaptureFixture) -> None:
+    A = -torch.ones(2, dtype=torch.float64) if diagonal else -torch.eye(2, dtype=torch.float64)
+    A[..., 1] = bad
+    with pytest.raises(ConfigError, match=r"A must be finite, got . of . numbers that are not"):
+        discretize(A, torch.ones(2, dtype=torch.float64), 0.1, method, diagonal=diagonal)
+    with pytest.raises(ConfigError, match="op: A must be finite"):
+        check_stable("op", A, diagonal=diagonal)
+    assert capfd.readouterr().err == ""  # the library below complains on its own where it gets such a matrix
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_step_in_which_the_system_outgrows_its_numbers_is_refused(diagonal: bool) -> None:
+    A = torch.full((1,), 800.0, dtype=torch.float64) if diagonal else torch.full((1, 1), 800.0, dtype=torch.float64)
+    with pytest.raises(ConfigError, match=r"A_bar must be finite, .*pass a smaller dt"):
+        discretize_zoh(A, torch.ones(1, dtype=torch.float64), 1.0, diagonal=diagonal)
+
+
+def test_zoh_near_no_decay_is_exact() -> None:
+    """Where (exp(a) - 1) / a is taken by its series, and on the other side."""
+    for a in (-9.9e-6, 9.9e-6, -1e-8, -1.1e-5):
+        got = discretize_zoh(torch.tensor([a]).double(), torch.ones(1).double(), 1.0, diagonal=True).B_bar.item()
+        exact = math.expm1(torch.tensor([a]).double().item()) / torch.tensor([a]).double().item()
+        assert got == pytest.approx(exact, rel=4 * EPS, abs=0)
+
+
 def test_check_stable() -> None:
+    for part, stable in ((1e-12, True), (1e-6, False)):  # of rounding's size, and not
+        A = torch.tensor([[part, 1.0], [-1.0, part]], dtype=torch.float64)
+        for diagonal, given in ((False, A), (True, torch.linalg.eigvals(A))):
+            if stable:
+                check_stable("op", given, diagonal=diagonal)
+            else:
+                with pytest.raises(ConfigError, match=r"op: A must be stable .*got one of 1e-06"):
+                    check_stable("op", given, diagonal=diagonal)
+    with pytest.raises(ShapeError, match=r"op: A must be square .*got \(3, 2\)"):
+        check_stable("op", torch.zeros(3, 2))
     check_stable("op", _stable(4))
     check_stable("op", torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))  # a lossless oscillator
     with pytest.raises(ConfigError, match=r"op: A must be stable .*got one of 0.5"):

@@ -82,6 +82,40 @@ def test_complex_diagonal_system() -> None:
     assert (recurrent - ssm_convolution(kernel.real, u)).abs().max() < 1e-12
 
 
+def test_a_complex_system_that_is_not_in_pairs_is_simulated_as_a_whole() -> None:
+    """No conjugate cancels the imaginary parts, so none may be dropped on the way; a real C beside it, too."""
+    A = torch.diag(torch.tensor([-0.5 + 3j, -0.2 - 1j], dtype=torch.complex128))
+    u = _input(60, 1)
+    for B, C in (([1.0, 2j], [1 - 1j, 0.5j]), ([1.0, 2.0], [1.0, -1.0])):
+        B, C = torch.tensor(B, dtype=torch.complex128), torch.tensor(C, dtype=torch.complex128)
+        D = torch.tensor([[0.3]], dtype=torch.float64)
+        recurrent = ssm_recurrence(*discretize(A, B, 0.1), C, u, D=D).y - u * D
+        held = ssm_simulate(A, B, C, torch.cat([u, u[:, -1:]], 1), 0.1, D=D, hold="zero")
+        assert not held.is_complex()
+        held = held[:, 1:] - torch.cat([u, u[:, -1:]], 1)[:, 1:] * D
+        assert (held - recurrent).abs().max() < 1e-12 * recurrent.abs().max()
+        if not C.imag.any():
+            assert torch.equal(ssm_simulate(A, B.real, C.real, u, 0.1), ssm_simulate(A, B, C, u, 0.1))
+
+
+def test_a_system_that_grows_may_run_until_it_leaves_the_numbers() -> None:
+    A, b, dt = 2 * torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), 0.1
+    assert ssm_kernel(A, b, b, 100)[-1].item() == 2 * 2.0**99
+    u = torch.ones(1, 6000, 1, dtype=torch.float64)
+    assert ssm_recurrence(A, b, b, u[:, :100]).y[0, -1].item() == 2 * (2.0**100 - 1)
+    assert ssm_simulate(A, b, b, u[:, :11], dt)[0, -1].item() == pytest.approx(torch.e**2 - 1, rel=1e-12)
+    for run in (
+        lambda: ssm_kernel(A, b, b, 5000),
+        lambda: ssm_recurrence(A, b, b, u),
+        lambda: ssm_simulate(A, b, b, u, dt),
+    ):
+        with pytest.raises(ConfigError, match=r"must be finite, got .* shorten the sequence or pass a stable A"):
+            run()
+    A[0, 1] = float("nan")
+    with pytest.raises(ConfigError, match="ssm_kernel: A must be finite, got 1 of 4 numbers that are not"):
+        ssm_kernel(A, b, b, 4)
+
+
 def test_gradients() -> None:
     A, B, C, D = (m.requires_grad_() for m in _system(3, 1, 1))
     u = _input(5, 1).requires_grad_()
@@ -101,8 +135,10 @@ def test_bad_input() -> None:
         ssm_recurrence(A[:, :5], B, C, u)
     with pytest.raises(ShapeError, match="C must have shape"):
         ssm_kernel(A, B, C[:, :5], 4)
-    with pytest.raises(ConfigError, match="length must be >= 1, got 0"):
+    with pytest.raises(ConfigError, match="length must be an integer >= 1, got 0"):
         ssm_kernel(A, B, C, 0)
+    with pytest.raises(ConfigError, match=r"length must be an integer >= 1, got 2\.5"):
+        ssm_kernel(A, B, C, 2.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ShapeError, match="u must have shape"):
         ssm_recurrence(A, B, C, u[..., :1])
     with pytest.raises(ShapeError, match="D must have shape"):

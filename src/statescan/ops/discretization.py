@@ -7,6 +7,7 @@ with ``diagonal=True`` the diagonal alone.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from statescan.ops._checks import check_tensor, values_readable
 __all__ = [
     "DISCRETIZATIONS",
     "Discretized",
+    "check_finite",
     "check_stable",
     "discretize",
     "discretize_backward_euler",
@@ -32,6 +34,16 @@ class Discretized(NamedTuple):
 
     A_bar: Tensor
     B_bar: Tensor
+
+
+def check_finite(op: str, name: str, value: Tensor, cure: str = "") -> None:
+    """Raises ConfigError where a number is infinite or NaN; nothing is read while a graph is traced or captured."""
+    value = value.detach()
+    if not values_readable(value) or bool(torch.isfinite(value).all()):
+        return
+    bad = int((~torch.isfinite(value)).sum())
+    cure = cure or "look where they come from"
+    raise ConfigError(f"{op}: {name} must be finite, got {bad} of {value.numel()} numbers that are not; {cure}")
 
 
 def _wide(op: str, A: Tensor, B: Tensor, dt: Tensor | float, diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,20 +77,22 @@ def _wide(op: str, A: Tensor, B: Tensor, dt: Tensor | float, diagonal: bool) -> 
                 f"{op}: B must have shape (d_state,) or (..., d_state, inputs) with d_state = {A.shape[-1]}, "
                 f"got {tuple(B.shape)}; give it a row for each state of A"
             )
-    real = A.to(torch.complex128 if A.is_complex() else torch.float64)
+    check_finite(op, "A", A)
     return (
-        real,
+        A.to(torch.complex128 if A.is_complex() else torch.float64),
         B.to(torch.complex128 if B.is_complex() else torch.float64),
         dt[(..., *[None] * (1 if diagonal else 2))],
     )
 
 
-def _result(A: Tensor, B: Tensor, A_bar: Tensor, B_bar: Tensor) -> Discretized:
+def _result(op: str, A: Tensor, B: Tensor, A_bar: Tensor, B_bar: Tensor) -> Discretized:
     """Back to the dtypes that came in; B_bar is complex where A is."""
     if A_bar.is_complex() and not B_bar.is_complex():
         B_bar = B_bar.to(A_bar.dtype)
     B_dtype = B.dtype if B.is_complex() == B_bar.is_complex() else A.dtype
-    return Discretized(A_bar.to(A.dtype), B_bar.to(B_dtype))
+    A_bar = A_bar.to(A.dtype)
+    check_finite(op, "A_bar", A_bar, "A grows too far in one step: pass a smaller dt")
+    return Discretized(A_bar, B_bar.to(B_dtype))
 
 
 def _dense_input(A: Tensor, B: Tensor) -> tuple[Tensor, bool]:
@@ -105,7 +119,8 @@ def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor | float, *, diagonal: bool =
 
     Raises:
         ShapeError: A is not square or B doesn't fit it.
-        ConfigError: dt is not positive.
+        ConfigError: dt is not positive, A is not finite, or A_bar would not be: A grows too far in one step, or the
+            rule's inverse does not exist.
 
     Numerics: computed in float64; the diagonal's quotient ``(exp(a) - 1) / a`` by expm1, by its series near 0.
 
@@ -114,7 +129,7 @@ def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor | float, *, diagonal: bool =
     wide_A, wide_B, step = _wide("discretize_zoh", A, B, dt, diagonal)
     if diagonal:
         a = step * wide_A
-        return _result(A, B, torch.exp(a), step * _phi1(a) * wide_B)
+        return _result("discretize_zoh", A, B, torch.exp(a), step * _phi1(a) * wide_B)
     matrix, vector = _dense_input(wide_A, wide_B)
     n, inputs = matrix.shape[-2:]
     # exp([[A, B], [0, 0]] dt) = [[A_bar, B_bar], [0, I]]
@@ -124,7 +139,7 @@ def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor | float, *, diagonal: bool =
     block[..., :n, n:] = matrix
     grown = torch.linalg.matrix_exp(step * block)
     B_bar = grown[..., :n, n:]
-    return _result(A, B, grown[..., :n, :n], B_bar.squeeze(-1) if vector else B_bar)
+    return _result("discretize_zoh", A, B, grown[..., :n, :n], B_bar.squeeze(-1) if vector else B_bar)
 
 
 def _phi1(a: Tensor) -> Tensor:
@@ -170,13 +185,26 @@ def _generalized(op: str, A: Tensor, B: Tensor, dt: Tensor | float, alpha: float
     wide_A, wide_B, step = _wide(op, A, B, dt, diagonal)
     a = step * wide_A
     if diagonal:
-        inverse = 1 / (1 - alpha * a)
-        return _result(A, B, inverse * (1 + (1 - alpha) * a), inverse * step * wide_B)
+        left = 1 - alpha * a
+        if values_readable(left) and bool((left == 0).any()):
+            raise _no_inverse(op, alpha)
+        inverse = 1 / left
+        return _result(op, A, B, inverse * (1 + (1 - alpha) * a), inverse * step * wide_B)
     matrix, vector = _dense_input(wide_A, wide_B)
     one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     left, right = one - alpha * a, one + (1 - alpha) * a
-    B_bar = torch.linalg.solve(left.to(matrix.dtype), step * matrix)
-    return _result(A, B, torch.linalg.solve(left, right), B_bar.squeeze(-1) if vector else B_bar)
+    try:
+        A_bar, B_bar = torch.linalg.solve(left, right), torch.linalg.solve(left.to(matrix.dtype), step * matrix)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        raise _no_inverse(op, alpha) from None
+    return _result(op, A, B, A_bar, B_bar.squeeze(-1) if vector else B_bar)
+
+
+def _no_inverse(op: str, alpha: float) -> ConfigError:
+    return ConfigError(
+        f"{op}: I - {alpha:g} dt A must have an inverse, got an eigenvalue of A that is {1 / alpha:g} / dt; "
+        "pass a smaller dt, or a stable A"
+    )
 
 
 DISCRETIZATIONS = {
@@ -202,13 +230,24 @@ def check_stable(op: str, A: Tensor, *, diagonal: bool = False) -> None:
     """Raises ConfigError where an eigenvalue of the continuous A has a positive real part: its states would grow.
 
     Rounding of eigenvalues is allowed for: real parts up to 1e-9 of the largest eigenvalue's size count as zero.
+
+    Raises:
+        ShapeError: A is not square. ConfigError: A is not stable, or not finite.
     """
-    eigenvalues = A.detach() if diagonal else torch.linalg.eigvals(A.detach())
-    wide = eigenvalues.to(torch.complex128)
-    if not values_readable(wide):
+    if not diagonal and (A.dim() < 2 or A.shape[-1] != A.shape[-2]):
+        raise ShapeError(
+            f"{op}: A must be square (..., d_state, d_state), got {tuple(A.shape)}; "
+            "pass diagonal=True if it is the diagonal alone"
+        )
+    if not values_readable(A):
         return
-    worst = wide.real.max().item()
-    if worst > 1e-9 * max(wide.abs().max().item(), 1.0):
+    if not diagonal:
+        check_finite(op, "A", A)
+    wide = (A.detach() if diagonal else torch.linalg.eigvals(A.detach())).to(torch.complex128)
+    worst, largest = wide.real.max().item(), wide.abs().max().item()
+    if not math.isfinite(largest):
+        check_finite(op, "A", A)
+    if worst > 1e-9 * max(largest, 1.0):
         raise ConfigError(
             f"{op}: A must be stable (no eigenvalue with a positive real part), got one of {worst:.4g}; "
             "change its sign, or shift A by a multiple of the identity"

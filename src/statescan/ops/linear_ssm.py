@@ -16,6 +16,7 @@ from torch import Tensor
 
 from statescan.errors import ConfigError, ShapeError
 from statescan.ops._checks import check_tensor
+from statescan.ops.discretization import check_finite
 from statescan.ops.fft_conv.api import fft_conv
 
 __all__ = ["LinearOutput", "ssm_convolution", "ssm_kernel", "ssm_recurrence", "ssm_simulate"]
@@ -34,6 +35,7 @@ def _system(op: str, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple
         check_tensor(op, name, value)
     if A.dim() != 2 or A.shape[0] != A.shape[1]:
         raise ShapeError(f"{op}: A must be square (d_state, d_state), got {tuple(A.shape)}; pass one system's matrix")
+    check_finite(op, "A", A)
     n = A.shape[0]
     B = B.unsqueeze(-1) if B.dim() == 1 else B
     C = C.unsqueeze(0) if C.dim() == 1 else C
@@ -49,6 +51,10 @@ def _system(op: str, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple
                 f"{op}: D must have shape (outputs, inputs) = ({C.shape[0]}, {B.shape[1]}), got {tuple(D.shape)}"
             )
     return A, B, C, D
+
+
+def _finite(op: str, name: str, value: Tensor) -> None:
+    check_finite(op, name, value, "the system grows too far for its dtype: shorten the sequence or pass a stable A")
 
 
 def _inputs(op: str, u: Tensor, inputs: int) -> None:
@@ -72,20 +78,23 @@ def ssm_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tensor:
         ``(length, outputs, inputs)``; complex where the system is.
 
     Raises:
-        ShapeError: matrices that don't fit. ConfigError: length < 1.
+        ShapeError: matrices that don't fit. ConfigError: length < 1, or a kernel that is not finite, since the system
+            grows too far.
 
     Source: S4, arXiv:2111.00396, equation 5.
     """
     A, B, C, _ = _system("ssm_kernel", A_bar, B_bar, C, None)
-    if length < 1:
-        raise ConfigError(f"ssm_kernel: length must be >= 1, got {length}")
+    if not isinstance(length, int) or length < 1:
+        raise ConfigError(f"ssm_kernel: length must be an integer >= 1, got {length!r}; pass the number of lags")
     kind = torch.promote_types(torch.promote_types(A.dtype, B.dtype), C.dtype)
     A, power = A.to(kind), A.to(kind)
     columns = B.to(kind).unsqueeze(0)  # A^k B for k < len(columns)
     while columns.shape[0] < length:
         columns = torch.cat([columns, power @ columns])
         power = power @ power
-    return C.to(kind) @ columns[:length]
+    kernel = C.to(kind) @ columns[:length]
+    _finite("ssm_kernel", "the kernel", kernel)
+    return kernel
 
 
 def ssm_recurrence(
@@ -101,6 +110,10 @@ def ssm_recurrence(
 
     Returns:
         `LinearOutput`; y is real where u is (the real part of a complex system's output).
+
+    Raises:
+        ShapeError: matrices, u or a state that don't fit. ConfigError: an output that is not finite, since the system
+            grows too far.
     """
     A, B, C, D = _system("ssm_recurrence", A_bar, B_bar, C, D)
     _inputs("ssm_recurrence", u, B.shape[1])
@@ -116,10 +129,16 @@ def ssm_recurrence(
     for u_k in wide.unbind(1):
         x = x @ A.T + u_k @ B.T
         outputs.append(x @ C.T)
-    y = torch.stack(outputs, 1)
+    y = _output(torch.stack(outputs, 1), u, D)
+    _finite("ssm_recurrence", "the output", y)
+    return LinearOutput(y, x)
+
+
+def _output(y: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
+    """Real where the input is, with the skip."""
     if y.is_complex() and not u.is_complex():
         y = y.real
-    return LinearOutput(y if D is None else y + u @ D.T, x)
+    return y if D is None else y + u @ D.T
 
 
 def ssm_convolution(kernel: Tensor, u: Tensor, *, D: Tensor | None = None) -> Tensor:
@@ -162,10 +181,12 @@ def ssm_simulate(
         hold: ``"linear"`` or ``"zero"``.
 
     Returns:
-        ``(batch, length, outputs)``: y at the samples' times, as `scipy.signal.lsim` gives it.
+        ``(batch, length, outputs)``: y at the samples' times, as `scipy.signal.lsim` gives it; real where u is (the
+        real part of a complex system's output).
 
     Raises:
-        ConfigError: an unknown hold, dt <= 0. ShapeError: matrices that don't fit.
+        ConfigError: an unknown hold, dt <= 0, an output that is not finite, since the system grows too far.
+        ShapeError: matrices that don't fit.
     """
     op = "ssm_simulate"
     A, B, C, D = _system(op, A, B, C, D)
@@ -176,16 +197,19 @@ def ssm_simulate(
     if not (math.isfinite(dt) and dt > 0):
         raise ConfigError(f"{op}: dt must be a positive time, got {dt!r}; pass the time between two samples")
     # The input's value and its slope are states of their own: w' = slope, slope' = 0, over one step of length 1.
+    kind = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.promote_types(C.dtype, u.dtype))
+    A, B, C, wide = A.to(kind), B.to(kind), C.to(kind), u.to(kind)
     grown = A.new_zeros(n + 2 * inputs, n + 2 * inputs)
-    grown[:n, :n], grown[:n, n : n + inputs] = A * dt, B.to(A.dtype) * dt
-    grown[n : n + inputs, n + inputs :] = torch.eye(inputs, dtype=A.dtype, device=A.device)
+    grown[:n, :n], grown[:n, n : n + inputs] = A * dt, B * dt
+    grown[n : n + inputs, n + inputs :] = torch.eye(inputs, dtype=kind, device=A.device)
     step = torch.linalg.matrix_exp(grown)[:n]
     A_bar, constant, slope = step.split([n, inputs, inputs], 1)
     now, following = (constant - slope, slope) if hold == "linear" else (constant, torch.zeros_like(slope))
-    x = u.new_zeros(u.shape[0], n, dtype=A.dtype)
+    x = wide.new_zeros(u.shape[0], n)
     states = [x]
     for k in range(u.shape[1] - 1):
-        x = x @ A_bar.T + u[:, k] @ now.T.to(u.dtype) + u[:, k + 1] @ following.T.to(u.dtype)
+        x = x @ A_bar.T + wide[:, k] @ now.T + wide[:, k + 1] @ following.T
         states.append(x)
-    y = torch.stack(states, 1) @ C.T
-    return y if D is None else y + u @ D.T
+    y = _output(torch.stack(states, 1) @ C.T, u, D)
+    _finite(op, "the output", y)
+    return y

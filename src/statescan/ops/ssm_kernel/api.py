@@ -10,7 +10,7 @@ from torch import Tensor
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.ops._checks import check_device, check_shape, check_tensor, values_readable, without_autocast
 from statescan.ops._dispatch import choose
-from statescan.ops.discretization import DISCRETIZATIONS, check_stable
+from statescan.ops.discretization import DISCRETIZATIONS, check_finite, check_stable
 
 __all__ = ["StateResponse", "s4_kernel", "s4_response", "s4d_kernel", "s4d_response"]
 
@@ -53,6 +53,16 @@ def _check(op: str, A_name: str, A: Tensor, others: dict[str, Tensor], dt: Tenso
     check_stable(op, A, diagonal=True)
     if method not in DISCRETIZATIONS:
         raise ConfigError(f"{op}: discretization must be one of {sorted(DISCRETIZATIONS)}, got {method!r}")
+
+
+def _columns(op: str, P: Tensor) -> Tensor:
+    """P as ``(d_model, states, rank)``."""
+    check_tensor(op, "P", P)
+    columns = P.unsqueeze(-1) if P.dim() == 2 else P
+    if columns.dim() != 3:
+        raise ShapeError(f"{op}: P must have shape (d_model, states) or (d_model, states, rank), got {tuple(P.shape)}")
+    check_finite(op, "P", P)
+    return columns
 
 
 def s4d_kernel(
@@ -132,10 +142,7 @@ def s4_kernel(
     the same parameters serve every length and, by dt, every sampling rate.
     """
     op = "s4_kernel"
-    check_tensor(op, "P", P)
-    columns = P.unsqueeze(-1) if P.dim() == 2 else P
-    if columns.dim() != 3:
-        raise ShapeError(f"{op}: P must have shape (d_model, states) or (d_model, states, rank), got {tuple(P.shape)}")
+    columns = _columns(op, P)
     _check(op, "Lambda", Lambda, {"P": columns[..., 0], "B": B, "C": C}, dt, length, discretization)
     if not Lambda.is_complex():
         raise DTypeError(
@@ -227,7 +234,7 @@ def s4_response(
     Raises:
         ShapeError, DTypeError, ConfigError: an argument doesn't fit.
     """
-    columns = P.unsqueeze(-1) if P.dim() == 2 else P
+    columns = _columns("s4_response", P)
     _check("s4_response", "Lambda", Lambda, {"P": columns[..., 0], "B": B, "C": C}, dt, 1, discretization)
     _check_run("s4_response", u, state, Lambda, "Lambda")
     from statescan.ops.ssm_kernel import doubling

@@ -6,6 +6,8 @@ of inner size 2 states for each channel, whose output is the kernel.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,19 +24,40 @@ def refuses(facts: Facts) -> str | None:
     return "it needs float64, which this device has not; move the kernel to the CPU" if facts.device == "mps" else None
 
 
-def _powers(log_A: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of exp(log_A k): ``(d_model, states, exponents)``; log_A is complex128."""
-    exponents = exponents.double()
-    size = torch.exp((log_A.real.unsqueeze(-1) * exponents).to(dtype))
-    phase = torch.remainder(log_A.imag.unsqueeze(-1) * exponents, 2 * torch.pi).to(dtype)
-    return size * torch.cos(phase), size * torch.sin(phase)
+# An A_bar smaller than this has no logarithm of use; its square is nothing in any dtype.
+_TINY = 1e-30
 
 
-def _system(A: Tensor, B: Tensor, dt: Tensor, discretization: str) -> tuple[Tensor, Tensor]:
-    """log(A_bar) and B_bar, complex128."""
+class _Decay(NamedTuple):
+    """A_bar by its logarithm, and itself where it is next to 0: complex128 ``(d_model, states)``."""
+
+    log: Tensor
+    A_bar: Tensor
+    tiny: Tensor | None
+
+
+def _powers(decay: _Decay, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of A_bar^k: ``(d_model, states, exponents)``."""
+    k = exponents.double()
+    size = torch.exp((decay.log.real.unsqueeze(-1) * k).to(dtype))
+    phase = torch.remainder(decay.log.imag.unsqueeze(-1) * k, 2 * torch.pi).to(dtype)
+    real, imag = size * torch.cos(phase), size * torch.sin(phase)
+    if decay.tiny is None:
+        return real, imag
+    # 1, A_bar, 0, 0, ...: the gradient's first two terms too, which are all it has at 0.
+    first, tiny = (exponents == 1) * decay.A_bar.unsqueeze(-1), decay.tiny.unsqueeze(-1)
+    real = torch.where(tiny, first.real.to(dtype) + (exponents == 0).to(dtype), real)
+    return real, torch.where(tiny, first.imag.to(dtype), imag)
+
+
+def _system(A: Tensor, B: Tensor, dt: Tensor, discretization: str) -> tuple[_Decay, Tensor]:
+    """A_bar and B_bar, complex128."""
     wide = torch.complex128
     A_bar, B_bar = discretize(A.to(wide), B.to(wide), dt, discretization, diagonal=True)
-    return (dt.double().unsqueeze(-1) * A.to(wide) if discretization == "zoh" else torch.log(A_bar)), B_bar
+    if discretization == "zoh":
+        return _Decay(dt.double().unsqueeze(-1) * A.to(wide), A_bar, None), B_bar
+    tiny = A_bar.abs() < _TINY
+    return _Decay(torch.log(torch.where(tiny, torch.ones_like(A_bar), A_bar)), A_bar, tiny), B_bar
 
 
 def _tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -44,11 +67,11 @@ def _tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.arange(inner, device=device), torch.arange(outer, device=device) * inner
 
 
-def _vandermonde(log_A: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """``Re(sum_n weight_n exp(log_A_n l))`` for l < length; weight ``(..., d_model, states)``, complex128."""
-    inner, outer = _tables(length, log_A.device)
-    low_real, low_imag = _powers(log_A, inner, dtype)
-    high_real, high_imag = _powers(log_A, outer, dtype)
+def _vandermonde(decay: _Decay, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """``Re(sum_n weight_n A_bar_n^l)`` for l < length; weight ``(..., d_model, states)``, complex128."""
+    inner, outer = _tables(length, weight.device)
+    low_real, low_imag = _powers(decay, inner, dtype)
+    high_real, high_imag = _powers(decay, outer, dtype)
     weight_real, weight_imag = weight.real.to(dtype).unsqueeze(-1), weight.imag.to(dtype).unsqueeze(-1)
     real = weight_real * high_real - weight_imag * high_imag
     imag = weight_real * high_imag + weight_imag * high_real
@@ -59,8 +82,8 @@ def _vandermonde(log_A: Tensor, weight: Tensor, length: int, dtype: torch.dtype)
 
 def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     """See the public function."""
-    log_A, B_bar = _system(A, B, dt, discretization)
-    return _vandermonde(log_A, B_bar * C * (2 if A.is_complex() else 1), length, kernel_dtype(A))
+    decay, B_bar = _system(A, B, dt, discretization)
+    return _vandermonde(decay, B_bar * C * (2 if A.is_complex() else 1), length, kernel_dtype(A))
 
 
 def s4d_response(
@@ -68,20 +91,20 @@ def s4d_response(
 ) -> tuple[Tensor, Tensor]:
     """See the public function."""
     dtype, length = kernel_dtype(A), u.shape[1]
-    log_A, B_bar = _system(A, B, dt, discretization)
+    decay, B_bar = _system(A, B, dt, discretization)
     pairs = 2 if A.is_complex() else 1
-    A_bar = torch.exp(log_A)
-    y = _vandermonde(log_A, A_bar * C * state * pairs, length, dtype).transpose(1, 2)
+    y = _vandermonde(decay, decay.A_bar * C * state * pairs, length, dtype).transpose(1, 2)
 
     # sum_l A_bar^(L-1-l) u_l: within each stretch of T positions a matrix product, then the stretches' own powers
     inner, outer = _tables(length, u.device)
-    low = torch.cat(_powers(log_A, inner, dtype), 1)  # (d_model, 2 states, T)
+    low = torch.cat(_powers(decay, inner, dtype), 1)  # (d_model, 2 states, T)
     backwards = u.to(dtype).flip(1).permute(2, 0, 1)
     backwards = F.pad(backwards, (0, len(inner) * len(outer) - length)).unflatten(-1, (len(outer), len(inner)))
     real, imag = (backwards.flatten(1, 2) @ low.transpose(1, 2)).unflatten(1, backwards.shape[1:3]).chunk(2, -1)
-    high_real, high_imag = (part.transpose(1, 2).unsqueeze(1) for part in _powers(log_A, outer, dtype))
+    high_real, high_imag = (part.transpose(1, 2).unsqueeze(1) for part in _powers(decay, outer, dtype))
     taken_in = torch.complex(
         (real * high_real - imag * high_imag).sum(2), (real * high_imag + imag * high_real).sum(2)
     ).transpose(0, 1)
-    final = torch.exp(log_A * length) * state + B_bar * taken_in
+    whole = torch.complex(*_powers(decay, torch.full((1,), length, device=u.device), torch.float64)).squeeze(-1)
+    final = whole * state + B_bar * taken_in
     return y, final if A.is_complex() else final.real
