@@ -161,9 +161,12 @@ def test_a_state_continued_twice_is_not_changed(kind: str) -> None:
     x = _input(layer)
     with torch.no_grad():
         state = layer(x[:, :6], layer.init_state(2)).state
-        one = layer(x[:, 6:9], state).output
+        one = layer(x[:, 6:9], state)
+        after = layer(x[:, 12:14], layer(x[:, :9], layer.init_state(2)).state).output
         layer(x[:, 9:12], state)
-        assert torch.equal(layer(x[:, 6:9], state).output, one)
+        assert torch.equal(layer(x[:, 6:9], state).output, one.output)
+        # A child too, whose sibling came after it.
+        assert (layer(x[:, 12:14], one.state).output - after).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("kind", LAYERS)

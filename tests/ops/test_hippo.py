@@ -103,6 +103,42 @@ def test_legs_does_not_depend_on_the_rate() -> None:
     assert (x - y).abs().max() < 2e-3 < x.abs().max() / 10
 
 
+@pytest.mark.parametrize("method", ["bilinear", "zoh", "forward_euler"])
+def test_the_first_steps_of_legs(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample k, counted from 1, is taken in with a step of 1/k: equation 3, written out, over a bound of pieces too."""
+    monkeypatch.setattr("statescan.ops.hippo._STEPS", 2)
+    A, B = hippo_legs(4)
+    one, inverse, u = torch.eye(4, dtype=torch.float64), torch.linalg.inv, (0.7, -1.1, 0.4, 2.0, -0.3)
+    got, x = hippo_project(torch.tensor(u), 4, method=method), torch.zeros(4, dtype=torch.float64)
+    for k, u_k in enumerate(u, 1):
+        A_bar, B_bar = {
+            "bilinear": lambda h: (inverse(one - h / 2 * A) @ (one + h / 2 * A), inverse(one - h / 2 * A) @ (h * B)),
+            "zoh": lambda h: (e := torch.linalg.matrix_exp(h * A), inverse(A) @ (e - one) @ B),
+            "forward_euler": lambda h: (one + h * A, h * B),
+        }[method](1 / k)
+        x = A_bar @ x + B_bar * torch.tensor(u_k).double()
+        assert (got[k - 1] - x).abs().max() < 1e-13 * x.abs().max()
+
+
+@pytest.mark.parametrize("measure", HIPPO_MEASURES)
+def test_a_complex_signal_is_its_two_parts(measure: str) -> None:
+    signal = torch.randn(2, 9, dtype=torch.complex128, generator=torch.Generator().manual_seed(2))
+    real, imag = (hippo_project(part, 5, measure, dt=0.1) for part in (signal.real, signal.imag))
+    got = hippo_project(signal, 5, measure, dt=0.1)
+    assert (got - torch.complex(real, imag)).abs().max() < 1e-12 * got.abs().max()
+    age = torch.tensor([0.1, 0.6])
+    back = hippo_reconstruct(got[0, -1], age, measure)
+    parts = (hippo_reconstruct(part[0, -1], age, measure) for part in (real, imag))
+    assert (back - torch.complex(*parts)).abs().max() < 1e-12 * back.abs().max()
+
+
+def test_a_weight_ends_where_its_window_does() -> None:
+    age = torch.tensor([-0.01, 0.0, 0.49, 0.51], dtype=torch.float64)
+    for measure in ("legs", "legt", "fourier"):
+        assert hippo_weight(measure, age, span=0.5).tolist() == [0, 2, 2, 0]
+    assert hippo_weight("lagt", age).tolist() == pytest.approx([0, 1, math.exp(-0.49), math.exp(-0.51)])
+
+
 @pytest.mark.parametrize("measure", HIPPO_MEASURES)
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 64])
 def test_normal_plus_low_rank_is_the_dense_matrix(measure: str, n: int) -> None:
@@ -134,3 +170,13 @@ def test_bad_input() -> None:
         hippo_project(torch.zeros(3, 0), 4)
     with pytest.raises(ConfigError, match="method must be one of"):
         hippo_project(torch.zeros(3), 4, method="magic")
+    age = torch.tensor([0.1, 0.6])
+    for measure in ("legs", "legt", "fourier"):
+        for call in (hippo_weight, lambda m, a, span: hippo_basis(m, 4, a, span=span)):
+            with pytest.raises(ConfigError, match="span must be a positive time, got 0"):
+                call(measure, age, span=0)
+        with pytest.raises(ConfigError, match=rf"age must be within 0 .. 0.5, what {measure} sees, got 0.1 .. 0.6"):
+            hippo_reconstruct(torch.zeros(4), age, measure, span=0.5)
+    with pytest.raises(ConfigError, match=r"age must be within 0 .. inf, what lagt sees, got -0.1 .. 0.6"):
+        hippo_reconstruct(torch.zeros(4), torch.tensor([-0.1, 0.6]), "lagt")
+    assert hippo_reconstruct(torch.ones(4), torch.tensor([1e-12, 0.5 + 1e-12]), "legt", span=0.5).isfinite().all()

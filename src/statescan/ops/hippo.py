@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from statescan.errors import ConfigError, ShapeError
-from statescan.ops._checks import check_tensor
+from statescan.ops._checks import check_tensor, values_readable
 from statescan.ops.discretization import discretize
 
 __all__ = [
@@ -43,6 +43,9 @@ __all__ = [
     "hippo_reconstruct",
     "hippo_weight",
 ]
+
+
+_STEPS = 1024  # of legs, whose system is another at every sample: matrices that are held at once
 
 
 class HippoMatrices(NamedTuple):
@@ -179,6 +182,16 @@ def _legendre(d_state: int, x: Tensor) -> Tensor:
     return torch.stack(rows[:d_state], -1) * _roots(d_state).to(x.device)
 
 
+def _check_span(op: str, measure: str, span: Tensor | float) -> None:
+    """What a measure is stretched over, where it is stretched."""
+    wide = torch.as_tensor(span).double()
+    if measure != "lagt" and values_readable(wide) and not bool((torch.isfinite(wide) & (wide > 0)).all()):
+        raise ConfigError(
+            f"{op}: span must be a positive time, got {wide.min().item():g}; pass the window, or for legs the time since "
+            "the start"
+        )
+
+
 def hippo_basis(measure: str, d_state: int, age: Tensor, *, span: Tensor | float = 1.0) -> Tensor:
     """The functions p_n at an age, so that ``u(t - age) ~ (hippo_basis(...) * x(t)).sum(-1)``.
 
@@ -193,10 +206,11 @@ def hippo_basis(measure: str, d_state: int, age: Tensor, *, span: Tensor | float
         ``(*age.shape, d_state)``, float64.
 
     Raises:
-        ConfigError: an unknown measure, d_state < 1.
+        ConfigError: an unknown measure, d_state < 1, a span <= 0.
     """
     _check_measure("hippo_basis", measure)
     _check_size("hippo_basis", d_state)
+    _check_span("hippo_basis", measure, span)
     age = torch.as_tensor(age).double()
     part = age / span
     if measure in ("legs", "legt"):
@@ -217,6 +231,7 @@ def hippo_basis(measure: str, d_state: int, age: Tensor, *, span: Tensor | float
 def hippo_weight(measure: str, age: Tensor, *, span: Tensor | float = 1.0) -> Tensor:
     """The measure's density at an age; `span` as in `hippo_basis`. Its integral over the age is 1."""
     _check_measure("hippo_weight", measure)
+    _check_span("hippo_weight", measure, span)
     age = torch.as_tensor(age).double()
     if measure == "lagt":
         return torch.where(age >= 0, torch.exp(-age), torch.zeros_like(age))
@@ -244,7 +259,7 @@ def hippo_project(
         method: discretisation, see `statescan.ops.discretization.discretize`.
 
     Returns:
-        ``(..., length, d_state)``, float64: the state after each sample.
+        ``(..., length, d_state)``, float64, complex128 of a complex signal: the state after each sample.
 
     Raises:
         ShapeError: an empty signal. ConfigError: an unknown measure or method, a size or step out of range.
@@ -255,22 +270,27 @@ def hippo_project(
     if signal.dim() < 1 or signal.shape[-1] == 0:
         raise ShapeError(f"hippo_project: signal must have shape (..., length >= 1), got {tuple(signal.shape)}")
     _check_measure("hippo_project", measure)
-    length = signal.shape[-1]
-    if measure == "legs":
-        A, B = hippo_legs(d_state)
-        steps = 1 / torch.arange(1, length + 1, dtype=torch.float64)
-        A_bar, B_bar = discretize(A, B, steps, method)
-    else:
-        windowed = {"legt": hippo_legt, "fourier": hippo_fourier}
-        A, B = windowed[measure](d_state, window) if measure in windowed else hippo_lagt(d_state)
-        A_bar, B_bar = (m.expand(length, *m.shape) for m in discretize(A, B, dt, method))
-    u = signal.double()
+    windowed = {"legt": hippo_legt, "fourier": hippo_fourier}
+    A, B = windowed[measure](d_state, window) if measure in windowed else hippo(measure, d_state)
+    fixed = None if measure == "legs" else discretize(A, B, dt, method)
+    u = _wide(signal)
     x = u.new_zeros(*u.shape[:-1], d_state)
     states = []
-    for k in range(length):
-        x = x @ A_bar[k].T.to(u.device) + u[..., k, None] * B_bar[k].to(u.device)
-        states.append(x)
+    for start in range(0, u.shape[-1], _STEPS):
+        piece = u[..., start : start + _STEPS].unbind(-1)
+        if fixed is None:
+            steps = 1 / torch.arange(start + 1, start + len(piece) + 1, dtype=torch.float64)
+            A_bar, B_bar = (m.to(u) for m in discretize(A, B, steps, method))
+        else:
+            A_bar, B_bar = (m.to(u).expand(len(piece), *m.shape) for m in fixed)
+        for u_k, A_k, B_k in zip(piece, A_bar, B_bar, strict=True):
+            x = x @ A_k.T + u_k.unsqueeze(-1) * B_k
+            states.append(x)
     return torch.stack(states, -2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def hippo_reconstruct(
@@ -285,11 +305,26 @@ def hippo_reconstruct(
         span: see `hippo_basis`; for `legs` the time since the start.
 
     Returns:
-        ``(..., points)``, float64.
+        ``(..., points)``, float64; complex128 of complex coefficients.
+
+    Raises:
+        ConfigError: an unknown measure, a span <= 0, an age outside of what the measure sees: [0, span], of `lagt` all
+            from 0 on.
     """
-    check_tensor("hippo_reconstruct", "coefficients", coefficients)
-    basis = hippo_basis(measure, coefficients.shape[-1], age, span=span)
-    return coefficients.double() @ basis.to(coefficients.device).transpose(-1, -2)
+    op = "hippo_reconstruct"
+    check_tensor(op, "coefficients", coefficients)
+    _check_measure(op, measure)
+    _check_span(op, measure, span)
+    age = torch.as_tensor(age).double()
+    oldest = torch.as_tensor(math.inf if measure == "lagt" else span).double()
+    slack = 1e-9 * torch.as_tensor(span).double()  # of rounding
+    if values_readable(age) and not bool(((age >= -slack) & (age <= oldest + slack)).all()):
+        raise ConfigError(
+            f"{op}: age must be within 0 .. {oldest.max().item():g}, what {measure} sees, got {age.min().item():g} .. "
+            f"{age.max().item():g}; pass the times that it was made of, or the right span"
+        )
+    wide = _wide(coefficients)
+    return wide @ hippo_basis(measure, wide.shape[-1], age, span=span).to(wide).transpose(-1, -2)
 
 
 class NormalPlusLowRank(NamedTuple):
