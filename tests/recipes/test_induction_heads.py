@@ -14,6 +14,7 @@ from statescan.data import InductionHeads, load_tokenizer
 from statescan.errors import ConfigError
 from statescan.models import CausalLM
 from statescan.recipes import induction_heads as recipe
+from statescan.recipes import synthetic
 from statescan.recipes.synthetic import Stage, SyntheticRun, read_scores, wilson
 
 FACTS = Path(__file__).parents[3] / "shared" / "facts" / "paper.md"
@@ -54,12 +55,18 @@ def test_a_run_leaves_models_scores_table_and_figure(small: None, tmp_path: Path
     # The table's numbers are the scores', pooled over seeds.
     rows = _table((tmp_path / "results.md").read_text())
     mine = [run["scores"]["64"]["correct"] for run in results["runs"] if run["row"] == "mamba"]
-    low, high = (100 * end for end in wilson(sum(mine), 8))
+    # Four sequences, which both seeds were judged on.
+    low, high = (100 * end for end in wilson(sum(mine) / 2, 4))
     said = re.fullmatch(r"(\d+\.\d) \[(.+), (.+)\]", rows["Mamba"][2])
     assert said is not None
     assert float(said[1]) == pytest.approx(100 * sum(mine) / 8, abs=0.1)
     assert low - 0.01 <= float(said[2]) <= low < high <= float(said[3]) <= high + 0.01
     assert rows["Mamba"][1] == "2"
+    for seed, right in enumerate(mine):
+        assert float(rows[f"Mamba, seed {seed}"][2]) == pytest.approx(25 * right, abs=0.1)
+    parameters = CausalLM.from_pretrained(tmp_path / "mamba-seed0").parameter_count()
+    assert rows["Mamba"][0] == f"{parameters:,}"
+    assert rows["mamba, seed 0"][0] == "40"
     assert rows["Mamba"][4] == "not run"
     assert set(rows["LSTM"][2:]) == {"not run"}
     assert rows["MHA, rotary, paper"][2:8] == ["100", "100", "100", "83.6", "31.3", "18.4"]
@@ -121,7 +128,7 @@ def test_more_examples_are_judged_on_top_of_those_that_were(small: None, tmp_pat
 
 
 def test_a_long_length_is_kept_in_parts(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_JUDGED_AT_A_TIME", 256)
+    monkeypatch.setattr(synthetic, "_JUDGED_AT_A_TIME", 256)
     told: list[str] = []
     recipe.induction_heads(tmp_path, seeds=(0,), examples=lambda length: 5, longest=128, say=told.append)
     assert sum("length 64" in line for line in told) == 2
@@ -157,7 +164,7 @@ def test_evaluate_gives_each_length_its_score() -> None:
     )
     assert list(scores) == [8, 300]
     assert set(told) == {8, 300}
-    whole = recipe.evaluate(model, lengths=[8, 300], examples=lambda length: 5, bounded=False)
+    whole = recipe.evaluate(model, lengths=[8, 300], examples=lambda length: 5, whole=True)
     assert [score for score, _ in scores.values()] == [score for score, _ in whole.values()]
 
 
@@ -182,3 +189,55 @@ def test_the_papers_numbers_are_those_of_its_table() -> None:
         assert ["v" if value == "100" else value for value in values] == as_ours
         found += 1
     assert found == len(recipe.PAPER)
+
+
+def _scored(row: str, seed: int, right: dict[int, int]) -> dict[str, object]:
+    scores = {length: {"correct": n, "asked": 8, "examples": 8, "seconds": 1.0} for length, n in right.items()}
+    return {
+        "row": row, "seed": seed, "parameters": 1, "steps": 2, "tokens": 3, "seconds": 4.0, "together": 1,
+        "machine": {"device": "here"}, "scores": scores,
+    }  # fmt: skip
+
+
+def test_each_run_tells_its_worst_length() -> None:
+    run = _scored("mamba", 0, {64: 8, 128: 3, 256: 5})
+    assert _table(recipe.table([run]))["mamba, seed 0"][-2:] == ["128", "37.5 of 8"]
+
+
+def test_the_figure_shows_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(recipe, "save_figure", lambda made, path: drawn.append(made))
+    recipe.draw([_scored("mamba", seed, {64: right, 128: 8}) for seed, right in enumerate((8, 2, 5))], tmp_path / "x")
+    (axes,) = drawn[0].axes
+    lines = {(line.get_marker(), *line.get_ydata()) for line in axes.get_lines()}
+    assert {("o", 100.0, 100.0), ("o", 25.0, 100.0), ("o", 62.5, 100.0), ("None", 62.5, 100.0)} <= lines
+
+
+def test_the_term_that_makes_the_steps_sink_is_mambas_alone() -> None:
+    quiet = {row: recipe.induction_run(row).quiet for row in recipe.ROWS}
+    assert quiet.pop("mamba") == 1e-3
+    assert set(quiet.values()) == {0.0}
+
+
+def test_a_cpu_holds_no_more_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    model = CausalLM(recipe.ROWS["mamba"].model.replace(d_model=8, n_layer=1)).eval()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **given: (sizes.append(ids.numel()), forward(ids, **given))[1])
+    recipe.evaluate(model, lengths=[2**17], examples=lambda length: 1)
+    assert sum(sizes) == 2**17
+    assert max(sizes) == 2**15
+
+
+def test_attention_is_judged_whole_and_no_further_than_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in ("mamba", "lstm", "h3"):
+        assert recipe.judged_examples(recipe.ROWS[row].model, 2**20, 4096) == 4096
+    for row in ("attention-rotary", "attention-absolute"):
+        config = recipe.ROWS[row].model
+        assert [recipe.judged_examples(config, 2**k, 4096) for k in (6, 14, 15)] == [512, 512, 0]
+        assert recipe.judged_examples(config, 64, 3) == 3
+    short = recipe.ROWS["attention-absolute"].model.replace(d_model=16, max_positions=100)
+    assert recipe.judged_examples(short, 128, 4) == 0
+    score = recipe.evaluate(CausalLM(short).eval(), lengths=[64], examples=lambda length: 4)[64][0]
+    assert score.examples == 4

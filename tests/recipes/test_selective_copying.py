@@ -11,7 +11,7 @@ from statescan.data import SelectiveCopying, load_tokenizer
 from statescan.errors import ConfigError
 from statescan.models import CausalLM
 from statescan.recipes import selective_copying as recipe
-from statescan.recipes.synthetic import Stage, SyntheticRun, interval, judge, seed_of_tests
+from statescan.recipes.synthetic import Stage, SyntheticRun, interval, judge, read_scores, seed_of_tests
 
 FACTS = Path(__file__).parents[3] / "shared" / "facts" / "paper.md"
 
@@ -49,7 +49,8 @@ def test_a_run_leaves_models_scores_tables_and_figure(small: None, tmp_path: Pat
     assert score["asked"] == 48
     markdown = (tmp_path / "results.md").read_text()
     mine = [runs["mamba-s6", seed]["scores"]["4096"]["correct"] for seed in (0, 1)]
-    assert f"| {' to '.join(interval(sum(mine), 96))} |" in markdown
+    # Three sequences, which both seeds were judged on.
+    assert f"| {' to '.join(interval(sum(mine) / 32, 3))} |" in markdown
     assert "| Mamba, S6 | 99.8 | **" in markdown
     assert "| no gate, S6 | 97 | not run |" in markdown
     assert "| LSTM (at length 256) |" in markdown
@@ -66,6 +67,7 @@ def test_every_row_is_trained_as_long_as_the_headline() -> None:
         lengths = [stage.task.total_length for stage in run.stages]
         assert lengths == sorted(lengths)
         assert (run.lr, run.beta2, run.decay) == (headline.lr, headline.beta2, headline.decay)
+        assert {stage.batch_size for stage in run.stages} == {64}
     with pytest.raises(ConfigError, match="row must be one of mamba-s6, "):
         recipe.selective_copying_run("mamba")
 
@@ -104,6 +106,8 @@ def test_the_rows_are_the_papers() -> None:
     for row, known in recipe.ROWS.items():
         if row not in ("lstm", "attention"):
             assert (known.model.block, known.model.inner) == tuple(row.split("-"))
+            block = {"mamba": "Mamba", "h3": "H3", "ungated": "no gate"}[known.model.block]
+            assert known.title == f"{block}, {known.model.inner.upper()}"
     chosen = {
         frozenset(known.model.selective.split(",")) - {"none"} for known in recipe.ABLATION.values()
     }  # the sizes of the state select by all
@@ -126,3 +130,41 @@ def test_the_papers_numbers_are_those_of_its_table() -> None:
         "Mamba+S6": "mamba-s6",
     }
     assert {names[name]: float(said[name]) for name in names} == recipe.PAPER
+
+
+def test_more_examples_are_judged_on_top_of_those_that_were(small: None, tmp_path: Path) -> None:
+    told: list[str] = []
+    for count in (3, 8, 5):
+        recipe.selective_copying(tmp_path, rows=["lstm"], seeds=(0,), examples=count, say=told.append)
+    parts = read_scores(tmp_path / "lstm-seed0")[256]
+    assert (parts["asked"], parts["examples"]) == (128, 8)
+    assert sum("length 256" in line for line in told) == 2
+    model = CausalLM.from_pretrained(tmp_path / "lstm-seed0").eval()
+    assert parts["correct"] == judge(model, SelectiveCopying(256), 8, seed=seed_of_tests(256)).correct
+
+
+def _scored(row: str, seed: int, right: int) -> dict[str, object]:
+    score = {"correct": right, "asked": 160, "examples": 10, "seconds": 1.0}
+    return {
+        "row": row, "seed": seed, "parameters": 1, "steps": 2, "tokens": 3, "seconds": 4.0, "together": 1,
+        "machine": {"device": "here"}, "scores": {4096: score},
+    }  # fmt: skip
+
+
+def test_each_seed_is_told_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [_scored("mamba-s6", seed, right) for seed, right in enumerate((160, 40, 100))]
+    assert "| Mamba, S6 | 99.8 | **62.5** | 33.29 to 84.77 | 100, 25.0, 62.5 | 1 | 2 |" in recipe.table(runs)
+    drawn = []
+    monkeypatch.setattr(recipe, "save_figure", lambda made, path: drawn.append(made))
+    recipe.draw(runs, tmp_path / "x")
+    (axes,) = drawn[0].axes
+    dots = [float(x) for line in axes.get_lines() if line.get_marker() == "o" for x in line.get_xdata()]
+    assert dots == [100.0, 25.0, 62.5]
+
+
+@pytest.mark.parametrize("wrong", [{"length": 100}, {"share": 0.0}, {"rows": ["none"]}])
+def test_what_is_refused_leaves_no_folder(tmp_path: Path, wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        recipe.selective_copying(tmp_path / "out", **wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()

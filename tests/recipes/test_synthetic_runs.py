@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
+import signal
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from statescan.data import InductionHeads, SelectiveCopying
 from statescan.errors import CheckpointError, ConfigError
 from statescan.models import CausalLM, MambaConfig
+from statescan.recipes import synthetic
 from statescan.recipes.synthetic import (
+    Score,
     Stage,
     SyntheticRun,
     TrainedRun,
     _steps_seen,
     gather_runs,
     judge,
+    judge_further,
     judge_pieces,
     make_model,
     percent,
@@ -86,6 +96,135 @@ def test_an_interrupt_keeps_what_was_trained(tmp_path: Path, alone: TrainedRun) 
     state = torch.load(tmp_path / "tiny-seed0" / "checkpoint.pt", weights_only=True)
     assert state["steps"] == 20
     assert _same(train_runs([_run()], tmp_path, say=_silent)[0], alone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(
+    tmp_path: Path, alone: TrainedRun, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """What is saved is a state that training came through, and the run ends as without the break."""
+    calls = 0
+    forward = CausalLM.forward
+
+    def counted(self: CausalLM, *args: object, **given: object) -> object:
+        nonlocal calls
+        # In the ninth step of the second twenty.
+        if (calls := calls + 1) == 29:
+            os.kill(os.getpid(), number)
+        return forward(self, *args, **given)  # type: ignore[arg-type]
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(CausalLM, "forward", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train_runs([_run(), _run(1)], tmp_path, say=_silent)
+    monkeypatch.undo()
+    assert signal.getsignal(number) is before
+    for seed in (0, 1):
+        state = torch.load(tmp_path / f"tiny-seed{seed}" / "checkpoint.pt", weights_only=True)
+        # The optimiser's own count of steps is that of the checkpoint.
+        assert {int(of["step"]) for of in state["optimizer"]["state"].values()} == {state["steps"]}
+    assert _same(train_runs([_run(), _run(1)], tmp_path, say=_silent)[0], alone)
+
+
+def test_a_second_interrupt_leaves_the_checkpoint_before(
+    tmp_path: Path, alone: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_runs([_run()], tmp_path, seconds=0, say=_silent)
+    path = tmp_path / "tiny-seed0" / "checkpoint.pt"
+    before, calls = path.read_bytes(), 0
+    forward = CausalLM.forward
+
+    def counted(self: CausalLM, *args: object, **given: object) -> object:
+        nonlocal calls
+        if (calls := calls + 1) in (5, 6):
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **given)  # type: ignore[arg-type]
+
+    # What a terminal's Ctrl-C does; a shell starts jobs in the background with SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(CausalLM, "forward", counted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_runs([_run()], tmp_path, say=_silent)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    monkeypatch.undo()
+    assert calls == 6
+    assert path.read_bytes() == before
+    assert _same(train_runs([_run()], tmp_path, say=_silent)[0], alone)
+
+
+def test_a_run_that_ends_as_another_is_interrupted_is_not_lost(tmp_path: Path, alone: TrainedRun) -> None:
+    """Its last steps are made, and the break comes before it is left in its folder: the next call does that."""
+
+    def press(line: str) -> None:
+        if "step 80 of 80" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_runs([_run()], tmp_path, say=press)
+    folder = tmp_path / "tiny-seed0"
+    assert not (folder / "trained.json").exists()
+    told: list[str] = []
+    trained = train_runs([_run(), _run(1)], tmp_path, say=told.append)[0]
+    assert not any("tiny-seed0" in line for line in told)
+    assert _same(trained, alone)
+    assert [row[:2] for row in trained.log] == [row[:2] for row in alone.log]
+    assert _same(train_runs([_run()], tmp_path, say=_silent)[0], alone)
+    held = json.loads((folder / "trained.json").read_text())
+    assert (held["steps"], held["together"]) == (80, 1)
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_a_killed_process_loses_what_came_after_its_last_checkpoint(
+    tmp_path: Path, alone: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(synthetic, "_SAVE_EVERY", 0.0)
+
+    def copy(line: str) -> None:
+        if "step 50 " in line:
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+
+    train_runs([_run()], tmp_path / "run", say=copy)
+    state = torch.load(tmp_path / "killed" / "tiny-seed0" / "checkpoint.pt", weights_only=True)
+    assert state["steps"] == 30
+    assert _same(train_runs([_run()], tmp_path / "killed", say=_silent)[0], alone)
+
+
+def test_another_model_does_not_get_the_scores_of_the_one_before(tmp_path: Path) -> None:
+    """The cure that the message names: the file that says so is deleted, and the run is trained again."""
+    train_runs([_run()], tmp_path, say=_silent)
+    folder = tmp_path / "tiny-seed0"
+    write_scores(folder, {12: score_row(Score(4, 4, 4), 0.5)})
+    assert len(gather_runs(tmp_path)) == 1
+    with pytest.raises(CheckpointError, match=r"trained\.json' is of a run with other settings \(lr = "):
+        train_runs([_run(lr=1e-3)], tmp_path, say=_silent)
+    assert read_scores(folder)[12]["correct"] == 4
+    (folder / "trained.json").unlink()
+    train_runs([_run(lr=1e-3)], tmp_path, say=_silent)
+    assert read_scores(folder) == {}
+    assert gather_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["trained.json", "scores.json", "log.csv", "checkpoint.pt"])
+@pytest.mark.parametrize("text", ["{", '{"run": 1, "12": {}}\n1'])
+def test_a_damaged_file_is_named_with_its_cure(tmp_path: Path, name: str, text: str) -> None:
+    train_runs([_run()], tmp_path, say=_silent, seconds=0 if name == "checkpoint.pt" else None)
+    folder = tmp_path / "tiny-seed0"
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{name}' (can't be read \(.*; delete it, and|is of a run with other)"):
+        read_scores(folder) if name == "scores.json" else train_runs([_run()], tmp_path, say=_silent)
+
+
+def test_a_damaged_folder_is_named_by_the_report(tmp_path: Path) -> None:
+    train_runs([_run()], tmp_path, say=_silent)
+    write_scores(tmp_path / "tiny-seed0", {12: score_row(Score(4, 4, 4), 0.5)})
+    (tmp_path / "tiny-seed0" / "trained.json").write_text("{")
+    with pytest.raises(
+        CheckpointError, match=r"trained\.json' can't be read .* delete it, and the run is trained anew"
+    ):
+        gather_runs(tmp_path)
 
 
 def test_what_is_finished_is_read_and_not_trained_again(tmp_path: Path, alone: TrainedRun) -> None:
@@ -214,10 +353,60 @@ def test_wilson() -> None:
         (0.9989, "99.8"),
         (0.5, "50.0"),
         (0.0671, "6.7"),
+        (0.29, "29.0"),
+        (0.57, "57.0"),
+        (0.0, "0.0"),
+        (1e-9, "0.0"),
+        (0.999, "99.900"),
     ],
 )
 def test_only_what_is_perfect_says_100(accuracy: float, text: str) -> None:
     assert percent(accuracy) == text
+
+
+def test_percents_are_those_of_the_counts() -> None:
+    """Rounded down from the ratio itself, not from the float beside it."""
+    for asked in (7, 29, 100, 512, 1000):
+        for correct in range(asked):
+            exact = Fraction(correct, asked)
+            if exact < Fraction(999, 1000):
+                assert percent(correct / asked) == f"{1000 * correct // asked // 10}.{1000 * correct // asked % 10}"
+
+
+def test_an_interval_takes_an_example_for_one_trial() -> None:
+    """Sixteen answers a sequence, and three models on the same sequences, are no more trials than there are sequences:
+    it is the interval of the worst case, where all answers to a sequence are right or wrong together."""
+    runs = [
+        {"scores": {9: {"correct": correct, "asked": 1600, "examples": 100, "seconds": 1.0}}} for correct in (800, 880)
+    ]
+    both = pooled(runs, 9)
+    assert both is not None
+    assert both == Score(1680, 3200, 100)
+    assert both.trials == (52.5, 100)
+    assert wilson(*both.trials) == pytest.approx((0.4280225, 0.6201278), abs=1e-6)
+    assert wilson(*Score(1600, 1600, 100).trials)[1] == 1
+
+
+def test_parts_are_kept_as_they_are_judged(tmp_path: Path, alone: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "_JUDGED_AT_A_TIME", 100)
+    asked: list[tuple[int, int]] = []
+
+    def judged(first: int, count: int) -> Score:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append((first, count))
+        return Score(count, 2 * count, count)
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_further(alone, tmp_path, 30, 8, judged, say=_silent)
+    assert asked == [(0, 3), (3, 3)]
+    held = read_scores(tmp_path)[30]
+    assert (held["correct"], held["asked"], held["examples"]) == (6, 12, 6)
+    asked.clear()
+    judge_further(alone, tmp_path, 30, 8, judged, say=_silent)
+    judge_further(alone, tmp_path, 30, 7, judged, say=_silent)
+    assert asked == [(6, 2)]
+    assert read_scores(tmp_path)[30]["examples"] == 8
 
 
 def test_scores_are_kept_and_pooled(tmp_path: Path) -> None:
@@ -233,7 +422,7 @@ def test_scores_are_kept_and_pooled(tmp_path: Path) -> None:
         ("tiny", 1, 80, 2),
     ]
     assert read_scores(tmp_path / "tiny-seed1")[12]["correct"] == 4
-    assert pooled(runs, 12) == (7, 8)
+    assert pooled(runs, 12) == Score(7, 8, 4)
     assert pooled(runs, 13) is None
 
 
@@ -248,7 +437,7 @@ def test_a_small_run_learns_its_task(tmp_path: Path) -> None:
 def test_quiet_sinks_the_steps_from_its_time_on_and_to_its_floor(tmp_path: Path) -> None:
     """Without: as plain training. With: the steps go down, in a model that trains on, those above the floor alone."""
     plain, never, none, late, quiet = (
-        train_runs([_run(row=row, **fields)], tmp_path, say=_silent)[0]
+        train_runs([_run(row=row, **fields)], tmp_path, say=_silent)[0]  # type: ignore[arg-type]
         for row, fields in (
             ("plain", {}),
             ("never", {"quiet": 1.0, "quiet_after": 80}),
@@ -281,3 +470,40 @@ def test_quiet_sinks_the_steps_from_its_time_on_and_to_its_floor(tmp_path: Path)
         moved = [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
         assert moved == [f"backbone.layers.0.mixer.{name}" for name in wanted]
     assert not mixer.dt_proj._forward_hooks  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_quiet_term_is_a_mean_over_layers(tmp_path: Path, layers: int) -> None:
+    """The loss of the first step, computed from the initial weights."""
+    run = _run(model=MODEL.replace(n_layer=layers), stages=(Stage(InductionHeads(12), 3, 20),), quiet=0.5)
+    logged = train_runs([run], tmp_path, say=_silent)[0].log[0]
+    model = make_model(run.model, 0, "cpu")
+    batch = InductionHeads(12).batch(0, 0, 3)
+    with _steps_seen(model, weights=True) as seen:
+        logits = model(batch.inputs, logits_to_keep=1).logits
+    assert logits is not None
+    assert len(seen) == layers
+    wrong = F.cross_entropy(logits[:, -1], batch.answers[:, 0])
+    above = sum(float(F.relu(z + 20).mean().detach()) for z in seen) / layers
+    assert above > 1
+    assert logged[0] == 1
+    assert logged[1] == pytest.approx(float(wrong.detach()) + 0.5 * above, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"quiet": 1.0, "quiet_weights_after": 40}, {"quiet": 1.0, "quiet_weights_after": 80}),
+        ({"bf16": True}, {}),
+        ({"clip": 0.0}, {"clip": 0.05}),
+        ({"clip": 0.05}, {"clip": 0.5}),
+        ({"decay": 0.0}, {}),
+        ({"beta2": 0.99}, {}),
+    ],
+    ids=lambda fields: ",".join(fields),
+)
+def test_each_setting_counts(tmp_path: Path, one: dict[str, Any], other: dict[str, Any]) -> None:
+    trained = [
+        train_runs([_run(row=row, **fields)], tmp_path, say=_silent)[0] for row, fields in (("a", one), ("b", other))
+    ]
+    assert not _same(*trained)

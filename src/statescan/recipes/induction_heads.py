@@ -31,17 +31,15 @@ from statescan.recipes.synthetic import (
     gather_runs,
     interval,
     judge,
+    judge_further,
     judge_pieces,
     machine_facts,
     percent,
     pooled,
-    read_scores,
     save_figure,
-    score_row,
     seed_of_tests,
     train_runs,
     wilson,
-    write_scores,
 )
 
 __all__ = ["LENGTHS", "PAPER", "ROWS", "evaluate", "induction_heads", "induction_run", "report"]
@@ -51,8 +49,6 @@ LENGTHS = tuple(2**k for k in range(6, 21))
 EXAMPLES = 4096
 # Updates of every row, on batches of 32.
 STEPS = 20_000
-# Tokens between two looks at the scores so far: what was judged is kept, and a later call goes on from there.
-_JUDGED_AT_A_TIME = 1 << 29
 # Attention costs the square of the length, and the paper's Transformers ended here too, for want of memory.
 _LONGEST_ATTENTION, _ATTENTION_EXAMPLES = 2**14, 512
 
@@ -70,12 +66,11 @@ PAPER: dict[str, tuple[str, tuple[float | None, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the table: its title, its model, its highest learning rate, and whether its state has a fixed size."""
+    """A row of the table: its title, its model, its highest learning rate."""
 
     title: str
     model: Any
     lr: float
-    bounded: bool = True
 
 
 def _attention(positions: str) -> TransformerConfig:
@@ -89,9 +84,9 @@ ROWS: dict[str, Row] = {
     "h3": Row("H3 block, S4D", MambaConfig(64, 2, 16, d_state=64, block="h3", inner="s4d"), 1e-3),
     "s4": Row("Mamba block, S4", MambaConfig(64, 2, 16, d_state=64, inner="s4"), 1e-3),
     "lstm": Row("LSTM", RecurrentConfig(64, 2, 16, cell="lstm"), 1e-3),
-    "attention-xpos": Row("MHA, xPos", _attention("xpos"), 2e-4, bounded=False),
-    "attention-rotary": Row("MHA, rotary", _attention("rotary"), 2e-4, bounded=False),
-    "attention-absolute": Row("MHA, absolute", _attention("absolute"), 2e-4, bounded=False),
+    "attention-xpos": Row("MHA, xPos", _attention("xpos"), 2e-4),
+    "attention-rotary": Row("MHA, rotary", _attention("rotary"), 2e-4),
+    "attention-absolute": Row("MHA, absolute", _attention("absolute"), 2e-4),
 }
 
 
@@ -112,13 +107,28 @@ def induction_run(row: str = "mamba", seed: int = 0) -> SyntheticRun:
     )  # fmt: skip
 
 
+def judged_examples(config: Any, length: int, examples: int) -> int:
+    """How many of so many examples of a length a model is judged on: all, but of attention, whose cost grows with the
+    square of the length, 512 at most, and none that are longer than 2^14 or than its positions reach.
+
+    Args:
+        config: the model's.
+        length: of an example.
+        examples: how many were asked for.
+    """
+    if not isinstance(config, TransformerConfig):
+        return examples
+    reach = config.max_positions if config.positions == "absolute" else _LONGEST_ATTENTION
+    return min(examples, _ATTENTION_EXAMPLES) if length <= min(reach, _LONGEST_ATTENTION) else 0
+
+
 def evaluate(
     model: CausalLM,
     *,
     lengths: Sequence[int] = LENGTHS,
     examples: Callable[[int], int] = lambda length: EXAMPLES,
     first: int = 0,
-    bounded: bool = True,
+    whole: bool | None = None,
     at_once: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> dict[int, tuple[Score, float]]:
@@ -129,7 +139,8 @@ def evaluate(
         lengths: which.
         examples: how many of a length.
         first: number of the first of them.
-        bounded: its state has a fixed size, so that memory needn't grow with the length. False: whole sequences.
+        whole: read whole sequences. Default: only where the model's state grows with the length, as attention's does;
+            else piece by piece, with memory that doesn't.
         at_once: tokens in memory. Default: 2^19 on a GPU, 2^15 elsewhere.
         progress: called with (length, done, total).
 
@@ -138,7 +149,9 @@ def evaluate(
     """
     device = model.lm_head.weight.device
     at_once = at_once or (1 << 19 if device.type == "cuda" else 1 << 15)
-    way = judge_pieces if bounded else judge
+    if whole is None:
+        whole = isinstance(model.config, TransformerConfig)
+    way = judge if whole else judge_pieces
     scores = {}
     for length in lengths:
         begun = time.perf_counter()
@@ -186,31 +199,22 @@ def induction_heads(
         ConfigError: an unknown row.
         CheckpointError: the folder holds a run of the same name with other settings.
     """
-    out = make_folder(out)
     runs = [induction_run(row, seed) for row in rows for seed in seeds]
+    out = make_folder(out)
     for trained in train_runs(runs, out, device=device, seconds=seconds, say=say):
         if not trained.finished:
             continue
-        row, folder = ROWS[trained.run.row], out / trained.run.name
+        folder = out / trained.run.name
         SymbolTokenizer(InductionHeads().symbols).save(folder)
-        scores = read_scores(folder)
         for length in LENGTHS:
-            if length > longest or (not row.bounded and length > _LONGEST_ATTENTION):
+            if length > longest:
                 continue
-            wanted = examples(length) if row.bounded else min(examples(length), _ATTENTION_EXAMPLES)
-            while (done := int(scores[length]["examples"]) if length in scores else 0) < wanted:
-                part = min(wanted - done, max(1, _JUDGED_AT_A_TIME // length))
-                score, took = evaluate(
-                    trained.model, lengths=[length], examples=lambda _, part=part: part, first=done,
-                    bounded=row.bounded,
-                )[length]  # fmt: skip
-                scores[length] = score_row(score, took, scores.get(length))
-                write_scores(folder, scores)
-                correct, asked = (int(scores[length][name]) for name in ("correct", "asked"))
-                say(
-                    f"{trained.run.name}  length {length:,}  {percent(correct / asked)} % of {asked:,}  "
-                    f"{length * part / took / 1e6:.1f} M tokens/s"
-                )
+
+            def judged(first: int, count: int, model: CausalLM = trained.model, length: int = length) -> Score:
+                return evaluate(model, lengths=[length], examples=lambda _: count, first=first)[length][0]
+
+            wanted = judged_examples(trained.run.model, length, examples(length))
+            judge_further(trained, folder, length, wanted, judged, say=say)
     return report(out, machine=machine_facts(device))
 
 
@@ -242,12 +246,14 @@ def report(out: str | os.PathLike[str], *, machine: Mapping[str, Any] | None = N
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The table as Markdown: ours, each with its 95 % interval over all seeds' examples, and the paper's."""
+    """The table as Markdown: ours with their 95 % intervals, each seed, and the paper's."""
     lines = [
         "# Induction heads",
         "",
-        f"Accuracy in per cent; trained at length {TRAINED_LENGTH} alone. Ours: the examples of all seeds together, "
-        "Wilson's 95 % interval in brackets. Chance is 6.67.",
+        f"Accuracy in per cent; trained at length {TRAINED_LENGTH} alone. Ours, rounded down: the answers of all "
+        "seeds together, Wilson's 95 % interval in brackets, then each seed. The seeds are judged on the same "
+        "sequences: the interval counts a sequence once, and what training's randomness adds to it shows in the seeds' "
+        "own numbers. Chance is 6.67.",
         "",
         "| model | parameters | seeds | " + " | ".join(f"2^{n.bit_length() - 1}" for n in LENGTHS) + " |",
         "|---" * (3 + len(LENGTHS)) + "|",
@@ -261,6 +267,12 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         if mine:
             cells = [_cell(pooled(mine, length)) for length in LENGTHS]
             lines.append(f"| **{known.title}** | {mine[0]['parameters']:,} | {len(mine)} | " + " | ".join(cells) + " |")
+            for run in mine if len(mine) > 1 else ():
+                cells = [
+                    "not run" if (score := pooled([run], length)) is None else percent(score.accuracy)
+                    for length in LENGTHS
+                ]
+                lines.append(f"| {known.title}, seed {run['seed']} | | | " + " | ".join(cells) + " |")
         else:
             lines.append(f"| **{known.title}** | | | " + " | ".join(["not run"] * len(LENGTHS)) + " |")
     lines += [
@@ -282,15 +294,14 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(score: tuple[int, int] | None) -> str:
+def _cell(score: Score | None) -> str:
     if score is None:
         return "not run"
-    correct, asked = score
-    return f"{percent(correct / asked)} [{', '.join(interval(correct, asked))}]"
+    return f"{percent(score.accuracy)} [{', '.join(interval(*score.trials))}]"
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy over length: ours as lines with their intervals, the paper's dashed.
+    """Accuracy over length: ours as lines with their intervals, each seed a dot, the paper's dashed.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -305,10 +316,14 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         judged = [(length, score) for length in LENGTHS if (score := pooled(mine, length)) is not None]
         if judged:
             lengths = [length for length, _ in judged]
-            bands = [wilson(*score) for _, score in judged]
-            axes.plot(
-                lengths, [100 * c / n for _, (c, n) in judged], "o-", color=colour, markersize=4, label=known.title
-            )
+            bands = [wilson(*score.trials) for _, score in judged]
+            axes.plot(lengths, [100 * score.accuracy for _, score in judged], "-", color=colour, label=known.title)
+            for run in mine:
+                each = [(length, score) for length in LENGTHS if (score := pooled([run], length)) is not None]
+                axes.plot(
+                    [length for length, _ in each], [100 * score.accuracy for _, score in each], "o", color=colour,
+                    markersize=4, alpha=0.7,
+                )  # fmt: skip
             axes.fill_between(
                 lengths, [100 * b[0] for b in bands], [100 * b[1] for b in bands], color=colour, alpha=0.2
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +23,20 @@ from statescan.files import atomic_file, make_folder
 from statescan.models import MambaConfig, TransformerConfig
 from statescan.models.baseline_config import RecurrentConfig
 from statescan.recipes.synthetic import (
+    Score,
     Stage,
     SyntheticRun,
     figure,
     gather_runs,
     interval,
     judge,
+    judge_further,
     machine_facts,
     percent,
     pooled,
-    read_scores,
     save_figure,
-    score_row,
     seed_of_tests,
     train_runs,
-    write_scores,
 )
 
 __all__ = ["ABLATION", "PAPER", "ROWS", "report", "selective_copying", "selective_copying_run"]
@@ -156,7 +154,7 @@ def selective_copying(
         seeds: each row is trained with each.
         device: where.
         seconds: leave off training after so many. Default: when it is done.
-        examples: how many are judged.
+        examples: how many are judged; those that an earlier call judged count.
         length, share: as in `selective_copying_run`.
         say: called with lines of progress.
 
@@ -167,22 +165,19 @@ def selective_copying(
         ConfigError: an unknown row; a length or share out of range.
         CheckpointError: the folder holds a run of the same name with other settings.
     """
-    out = make_folder(out)
     runs = [selective_copying_run(row, seed, length=length, share=share) for row in rows for seed in seeds]
+    out = make_folder(out)
     for trained in train_runs(runs, out, device=device, seconds=seconds, say=say):
         if not trained.finished:
             continue
         folder, task = out / trained.run.name, trained.run.stages[-1].task
         SymbolTokenizer(task.symbols).save(folder)
-        scores = read_scores(folder)
-        judged = task.total_length - task.asked
-        if judged in scores:
-            continue
-        begun = time.perf_counter()
-        score = judge(trained.model, task, examples, seed=seed_of_tests(judged))
-        scores[judged] = score_row(score, time.perf_counter() - begun)
-        write_scores(folder, scores)
-        say(f"{trained.run.name}  length {judged:,}  {percent(score.accuracy)} % of {score.asked:,} tokens")
+        at = task.total_length - task.asked
+
+        def judged(first: int, count: int, model: Any = trained.model, task: Any = task, at: int = at) -> Score:
+            return judge(model, task, count, seed=seed_of_tests(at), first=first)
+
+        judge_further(trained, folder, at, examples, judged, say=say)
     return report(out, machine=machine_facts(device))
 
 
@@ -229,9 +224,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Selective copying",
         "",
-        f"Token accuracy in per cent, 16 tokens among {longest:,}; chance is 7.14. The paper's are at {LENGTH:,}. The "
-        "interval is Wilson's, 95 %, over the tokens of all seeds' examples; what training's randomness adds to it "
-        "shows in the seeds' own numbers.",
+        f"Token accuracy in per cent, rounded down, 16 tokens among {longest:,}; chance is 7.14. The paper's are at "
+        f"{LENGTH:,}. The interval is Wilson's, 95 %. The 16 answers to a sequence hang together, and the seeds are "
+        "judged on the same sequences: the interval counts a sequence once, the widest that it can be. What training's "
+        "randomness adds to it shows in the seeds' own numbers.",
         "",
     ]
     for rows, heading in ((ROWS, "model"), (ABLATION, "Mamba, S6")):
@@ -246,9 +242,9 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
                 lines.append(f"| {title} | {paper} | not run | | | | |")
                 continue
             each = ", ".join(percent(one) for one in _accuracies(runs, row, length))
-            between = " to ".join(interval(*score))
+            between = " to ".join(interval(*score.trials))
             lines.append(
-                f"| {title} | {paper} | **{percent(score[0] / score[1])}** | {between} | {each} | "
+                f"| {title} | {paper} | **{percent(score.accuracy)}** | {between} | {each} | "
                 f"{mine[0]['parameters']:,} | {mine[0]['steps']:,} |"
             )
         lines.append("")

@@ -13,11 +13,13 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -32,9 +34,21 @@ from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM
 from statescan.nn import Mamba
 from statescan.train.capture import CapturedStep, end_failed_capture
+from statescan.train.finished import check_same
+from statescan.train.loop import Interruption
 from statescan.train.optim import parameter_groups
 
-__all__ = ["Score", "Stage", "SyntheticRun", "TrainedRun", "judge", "judge_pieces", "train_runs", "wilson"]
+__all__ = [
+    "Score",
+    "Stage",
+    "SyntheticRun",
+    "TrainedRun",
+    "judge",
+    "judge_further",
+    "judge_pieces",
+    "train_runs",
+    "wilson",
+]
 
 _TRAINED = "trained.json"
 _SCORES = "scores.json"
@@ -50,6 +64,8 @@ _AHEAD = 8
 _ROWS = 400
 # Tokens of a row in a piece, where there are rows enough for that.
 _PIECE = 512
+# Tokens that are judged before the scores are written again: some seconds.
+_JUDGED_AT_A_TIME, _JUDGED_ON_A_GPU = 1 << 21, 1 << 29
 # Pieces of a row from which a CUDA graph of one pays for its making.
 _WORTH_A_GRAPH = 16
 
@@ -151,7 +167,8 @@ class TrainedRun:
         steps: updates done.
         seconds: of training, of this and earlier calls; of several runs side by side each counts all of them.
         finished: all stages are done.
-        log: (step, mean loss since the row before, learning rate).
+        log: (step, mean loss since the row before, learning rate); the loss with the term of `SyntheticRun.quiet`,
+            where a run has one.
     """
 
     run: SyntheticRun
@@ -174,12 +191,19 @@ class Score(NamedTuple):
         """The part that was right."""
         return self.correct / self.asked
 
+    @property
+    def trials(self) -> tuple[float, int]:
+        """(successes, trials) for `wilson`: each example is one trial, however many answers were asked of it and
+        however many models answered it. Answers to one example hang together in a way that their counts don't tell;
+        a mean in [0, 1] varies no more than a coin of the same mean, so that the interval is never too narrow."""
+        return self.accuracy * self.examples, self.examples
 
-def wilson(correct: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
+
+def wilson(correct: float, asked: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's interval for a probability of which `asked` independent trials showed `correct` successes.
 
     Args:
-        correct: successes.
+        correct: successes; a mean of several answers a trial gives fractions of one.
         asked: trials, at least 1.
         z: normal quantile; default: 95 %.
 
@@ -228,7 +252,9 @@ class _Course:
         self.run, self.folder, self.device = run, folder, device
         self.model = make_model(run.model, run.seed, device).train()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.steps, self.seconds = 0, 0.0
+        self.steps, self.seconds, self.together = 0, 0.0, 1
+        # False while steps are being made: what is interrupted there is neither the state before them nor after.
+        self.whole = True
         self.log: list[tuple[int, float, float]] = []
         self._row = max(1, run.steps // _ROWS)
         self._waiting: list[Tensor] = []
@@ -254,6 +280,7 @@ class _Course:
                     left = min(left, after - self.steps)
                 elif name == "bias" or quiet:
                     quiet = name
+        self.whole = False
         with self._here():
             if number != self._stage or quiet != self._quiet or left < self._unrolled:
                 self._enter(number, min(_UNROLLED, left), quiet)
@@ -263,6 +290,7 @@ class _Course:
                 done.record(self.stream)
                 self._ahead.append(done)
         self.steps += self._unrolled
+        self.whole = True
         if len(self._ahead) > _AHEAD:
             self._ahead.popleft().synchronize()
 
@@ -341,6 +369,7 @@ class _Course:
             "run": self.run.to_dict(),
             "steps": self.steps,
             "seconds": seconds,
+            "together": self.together,
             "log": self.log,
             "losses": self._losses,
             "model": self.model.state_dict(),
@@ -353,23 +382,21 @@ class _Course:
         path = self.folder / _CHECKPOINT
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["run"] != self.run.to_dict():
-            raise CheckpointError(
-                f"reproduce: '{path}' is of a run with other settings; name another folder, or delete this one"
-            )
-        self.model.load_state_dict(state["model"])
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self.log = [tuple(row) for row in state["log"]]
-        self._losses = state["losses"]
-        self._optimizer_state = state["optimizer"]
+        with _readable(path, "the run begins anew"):
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            check_same(path, state["run"], self.run.to_dict())
+            self.model.load_state_dict(state["model"])
+            self.steps, self.seconds, self.together = state["steps"], state["seconds"], state.get("together", 1)
+            self.log = [tuple(row) for row in state["log"]]
+            self._losses = state["losses"]
+            self._optimizer_state = state["optimizer"]
 
-    def finish(self, seconds: float, together: int) -> None:
-        """Leaves the model and its log in the folder; the checkpoint, no longer needed, goes.
+    def finish(self, seconds: float) -> None:
+        """Leaves the model and its log in the folder; the checkpoint, no longer needed, goes, and so do the scores of
+        a model that was there before.
 
         Args:
             seconds: of training.
-            together: how many runs shared the device.
         """
         self.seconds = seconds
         self.model.save_pretrained(self.folder)
@@ -383,12 +410,34 @@ class _Course:
             "steps": self.steps,
             "tokens": self.run.tokens,
             "seconds": round(seconds, 1),
-            "together": together,
+            "together": self.together,
             "final_loss": self.log[-1][1],
             "machine": machine_facts(self.device),
         }
+        (self.folder / _SCORES).unlink(missing_ok=True)
         _write(self.folder / _TRAINED, json.dumps(trained, indent=2) + "\n")
         (self.folder / _CHECKPOINT).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _readable(path: Path, cure: str) -> Iterator[None]:
+    """Tells which file is damaged, and what comes of its deletion."""
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RuntimeError,
+        pickle.PickleError,
+    ) as why:
+        told = " ".join(f"{type(why).__name__}: {why}".split())[:200]
+        raise CheckpointError(f"reproduce: '{path}' can't be read ({told}); delete it, and {cure}") from None
 
 
 def _read_finished(run: SyntheticRun, folder: Path, device: torch.device) -> TrainedRun | None:
@@ -396,15 +445,19 @@ def _read_finished(run: SyntheticRun, folder: Path, device: torch.device) -> Tra
     path = folder / _TRAINED
     if not path.exists():
         return None
-    trained = json.loads(path.read_text(encoding="utf-8"))
-    if trained["run"] != json.loads(json.dumps(run.to_dict())):
-        raise CheckpointError(
-            f"reproduce: '{path}' is of a run with other settings; name another folder, or delete this one"
-        )
-    with open(folder / _LOG, newline="", encoding="utf-8") as file:
+    with _readable(path, "the run is trained anew"):
+        trained = json.loads(path.read_text(encoding="utf-8"))
+        check_same(path, trained["run"], run.to_dict())
+        steps, seconds = trained["steps"], trained["seconds"]
+    with (
+        _readable(folder / _LOG, f"'{path}' too, and the run is trained anew"),
+        open(folder / _LOG, newline="", encoding="utf-8") as file,
+    ):
         rows = [(int(row["step"]), float(row["loss"]), float(row["learning_rate"])) for row in csv.DictReader(file)]
+        if not rows or rows[-1][0] != steps:
+            raise ValueError(f"it does not end with step {steps}")
     model = CausalLM.from_pretrained(folder, device=device).eval()
-    return TrainedRun(run, model, trained["steps"], trained["seconds"], True, rows)
+    return TrainedRun(run, model, steps, seconds, True, rows)
 
 
 def train_runs(
@@ -418,8 +471,10 @@ def train_runs(
     """Trains several runs side by side, and goes on with those that an earlier call left unfinished.
 
     Each run has a folder of its name: the model, `trained.json` and `log.csv` when it is done, a checkpoint before. A
-    checkpoint is written every minute, at the end of the time given, and on Ctrl-C; a run that goes on from one ends
-    with the weights that it would have had without the break, where the device's kernels give the same bits twice.
+    checkpoint is written every minute, at the end of the time given, and on Ctrl-C or SIGTERM, once the twenty steps
+    that are being made are done; a run that goes on from one ends with the weights that it would have had without the
+    break, where the device's kernels give the same bits twice. A second Ctrl-C doesn't wait: what is then in the middle
+    of its steps keeps the checkpoint before.
 
     Args:
         runs: with distinct names.
@@ -432,8 +487,8 @@ def train_runs(
         A `TrainedRun` for each run, in order.
 
     Raises:
-        CheckpointError: a folder holds a run of that name with other settings.
-        KeyboardInterrupt: interrupted; what was trained is kept.
+        CheckpointError: a folder holds a run of that name with other settings, or a damaged file.
+        KeyboardInterrupt: interrupted, by Ctrl-C or SIGTERM; what was trained is kept.
     """
     if len({run.name for run in runs}) != len(runs):
         raise ConfigError(f"train_runs: wanted runs of distinct names, got {[run.name for run in runs]}")
@@ -447,43 +502,56 @@ def train_runs(
             going.append(_Course(run, folder, device))
         else:
             done[run.name] = finished
+    for course in going:
+        # The last steps were made, and a break came before they were told of.
+        if course.finished:
+            course.look()
+            course.finish(course.seconds)
     begun = time.perf_counter()
     before = {course.run.name: course.seconds for course in going}
     looked = saved = begun
     under_way = [course for course in going if not course.finished]
+    for course in under_way:
+        course.together = max(course.together, len(under_way))
 
     def elapsed(course: _Course) -> float:
         return before[course.run.name] + time.perf_counter() - begun
 
-    try:
-        while under_way:
-            for course in under_way:
-                course.advance()
-            now = time.perf_counter()
-            ended = [course for course in under_way if course.finished]
-            late = seconds is not None and now - begun >= seconds
-            if not (ended or late or now - looked >= _LOOK_EVERY):
-                continue
-            losses = [(course, course.look()) for course in under_way]
-            looked = time.perf_counter()
-            for course, loss in losses:
-                say(
-                    f"{elapsed(course):7.1f} s  {course.run.name}  step {course.steps:,} of {course.run.steps:,}  "
-                    f"loss {loss:.5f}"
-                )
-            for course in ended:
-                course.finish(elapsed(course), len(going))
-                under_way.remove(course)
-            if late:
-                break
-            if looked - saved >= _SAVE_EVERY:
+    with Interruption() as interruption:
+        try:
+            while under_way:
                 for course in under_way:
+                    if interruption.wished():
+                        raise KeyboardInterrupt
+                    course.advance()
+                now = time.perf_counter()
+                ended = [course for course in under_way if course.finished]
+                late = seconds is not None and now - begun >= seconds
+                if not (ended or late or now - looked >= _LOOK_EVERY):
+                    continue
+                losses = [(course, course.look()) for course in under_way]
+                looked = time.perf_counter()
+                for course, loss in losses:
+                    say(
+                        f"{elapsed(course):7.1f} s  {course.run.name}  step {course.steps:,} of {course.run.steps:,}  "
+                        f"loss {loss:.5f}"
+                    )
+                for course in ended:
+                    course.finish(elapsed(course))
+                    under_way.remove(course)
+                if late:
+                    break
+                if looked - saved >= _SAVE_EVERY:
+                    for course in under_way:
+                        course.save(elapsed(course))
+                    saved = looked
+        finally:
+            for course in under_way:
+                if course.whole:
+                    course.look()
                     course.save(elapsed(course))
-                saved = looked
-    finally:
-        for course in under_way:
-            course.look()
-            course.save(elapsed(course))
+        if interruption.wished():
+            raise KeyboardInterrupt
     for course in going:
         model = course.model.eval()
         done[course.run.name] = TrainedRun(course.run, model, course.steps, course.seconds, course.finished, course.log)
@@ -658,7 +726,12 @@ def read_scores(folder: Path) -> dict[int, dict[str, float]]:
     path = folder / _SCORES
     if not path.exists():
         return {}
-    return {int(length): score for length, score in json.loads(path.read_text(encoding="utf-8")).items()}
+    with _readable(path, "the model is judged anew"):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            int(length): {name: score[name] + 0 for name in (*Score._fields, "seconds")}
+            for length, score in held.items()
+        }
 
 
 def write_scores(folder: Path, scores: Mapping[int, Mapping[str, float]]) -> None:
@@ -670,6 +743,42 @@ def score_row(score: Score, seconds: float, before: Mapping[str, float] | None =
     """A score as it stands in a file, together with that of the examples before these."""
     row = {**score._asdict(), "seconds": seconds}
     return {name: round(value + (before[name] if before else 0), 3) for name, value in row.items()}
+
+
+def judge_further(
+    trained: TrainedRun,
+    folder: Path,
+    length: int,
+    wanted: int,
+    judged: Callable[[int, int], Score],
+    *,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Judges a trained run at a length on top of the examples that an earlier call judged, in parts, each of which is
+    kept at once.
+
+    Args:
+        trained: the run.
+        folder: of the run.
+        length: under which its scores are kept.
+        wanted: how many examples in all.
+        judged: gives the score of so many examples from the one of that number on: (first, count).
+        say: called with a line a part.
+    """
+    scores = read_scores(folder)
+    on_gpu = trained.model.lm_head.weight.is_cuda
+    at_a_time = max(1, (_JUDGED_ON_A_GPU if on_gpu else _JUDGED_AT_A_TIME) // length)
+    while (done := int(scores[length]["examples"]) if length in scores else 0) < wanted:
+        part, begun = min(wanted - done, at_a_time), time.perf_counter()
+        score = judged(done, part)
+        took = time.perf_counter() - begun
+        scores[length] = score_row(score, took, scores.get(length))
+        write_scores(folder, scores)
+        correct, asked = (int(scores[length][name]) for name in ("correct", "asked"))
+        say(
+            f"{trained.run.name}  length {length:,}  {percent(correct / asked)} % of {asked:,}  "
+            f"{length * part / took / 1e6:.1f} M tokens/s"
+        )
 
 
 def machine_facts(device: torch.device | str) -> dict[str, Any]:
@@ -688,33 +797,38 @@ def gather_runs(out: Path) -> list[dict[str, Any]]:
     """All finished and judged runs that lie in a folder, by name: what a report is made of."""
     found = []
     for path in sorted(out.glob(f"*/{_TRAINED}")):
-        trained = json.loads(path.read_text(encoding="utf-8"))
         scores = read_scores(path.parent)
         if not scores:
             continue
-        run = trained.pop("run")
-        found.append({"row": run["row"], "seed": run["seed"], "run": run, **trained, "scores": scores})
+        with _readable(path, "the run is trained anew"):
+            trained = json.loads(path.read_text(encoding="utf-8"))
+            run = trained.pop("run")
+            found.append({"row": run["row"], "seed": run["seed"], "run": run, **trained, "scores": scores})
     return found
 
 
-def pooled(runs: Iterable[Mapping[str, Any]], length: int) -> tuple[int, int] | None:
-    """(correct, asked) of several runs at a length together; None where none was judged there."""
+def pooled(runs: Iterable[Mapping[str, Any]], length: int) -> Score | None:
+    """The answers of several runs at a length together; None where none was judged there. All are judged on the same
+    examples, from the first one on, so that there are no more of these than the longest judged run saw."""
     scores = [run["scores"][length] for run in runs if length in run["scores"]]
     if not scores:
         return None
-    return sum(int(score["correct"]) for score in scores), sum(int(score["asked"]) for score in scores)
+    correct, asked = (sum(int(score[name]) for score in scores) for name in ("correct", "asked"))
+    return Score(correct, asked, max(int(score["examples"]) for score in scores))
 
 
 def percent(accuracy: float) -> str:
-    """An accuracy as the tables show it: rounded down near 100, so that only what is perfect says 100."""
-    value = 100 * accuracy
+    """An accuracy as the tables show it: rounded down, with one place, and more of them near 100, so that only what is
+    perfect says 100."""
+    # The shortest decimal that is this float: 0.29 for 29 of 100, where a hundred times the float is less than 29.
+    value = 100 * Decimal(repr(float(accuracy)))
     if value == 100:
         return "100"
-    places = 1 if value < 99.9 else 3 if value < 99.99 else 4
-    return f"{math.floor(value * 10**places) / 10**places:.{places}f}"
+    places = 1 if value < Decimal("99.9") else 3 if value < Decimal("99.99") else 4
+    return str(value.quantize(Decimal(1).scaleb(-places), rounding=ROUND_FLOOR))
 
 
-def interval(correct: int, asked: int) -> tuple[str, str]:
+def interval(correct: float, asked: int) -> tuple[str, str]:
     """Wilson's 95 % interval in per cent with two places, rounded outwards."""
     low, high = wilson(correct, asked)
     return f"{math.floor(1e4 * low) / 100:.2f}", f"{math.ceil(1e4 * high) / 100:.2f}"
