@@ -13,7 +13,7 @@ import typer
 
 from statescan.cli.audio import generate_audio
 from statescan.cli.models import BUILTIN_MODEL, MODEL_HELP
-from statescan.cli.terminal import command, emit_json, note
+from statescan.cli.terminal import command, emit_json, note, was_given
 from statescan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ def generate(
 def _refuse_of_the_other_kind(context: typer.Context, makes_sound: bool) -> None:
     """An option that means nothing for what is made would be passed over in silence."""
     for name in _OF_TEXT if makes_sound else _OF_SOUND:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if was_given(context, name):
             option = "--" + name.replace("_", "-")
             made, other = ("sound", "texts") if makes_sound else ("text", "models of sound")
             raise ConfigError(f"generate: {option} is for {other}, wanted none where {made} is made; leave it out")

@@ -74,7 +74,7 @@ def inspect(
     for one in report.layers:
         strongest = np.argsort(-one.written[1:], kind="stable")[:8] + 1
         pieces = " ".join(repr(report.pieces[token]) for token in strongest)
-        table.add_row(str(one.layer), f"{one.delta.mean():.4f}", f"{np.median(one.half_life):.1f}", pieces)
+        table.add_row(str(one.layer), f"{one.delta.mean():.3g}", f"{np.median(one.half_life):.3g}", pieces)
     result_console().print(table)
     for remark in report.notes:
         note(remark)

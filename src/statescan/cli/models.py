@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from statescan.data import Tokenizer
     from statescan.models import CausalLM, ModelConfig
 
-__all__ = ["BUILTIN_MODEL", "MODEL_HELP", "model_folder", "open_model", "or_packaged", "read_config", "stored_dtype"]
+__all__ = [
+    "BUILTIN_MODEL",
+    "MODEL_HELP",
+    "model_folder",
+    "open_model",
+    "or_packaged",
+    "read_config",
+    "stored_dtype",
+    "usable_device",
+]
 
 # What a command takes where no model is named.
 BUILTIN_MODEL = Path("builtin")
@@ -81,22 +90,32 @@ def stored_dtype(folder: Path) -> str:
     return "bfloat16" if matrices == {torch.bfloat16} else "float32"
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: torch can't use it here.
+    """
+    import torch
+
+    from statescan.errors import ConfigError
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).partition("\n")[0]
+        raise ConfigError(f"--device: wanted a device that torch can use here, got '{name}': {reason}") from None
+    return device
+
+
 def open_model(
     path: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer: str | None = None
 ) -> tuple[CausalLM, Tokenizer]:
     """The model in a folder, ready to be used, and the tokenizer that is named or lies beside it."""
-    import torch
-
     from statescan.data import load_tokenizer
-    from statescan.errors import ConfigError
     from statescan.models import CausalLM
 
     folder = model_folder(path)
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).partition("\n")[0]
-        raise ConfigError(f"--device: wanted a device that torch can use here, got '{device}': {reason}") from None
-    model = CausalLM.from_pretrained(folder, device=where, dtype=dtype)
+    model = CausalLM.from_pretrained(folder, device=usable_device(device), dtype=dtype)
     return model.eval(), load_tokenizer(tokenizer or folder)

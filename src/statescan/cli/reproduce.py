@@ -12,10 +12,11 @@ from statescan.cli.reproduce_audio import raw_audio, spoken_digits
 from statescan.cli.reproduce_dna import dna_pretraining, great_apes, microbes
 from statescan.cli.reproduce_language import context_growth, language_scaling
 from statescan.cli.reproducing import Json, Seconds, chosen_rows, default_device, going_on, print_results
-from statescan.cli.terminal import command, emit_json, note, progress, result_console
+from statescan.cli.terminal import command, emit_json, note, progress, result_console, was_given
 from statescan.cli.zero_shot import zero_shot
 
 if TYPE_CHECKING:
+    from statescan.data import SyntheticTask
     from statescan.models import CausalLM
     from statescan.recipes.synthetic import Score
 
@@ -49,6 +50,21 @@ Model = Annotated[
 ]
 
 
+# Options that mean nothing where nothing is trained, or where something is.
+_OF_TRAINING, _OF_JUDGING = ("out", "row", "seeds", "seconds", "share"), ("model", "full")
+
+
+def _refuse_idle(context: typer.Context, evaluate_only: bool) -> None:
+    """An option without an effect would be passed over in silence."""
+    from statescan.errors import ConfigError
+
+    for name in _OF_TRAINING if evaluate_only else _OF_JUDGING:
+        if was_given(context, name):
+            why = "is of training, and --evaluate-only trains nothing" if evaluate_only else "is for --evaluate-only"
+            cure = "leave one of them out" if evaluate_only else "leave it out, or give both"
+            raise ConfigError(f"reproduce: --{name} {why}; {cure}")
+
+
 def _judged(examples: int, tokens: int | None) -> Callable[[int], int]:
     """How many examples of a length to judge: as many as asked for, but fewer where that many tokens are less, 2 at
     least."""
@@ -57,6 +73,7 @@ def _judged(examples: int, tokens: int | None) -> Callable[[int], int]:
 
 @command
 def induction_heads(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Folder of runs, table and figure; resumable.")] = Path(
         "reproduce/induction-heads"
     ),
@@ -85,12 +102,21 @@ def induction_heads(
     as_json: Json = False,
 ) -> None:
     """Table 11: recall the token after a trigger, trained at length 256, judged from 64 to 1,048,576."""
+    from statescan.data import InductionHeads
     from statescan.recipes import induction_heads as recipe
 
+    _refuse_idle(context, evaluate_only)
     if evaluate_only:
-        language_model, name = _model(model, "induction-heads", device)
-        lengths = [length for length in recipe.LENGTHS if full or length <= _SHORT]
-        wanted = _judged(recipe.EXAMPLES if examples is None else examples, tokens or (None if examples else _TOKENS))
+        language_model, name = _model(model, "induction-heads", device, InductionHeads())
+        count = _judged(recipe.EXAMPLES if examples is None else examples, tokens or (None if examples else _TOKENS))
+
+        def wanted(length: int) -> int:
+            return recipe.judged_examples(language_model.config, length, count(length))
+
+        asked = [length for length in recipe.LENGTHS if full or length <= _SHORT]
+        lengths = [length for length in asked if wanted(length)]
+        if lengths != asked:
+            note(f"attention is judged up to length {lengths[-1]:,}: its cost grows with the square of the length")
         scores = {}
         with progress("judging", unit="tokens") as bar:
             for length in lengths:
@@ -111,6 +137,7 @@ def induction_heads(
 
 @command
 def selective_copying(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Folder of runs, table and figure; resumable.")] = Path(
         "reproduce/selective-copying"
     ),
@@ -140,26 +167,29 @@ def selective_copying(
     from statescan.recipes import selective_copying as recipe
     from statescan.recipes.synthetic import judge, seed_of_tests
 
+    _refuse_idle(context, evaluate_only)
+    length = recipe.LENGTH if length is None else length
     if evaluate_only:
-        language_model, name = _model(model, "selective-copying", device)
+        task = SelectiveCopying(length)
+        language_model, name = _model(model, "selective-copying", device, task)
         begun = time.perf_counter()
         with progress("judging", unit="sequences") as bar:
             score = judge(
                 language_model,
-                SelectiveCopying(recipe.LENGTH),
+                task,
                 examples or _COPYING_EXAMPLES,
-                seed=seed_of_tests(recipe.LENGTH),
+                seed=seed_of_tests(length),
                 at_once=1 << (19 if language_model.lm_head.weight.is_cuda else 16),
                 progress=bar,
             )
         paper = {recipe.LENGTH: f"{recipe.PAPER['mamba-s6']:g}"}
-        _print_scores(name, {recipe.LENGTH: (score, time.perf_counter() - begun)}, paper, as_json)
+        _print_scores(name, {length: (score, time.perf_counter() - begun)}, paper, as_json)
         return
     rows = chosen_rows(row, {**recipe.ROWS, **recipe.ABLATION}, "mamba-s6")
     with going_on():
         results = recipe.selective_copying(
             out, rows=rows, seeds=range(seeds), device=default_device(device), seconds=seconds,
-            examples=examples or recipe.EXAMPLES, length=length or recipe.LENGTH, share=share, say=note,
+            examples=examples or recipe.EXAMPLES, length=length, share=share, say=note,
         )  # fmt: skip
     print_results(out, results, as_json)
 
@@ -227,13 +257,30 @@ reproduce.command("spoken-digits", epilog="Example: statescan reproduce spoken-d
 reproduce.command("raw-audio", epilog="Example: statescan reproduce raw-audio --data recordings --row all")(raw_audio)
 
 
-def _model(path: Path | None, packaged: str, device: str | None) -> tuple[CausalLM, str]:
+def _model(path: Path | None, packaged: str, device: str | None, task: SyntheticTask) -> tuple[CausalLM, str]:
+    """The model that is judged, and its name.
+
+    Raises:
+        ConfigError: it has another vocabulary than the task, or was trained on another one.
+    """
     from statescan.cli.models import model_folder
+    from statescan.data import load_tokenizer
+    from statescan.errors import ConfigError, DataError, MissingExtraError
     from statescan.models import CausalLM
     from statescan.recipes.shipped import PACKAGED, shipped_model
 
     folder = shipped_model(packaged) if path is None else model_folder(path)
     model = CausalLM.from_pretrained(folder, device=default_device(device)).eval()
+    try:
+        symbols = getattr(load_tokenizer(folder), "symbols", None)
+    except (DataError, MissingExtraError):
+        # A model without a tokenizer is taken at its word.
+        symbols = task.symbols
+    if (model.config.vocab_size, symbols) != (task.vocab_size, task.symbols):
+        raise ConfigError(
+            f"reproduce: --model must have the task's vocabulary, {task.vocab_size} ids ({task.symbols}), got "
+            f"'{folder}' with {model.config.vocab_size} ({symbols or 'no symbols'}); name a model that learnt this task"
+        )
     return model, f"{PACKAGED}{packaged}" if path is None else str(path)
 
 
@@ -252,8 +299,8 @@ def _print_scores(
                     length: {
                         **score._asdict(),
                         "accuracy": score.accuracy,
-                        "interval": wilson(score.correct, score.asked),
-                        "paper": float(paper[length]) / 100,
+                        "interval": wilson(*score.trials),
+                        "paper": float(paper[length]) / 100 if length in paper else None,
                         "seconds": seconds,
                     }
                     for length, (score, seconds) in scores.items()
@@ -268,9 +315,9 @@ def _print_scores(
         table.add_row(
             f"{length:,}",
             percent(score.accuracy),
-            " to ".join(interval(score.correct, score.asked)),
+            " to ".join(interval(*score.trials)),
             f"{score.correct:,} of {score.asked:,}",
-            paper[length],
+            paper.get(length, ""),
             f"{length * score.examples / seconds:,.0f}",
         )
     result_console().print(table)

@@ -47,10 +47,16 @@ def going_on() -> Iterator[None]:
 
 
 def default_device(name: str | None) -> str:
-    """The device that was named, or a GPU where there is one."""
+    """The device that was named, or a GPU where there is one.
+
+    Raises:
+        ConfigError: torch can't use it here.
+    """
     import torch
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    from statescan.cli.models import usable_device
+
+    return str(usable_device(name or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def chosen_rows(asked: Sequence[str] | None, known: Mapping[str, Any], headline: str | None = None) -> list[str]:

@@ -28,6 +28,7 @@ __all__ = [
     "progress_console",
     "result_console",
     "set_debug",
+    "was_given",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -117,6 +118,12 @@ def result_console() -> Console:
     if not console.is_terminal:
         console.width = 200
     return console
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter of the command comes from the user, and not from its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def note(text: str) -> None:

@@ -138,6 +138,7 @@ function number(v) {
   if (v === null || v === undefined) return "–";
   const a = Math.abs(v);
   if (a === 0) return "0";
+  if (a >= 1e6) return v.toExponential(1).replace("+", "");
   if (a >= 100) return v.toFixed(0);
   if (a >= 10) return v.toFixed(1);
   if (a >= 0.1) return v.toFixed(3);
