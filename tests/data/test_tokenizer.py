@@ -124,6 +124,64 @@ def test_ids_do_not_depend_on_what_is_beyond_a_space(bpe_path, tmp_path):
         assert not _changed(bpe_path, tmp_path, **fields).splits_at_spaces, fields
 
 
+def test_tokens_around_a_text_are_told_and_added_where_asked_for(bpe_path, tmp_path):
+    plain = JsonTokenizer(bpe_path)
+    assert not plain.adds_special_tokens
+    assert plain.begin_of_text is None
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    known = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+
+    def template(*single):
+        return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": known}
+
+    begun = _changed(bpe_path, tmp_path, post_processor=template(end, text))
+    assert begun.adds_special_tokens
+    assert begun.begin_of_text == 0
+    ids = plain.encode_batch([TEXT, ""])
+    assert [list(one) for one in begun.encode_batch([TEXT, ""])] == [list(one) for one in ids]
+    added = begun.encode_batch([TEXT, ""], add_special_tokens=True)
+    assert [list(one) for one in added] == [[0, *one] for one in ids]
+    # What ends a text begins none.
+    ended = _changed(bpe_path, tmp_path, post_processor=template(text, end))
+    assert ended.adds_special_tokens
+    assert ended.begin_of_text is None
+
+
+def test_the_token_that_begins_a_text_is_the_one_named_beside(bpe_path, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer.from_file(str(bpe_path))
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    begin, end = (inner.token_to_id(token) for token in ("<s>", "</s>"))
+    assert JsonTokenizer(tmp_path / "tokenizer.json").begin_of_text is None
+    for name, fields, wanted in (
+        ("special_tokens_map.json", {"eos_token": "</s>"}, end),
+        ("special_tokens_map.json", {"eos_token": "</s>", "bos_token": {"content": "<s>"}}, begin),
+        ("tokenizer_config.json", {"eos_token": "</s>", "bos_token": None}, begin),
+        ("tokenizer_config.json", {"bos_token": "</s>"}, end),
+        ("tokenizer_config.json", {"bos_token": "<unknown>"}, begin),
+    ):
+        (tmp_path / name).write_text(json.dumps(fields), encoding="utf-8")
+        assert JsonTokenizer(tmp_path / "tokenizer.json").begin_of_text == wanted, fields
+    for text, words in (("{", "can't be read as JSON"), ("[]", "wanted a JSON object")):
+        (tmp_path / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=words):
+            _ = JsonTokenizer(tmp_path / "tokenizer.json").begin_of_text
+
+
+def test_a_text_is_encoded_whole_whatever_batches_the_file_was_saved_for(bpe_path, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer.from_file(str(bpe_path))
+    inner.enable_truncation(5)
+    inner.enable_padding(length=9)
+    inner.save(str(tmp_path / "batches.json"))
+    cut, plain = JsonTokenizer(tmp_path / "batches.json"), JsonTokenizer(bpe_path)
+    assert list(cut.encode(TEXT)) == list(plain.encode(TEXT))
+    assert [list(ids) for ids in cut.encode_batch(["me", ""])] == [list(ids) for ids in plain.encode_batch(["me", ""])]
+    assert cut.splits_at_spaces
+
+
 def test_other_kinds_of_vocabulary_decode_through_text(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"call": 0, "me": 1, "[UNK]": 2}, unk_token="[UNK]"))

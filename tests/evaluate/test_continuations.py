@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from statescan.errors import ConfigError, DataError
-from statescan.evaluate import LogitsReader, Request, StateReader
+from statescan.evaluate import LogitsReader, Request, StateReader, encode_pairs
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 
 VOCAB = 48
@@ -130,3 +130,43 @@ def test_what_cannot_be_judged_is_named() -> None:
     with pytest.raises(ConfigError, match="batch_tokens must be at least 1, got 0"):
         StateReader(mamba(), batch_tokens=0)
     assert reader.score([]) == []
+
+
+class Pairs:
+    """A token for every two characters, so that what follows a space depends on what is before it."""
+
+    def encode_batch(self, texts):
+        return [
+            np.array([int.from_bytes(text[i : i + 2].encode(), "big") for i in range(0, len(text), 2)])
+            for text in texts
+        ]
+
+
+def test_texts_are_encoded_together_where_a_token_may_reach_over_a_space() -> None:
+    tokenizer = Pairs()
+    ab, c, c_, d = (int(tokenizer.encode_batch([text])[0][0]) for text in ("ab", "c", "c ", "d"))
+    ((before, after),) = encode_pairs(tokenizer, [("abc", " d")], None)
+    assert [*map(int, before)] == [ab, c]
+    assert [*map(int, after)] == [d]
+    ((before, after),) = encode_pairs(tokenizer, [("ab", "c d")], None)
+    assert [*map(int, after)] == [c_, d]
+
+
+class Around:
+    """A token for each letter; 1 in front of a text and 2 behind it."""
+
+    splits_at_spaces = adds_special_tokens = True
+
+    def encode_batch(self, texts, *, add_special_tokens=False):
+        ends = ([1], [2]) if add_special_tokens else ([], [])
+        return [np.array([*ends[0], *map(ord, text), *ends[1]]) for text in texts]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_tokens_that_are_added_around_a_text_are_cut_as_the_harness_cuts_them() -> None:
+    pairs = [("a", " b"), ("", " b"), ("\x01a", " b")]
+    got = [tuple([*map(int, part)] for part in request) for request in encode_pairs(Around(), pairs, 1)]
+    # The whole is 1 a _ b 2, the context 1 a 2, and it is cut after three; a text that begins with 1 gets nothing.
+    assert got == [([1, 97, 2], [98, 2]), ([1], [32, 98]), ([1, 97], [32, 98])]

@@ -275,6 +275,79 @@ def test_texts_are_cut_into_tokens_as_the_harness_cuts_them(folder: Path) -> Non
         assert greedy == wanted_greedy
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama whose tokenizer puts <s> in front of a text, and ends one with </s>."""
+    folder = tmp_path_factory.mktemp("begun") / "model"
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    draw = random.Random(0)
+    tokenizer.train_from_iterator(
+        [_sentence(draw, 12) for _ in range(300)], VOCAB, min_frequency=2, special_tokens=["<unk>", "<s>", "</s>"]
+    )
+    inner = tokenizer._tokenizer
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_that_begins_every_text_is_used_as_the_harness_uses_it(begun: Path, questions: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(pretrained=str(begun), device="cpu", dtype="float32")
+    mine = StatescanLM(str(begun), device="cpu")
+    other = JudgedLM(open_judged(begun, runs_on="transformers"))
+    assert (mine.judged.runs_on, other.judged.runs_on) == ("statescan", "transformers")
+    assert mine.prefix_token_id == other.prefix_token_id == theirs.prefix_token_id == 1
+    pairs = [
+        ("the whale", " ship"),
+        ("the whale ", "ship"),
+        ("the whale", "s"),
+        (" ", "the whale"),
+        ("", " the whale"),
+        # Of a text that holds it already there is no second one.
+        ("<s>the whale", " ship"),
+        ("", "<s>the whale"),
+        ("</s>the whale", " ship"),
+    ]
+    ask = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    its = [theirs.loglikelihood([one], disable_tqdm=True)[0] for one in ask]
+    texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("the whale ship", "<s>the whale", "")]
+    rolling = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    for model in (mine, other):
+        for pair, (logprob, greedy), (wanted, wanted_greedy) in zip(
+            pairs, model.loglikelihood(ask, True), its, strict=True
+        ):
+            assert logprob == pytest.approx(wanted, rel=1e-5), pair
+            assert greedy == wanted_greedy
+        assert model.loglikelihood_rolling(texts, True) == pytest.approx(rolling, rel=1e-5)
+    write = [
+        Instance("generate_until", {}, (text, {"until": ["."], "max_gen_toks": 10}), 0)
+        for text in ("the whale", "<s>the whale", "sea captain old")
+    ]
+    # The harness shows a last character that is not whole as U+FFFD, this package leaves it out.
+    wanted_texts = [theirs.generate_until([one], True)[0].rstrip("\ufffd") for one in write]
+    assert [text.rstrip("\ufffd") for text in mine.generate_until(write, True)] == wanted_texts
+
+
 def test_sampling_and_repeated_requests(folder: Path) -> None:
     model = StatescanLM(str(folder), device="cpu")
     greedy = {"until": [], "max_gen_toks": 8}

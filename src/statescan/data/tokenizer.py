@@ -29,6 +29,8 @@ __all__ = [
 
 _OWN_FILE = "statescan_tokenizer.json"
 _JSON_FILE = "tokenizer.json"
+# Beside tokenizer.json: which of its tokens begins a text.
+_NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 DNA_LETTERS = "ACGTN"
 # What stands for several bases, N among them.
 _IUPAC = "RYSWKMBDHVN"
@@ -317,6 +319,9 @@ class JsonTokenizer:
             raise DataError(
                 f"tokenizer: wanted a `tokenizers` JSON file, got '{self.path}', which is none ({problem})"
             ) from None
+        # A text is encoded whole and alone, whatever batches the file was last saved for.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.name = self.path.parent.name if self.path.name == _JSON_FILE else self.path.stem
         self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -331,10 +336,38 @@ class JsonTokenizer:
             text = text.decode("utf-8", "replace")
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=self._dtype)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """The ids of several texts, encoded in parallel."""
-        batch = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[NDArray[Any]]:
+        """The ids of several texts, encoded in parallel; with the tokens that the file says to add around a text where
+        asked for."""
+        batch = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [np.array(encoding.ids, dtype=self._dtype) for encoding in batch]
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the file says to add tokens around a text (a Llama's ``<s>``)."""
+        return self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
+
+    @functools.cached_property
+    def begin_of_text(self) -> int | None:
+        """The id that a text without context is judged after, as transformers would say it: the token that a file
+        beside tokenizer.json names as the one that begins a text, else the one that ends it, else the first that the
+        file adds to a text; None where nothing is told.
+
+        Raises:
+            DataError: the file beside it is no JSON object.
+        """
+        beside = (
+            [_read_object(self.path.parent / name) for name in _NAMING_FILES] if self.path.name == _JSON_FILE else []
+        )
+        for kind in ("bos_token", "eos_token"):
+            for named in beside:
+                token = named.get(kind)
+                token = token.get("content") if isinstance(token, dict) else token
+                id = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+                if id is not None:
+                    return id
+        added = self._tokenizer.encode("a").special_tokens_mask
+        return self._tokenizer.encode("a").ids[0] if added and added[0] else None
 
     @functools.cached_property
     def splits_at_spaces(self) -> bool:
@@ -354,7 +387,6 @@ class JsonTokenizer:
             and normalizer.get("type") in (None, "NFC")
             and model.get("type") == "BPE"
             and not model.get("dropout")
-            and not (told.get("truncation") or told.get("padding"))
             and not any(
                 token.get("lstrip")
                 or token.get("rstrip")
@@ -406,6 +438,19 @@ class JsonTokenizer:
 
     def __repr__(self) -> str:
         return f"JsonTokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds, nothing where there is none."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as problem:
+        raise DataError(f"tokenizer: '{path}' can't be read as JSON ({problem}); copy it again") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"tokenizer: wanted a JSON object in '{path}', got {type(fields).__name__}; copy it again")
+    return fields
 
 
 @functools.cache

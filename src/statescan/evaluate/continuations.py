@@ -18,7 +18,16 @@ from statescan.errors import ConfigError, DataError
 from statescan.models import CausalLM, MambaConfig
 from statescan.ops._checks import mark_checked
 
-__all__ = ["Likelihood", "LogitsReader", "Reader", "Request", "StateReader", "encode_pairs"]
+__all__ = [
+    "Likelihood",
+    "LogitsReader",
+    "Reader",
+    "Request",
+    "StateReader",
+    "encode_pairs",
+    "encode_texts",
+    "prefix_token",
+]
 
 Progress = Callable[[int, int], object]
 
@@ -59,16 +68,41 @@ class _Encoder(Protocol):
     def encode_batch(self, texts: Sequence[str], /) -> list[NDArray[Any]]: ...
 
 
+def prefix_token(tokenizer: Any) -> int | None:
+    """The id that stands before a text without context: the tokenizer's `begin_of_text`, else its `end_of_text`."""
+    begin = getattr(tokenizer, "begin_of_text", None)
+    return tokenizer.end_of_text if begin is None else begin
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], prefix: int | None) -> list[NDArray[Any]]:
+    """The ids of whole texts with the tokens that a tokenizer adds by itself (a Llama's ``<s>``), as lm-eval has them.
+
+    Args:
+        tokenizer: with ``encode_batch``; where its ``adds_special_tokens`` is true, that takes ``add_special_tokens``.
+        texts: may be empty.
+        prefix: the token that begins a text; nothing is added to one that begins with that token's own letters.
+    """
+    if not getattr(tokenizer, "adds_special_tokens", False):
+        return tokenizer.encode_batch(texts)
+    begin = "" if prefix is None else tokenizer.decode([prefix])
+    begun = [bool(begin) and text.startswith(begin) for text in texts]
+    ids = {}
+    for bare in (False, True):
+        some = [text for text, has in zip(texts, begun, strict=True) if has == bare]
+        ids |= dict(zip(some, tokenizer.encode_batch(some, add_special_tokens=not bare), strict=True))
+    return [ids[text] for text in texts]
+
+
 def encode_pairs(tokenizer: _Encoder, pairs: Sequence[tuple[str, str]], prefix: int | None) -> list[Request]:
     """Texts to requests, as lm-eval cuts them.
 
-    A space at the context's end goes to the continuation; both are encoded together and cut where the context alone
-    ends. A continuation without context is judged after `prefix`.
+    A space at the context's end goes to the continuation; both are encoded together, with the tokens that the tokenizer
+    adds, and cut where the context alone ends. A continuation without context is judged after `prefix`.
 
     Args:
-        tokenizer: with ``encode_batch``.
+        tokenizer: as in `encode_texts`.
         pairs: (context, continuation).
-        prefix: id of the token that begins a text (its end-of-text token, as a rule).
+        prefix: id of the token that begins a text; see `prefix_token`.
 
     Raises:
         DataError: a continuation is empty or has no token of its own, or there is neither a context nor a prefix.
@@ -78,19 +112,23 @@ def encode_pairs(tokenizer: _Encoder, pairs: Sequence[tuple[str, str]], prefix: 
         stripped = context.rstrip()
         moved.append((stripped, context[len(stripped) :] + continuation))
     # Where ids don't depend on what is on the other side of a space, a context is encoded once for all that follows.
-    at_spaces = getattr(tokenizer, "splits_at_spaces", False)
+    at_spaces = getattr(tokenizer, "splits_at_spaces", False) and not getattr(tokenizer, "adds_special_tokens", False)
     apart = [
         at_spaces and bool(context) and after[:1] == " " and not after[1:2].isspace() and len(after) > 1
         for context, after in moved
     ]
-    wholes = [after if alone else context + after for (context, after), alone in zip(moved, apart, strict=True)]
-    texts = list(dict.fromkeys([*(context for context, _ in moved if context), *wholes]))
-    ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    # What follows a context alone, and what has none, is a piece of a text: nothing is added to it.
+    alone = [given or context == "" for given, (context, _) in zip(apart, pairs, strict=True)]
+    whole_texts, pieces = {}, {}
+    for (context, after), piece in zip(moved, alone, strict=True):
+        whole_texts[context] = None
+        (pieces if piece else whole_texts)[after if piece else context + after] = None
+    wholes = dict(zip(whole_texts, encode_texts(tokenizer, list(whole_texts), prefix), strict=True))
+    plain = dict(zip(pieces, tokenizer.encode_batch(list(pieces)), strict=True))
     requests = []
-    for (context, continuation), text, alone in zip(moved, wholes, apart, strict=True):
-        whole = ids_of[text]
-        before = ids_of[context] if context else whole[:0]
-        after = whole if alone else whole[len(before) :]
+    for (given, _), (context, continuation), piece in zip(pairs, moved, alone, strict=True):
+        before = wholes[context] if given else ()
+        after = plain[continuation] if piece else wholes[context + continuation][len(before) :]
         if len(before) == 0 and len(after):
             if prefix is None:
                 raise DataError(

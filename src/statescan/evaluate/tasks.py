@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statescan.errors import ConfigError, DataError
-from statescan.evaluate.continuations import Likelihood, Reader, Request, encode_pairs
+from statescan.evaluate.continuations import Likelihood, Reader, Request, encode_pairs, prefix_token
 
 __all__ = ["TASKS", "Metric", "Question", "Task", "TaskResult", "evaluate_task", "evaluate_tasks", "read_questions"]
 
@@ -240,7 +240,7 @@ def evaluate_tasks(
 
     Args:
         reader: the model; see `statescan.evaluate.StateReader` and `LogitsReader`.
-        tokenizer: with ``encode_batch`` and ``end_of_text``.
+        tokenizer: with ``encode_batch`` and ``end_of_text``; see `encode_pairs` and `prefix_token`.
         names: of `TASKS`.
         data_dir: the folder of their files.
         limit: judge only the first so many questions of a task (of each of its parts). Default: all.
@@ -324,7 +324,7 @@ def evaluate_task(
 
 def _encode(tokenizer: Any, questions: Sequence[Question]) -> list[Request]:
     pairs = [pair for question in questions for pair in question.pairs]
-    return encode_pairs(tokenizer, pairs, tokenizer.end_of_text)
+    return encode_pairs(tokenizer, pairs, prefix_token(tokenizer))
 
 
 def _pieces(questions: Sequence[Question]) -> list[Sequence[Question]]:

@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class JudgedModel(NamedTuple):
     """A model ready to be judged.
 
-    name: as it was given; reader: what judges; tokenizer: with encode_batch and end_of_text; parameters: their number;
+    name: as it was given; reader: what judges; tokenizer: as `encode_pairs` takes it; parameters: their number;
     runs_on: "statescan" or "transformers".
     """
 
@@ -42,18 +42,25 @@ class TransformersTokenizer:
     """A tokenizer of the `transformers` package with what the evaluation asks of one.
 
     Args:
-        tokenizer: as `AutoTokenizer.from_pretrained` gives it. Special tokens that it adds by itself are added.
+        tokenizer: as `AutoTokenizer.from_pretrained` gives it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.end_of_text: int | None = end if begin is None else begin
+        self.begin_of_text: int | None = end if begin is None else begin
+        self.end_of_text: int | None = begin if end is None else end
         self.vocab_size = len(tokenizer)
+        self.adds_special_tokens: bool = tokenizer.num_special_tokens_to_add(pair=False) > 0
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """The ids of several texts."""
-        return [np.array(ids, dtype=np.int64) for ids in self._tokenizer(list(texts)).input_ids] if texts else []
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[NDArray[Any]]:
+        """The ids of several texts, with the tokens that the tokenizer adds by itself where asked for."""
+        ids = self._tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids if texts else []
+        return [np.array(one, dtype=np.int64) for one in ids]
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of ids, special tokens included."""
+        return self._tokenizer.decode([int(id) for id in ids])
 
 
 def open_judged(

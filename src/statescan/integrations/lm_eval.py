@@ -16,7 +16,7 @@ import torch
 
 from statescan.errors import ConfigError, MissingExtraError
 from statescan.evaluate import StateReader, TaskResult, encode_pairs
-from statescan.evaluate.continuations import Request
+from statescan.evaluate.continuations import Request, encode_texts, prefix_token
 from statescan.evaluate.tasks import Metric, named_tasks
 from statescan.generate import Engine, SamplingParams
 from statescan.integrations.language_models import JudgedModel, open_judged
@@ -51,7 +51,7 @@ class JudgedLM(LM):
     @property
     def prefix_token_id(self) -> int:
         """The token that begins a text, as context where there is none."""
-        token = self.judged.tokenizer.end_of_text
+        token = prefix_token(self.judged.tokenizer)
         if token is None:
             raise ConfigError(
                 "lm_eval: the task has texts without context, and the tokenizer has no token that begins a text; name "
@@ -67,7 +67,7 @@ class JudgedLM(LM):
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding would write it."""
         pairs = [request.args for request in requests]
-        asked = encode_pairs(self.judged.tokenizer, pairs, self.judged.tokenizer.end_of_text)
+        asked = encode_pairs(self.judged.tokenizer, pairs, prefix_token(self.judged.tokenizer))
         with _bar("likelihoods", disable_tqdm) as report:
             answers = [(score.logprob, score.greedy) for score in self.judged.reader.score(asked, progress=report)]
         for pair, answer in zip(pairs, answers, strict=True):
@@ -80,7 +80,7 @@ class JudgedLM(LM):
         texts = [request.args[0] for request in requests]
         limit = getattr(self.judged.reader, "max_length", None)
         asked, owners = [], []
-        for owner, ids in enumerate(self.judged.tokenizer.encode_batch(texts)):
+        for owner, ids in enumerate(encode_texts(self.judged.tokenizer, texts, self.prefix_token_id)):
             windows = get_rolling_token_windows(
                 token_list=ids.tolist(),
                 prefix_token=self.prefix_token_id,
@@ -224,7 +224,8 @@ class StatescanLM(JudgedLM):
         return answers
 
     def _prompt(self, context: str, new_tokens: int) -> list[int]:
-        ids = [int(token) for token in self.judged.tokenizer.encode(context)] or [self.prefix_token_id]
+        tokenizer = self.judged.tokenizer
+        ids = encode_texts(tokenizer, [context], prefix_token(tokenizer))[0].tolist() or [self.prefix_token_id]
         if self.max_length is not None:
             room = self.max_length - new_tokens
             if room < 1:
