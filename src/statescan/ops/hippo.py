@@ -187,8 +187,8 @@ def _check_span(op: str, measure: str, span: Tensor | float) -> None:
     wide = torch.as_tensor(span).double()
     if measure != "lagt" and values_readable(wide) and not bool((torch.isfinite(wide) & (wide > 0)).all()):
         raise ConfigError(
-            f"{op}: span must be a positive time, got {wide.min().item():g}; pass the window, or for legs the time since "
-            "the start"
+            f"{op}: span must be a positive time, got {wide.min().item():g}; "
+            "pass the window, or for legs the time since the start"
         )
 
 
