@@ -6,6 +6,8 @@ import base64
 import errno
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,6 +18,7 @@ from statescan.data import ByteTokenizer
 from statescan.errors import CheckpointError
 from statescan.inspect import InspectReport, inspect_text
 from statescan.inspect.html import MEASURES, map_delta, measure
+from statescan.inspect.page import PAGE
 from statescan.models import CausalLM, MambaConfig
 
 TEXT = 'a</script><b>&amp;"\u2028\n\t🐋 {{data}} $1 end\x01'
@@ -122,3 +125,13 @@ def test_a_failed_write_leaves_the_old_file(report, tmp_path, monkeypatch):
     assert ".tmp" not in str(raised.value)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node to run the page's script")
+def test_numbers_of_the_page_are_short_at_any_size() -> None:
+    function = re.search(r"^function number\(v\) \{.*?^\}$", PAGE, re.MULTILINE | re.DOTALL)
+    assert function is not None
+    values = [0, 1.93e13, 1048576, 999_999, 42.31, 0.5, 0.0123, 1.4e-11]
+    script = f"{function[0]}\nconsole.log(JSON.stringify({values}.map(number)));"
+    ran = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == ["0", "1.9e13", "1.0e6", "999999", "42.3", "0.500", "0.0123", "1.4e−11"]
