@@ -173,6 +173,8 @@ def test_the_held_system_follows_the_parameters() -> None:
         layer.log_dt += 1
         after = layer.step(u[:, 0], layer.init_state(2)).output
         assert (before - after).abs().max() > 1e-4
+        slow = layer.step(u[:, 0], layer.init_state(2), rate=2.0).output
+        assert (slow - layer(u, rate=2.0).output[:, 0]).abs().max() < 1e-10 < (slow - after).abs().max()
         assert torch.equal(after, layer.step(u[:, 0], layer.init_state(2)).output)
 
 
@@ -195,6 +197,22 @@ def test_bad_input() -> None:
         layer(torch.zeros(2, 3, 6), rate=0.0)
     with pytest.raises(ShapeError, match="state must have shape"):
         layer(torch.zeros(2, 3, 6), torch.zeros(2, 6, 3, dtype=torch.complex64))
+    s4, u = S4(6, 8), torch.zeros(1, 6)
+    for one in (layer, s4):
+        with pytest.raises(ShapeError, match=r"step: state must have shape .* = \(1, 6, 4\), got \(3, 6, 4\)"):
+            one.step(u, one.init_state(3))
+        with pytest.raises(DTypeError, match=r"step: state must be a torch.Tensor, got NoneType"):
+            one.step(u, None)
+        with pytest.raises(DTypeError, match=r"step: state must be complex, got torch.float32"):
+            one.step(u, one.init_state(1).real)
+        with pytest.raises(ConfigError, match=r"kernel: direction must be 0, the past, in a causal layer, got 1"):
+            one.kernel(4, direction=1)
+        with pytest.raises(ConfigError, match=r"kernel: rate must be positive, got -1"):
+            one.kernel(4, rate=-1)
+        with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 1.5"):
+            type(one)(6, 8, dropout=1.5)
+    with pytest.raises(DTypeError, match=r"step: state must be real, got torch.complex64"):
+        S4D(6, 8, init="real").step(u, torch.zeros(1, 6, 8, dtype=torch.complex64))
     with pytest.raises(ConfigError, match="init must be one of"):
         S4D(6, 8, init="random")
     with pytest.raises(ConfigError, match="d_state must be even"):

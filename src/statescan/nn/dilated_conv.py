@@ -83,19 +83,26 @@ class DilatedConv(nn.Module):
         if cu_seqlens is not None:
             check_cu_seqlens("DilatedConv", cu_seqlens, x.shape[0], x.shape[1])
             rows = cu_seqlens.shape[0] - 1
-        if state is not None and tuple(state.shape) != (rows, self.reach, self.d_model):
-            raise ShapeError(
-                f"DilatedConv: state must be (batch, reach, d_model) = {(rows, self.reach, self.d_model)}, "
-                f"got {tuple(state.shape)}; make it with init_state(batch)"
-            )
+        if state is not None:
+            self._check_state(state, rows)
         if cu_seqlens is not None:
             return self._packed(x, cu_seqlens, state)
         seen = F.pad(x, (0, 0, self.reach, 0)) if state is None else torch.cat([state.to(x.dtype), x], 1)
         output = self._filtered(seen)
         return DilatedConvOutput(output, None if state is None else seen[:, seen.shape[1] - self.reach :])
 
+    def _check_state(self, state: Tensor, rows: int) -> None:
+        if tuple(state.shape) != (rows, self.reach, self.d_model):
+            raise ShapeError(
+                f"DilatedConv: state must be (batch, reach, d_model) = {(rows, self.reach, self.d_model)}, "
+                f"got {tuple(state.shape)}; make it with init_state(batch)"
+            )
+
     def _filtered(self, seen: Tensor) -> Tensor:
-        filtered, gate = self.conv(seen.transpose(1, 2)).transpose(1, 2).chunk(2, -1)
+        return self._gated(self.conv(seen.transpose(1, 2)).transpose(1, 2))
+
+    def _gated(self, filtered: Tensor) -> Tensor:
+        filtered, gate = filtered.chunk(2, -1)
         return self.out_proj(torch.tanh(filtered) * torch.sigmoid(gate))
 
     def _packed(self, x: Tensor, cu_seqlens: Tensor, state: Tensor | None) -> DilatedConvOutput:
@@ -116,6 +123,13 @@ class DilatedConv(nn.Module):
         return DilatedConvOutput(output, line[0][last])
 
     def step(self, x: Tensor, state: Tensor) -> DilatedConvOutput:
-        """One position: x (batch, d_model)."""
-        output = self.forward(x.unsqueeze(1), state)
-        return DilatedConvOutput(output.output.squeeze(1), output.state)
+        """One position: x (batch, d_model). The filters look at `width` inputs; the state, which is left as it is, is
+        copied whole."""
+        if x.ndim != 2 or x.shape[1] != self.d_model or 0 in x.shape:
+            raise ShapeError(
+                f"DilatedConv: x must be (batch, d_model) with d_model {self.d_model} in a step, got {tuple(x.shape)}"
+            )
+        self._check_state(state, x.shape[0])
+        seen = torch.cat([state.to(x.dtype), x.unsqueeze(1)], 1)
+        taps = seen[:, :: self.dilation].transpose(1, 2).flatten(1)  # (batch, d_model width)
+        return DilatedConvOutput(self._gated(F.linear(taps, self.conv.weight.flatten(1), self.conv.bias)), seen[:, 1:])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.ops import fft_conv, s4_kernel, s4_response, s4d_kernel, s4d_response
+from statescan.ops._checks import check_device, check_shape, check_tensor
 from statescan.ops.discretization import DISCRETIZATIONS, discretize
 from statescan.ops.hippo import HIPPO_MEASURES, hippo_nplr
 from statescan.ops.ssm_kernel.real_form import real_form
@@ -98,6 +99,9 @@ class _StateSpaceLayer(nn.Module):
     A subclass has `_system(rate)` (its continuous parameters and step) and names the kernel and response ops.
     """
 
+    log_A_real: nn.Parameter  # (d_model, states)
+    A_imag: Any  # the same; None where the states are real
+
     def __init__(
         self, d_model: int, d_state: int, dt_min: float, dt_max: float, discretization: str, bidirectional: bool,
         mix: bool, dropout: float, backend: str, device: torch.device | str | None, dtype: torch.dtype | None,
@@ -112,6 +116,8 @@ class _StateSpaceLayer(nn.Module):
             raise ConfigError(
                 f"{name}: discretization must be one of {sorted(DISCRETIZATIONS)}, got {discretization!r}"
             )
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"{name}: dropout must be in [0, 1), got {dropout}")
         self.d_model, self.d_state, self.discretization = d_model, d_state, discretization
         self.bidirectional, self.backend = bidirectional, backend
         self.dt_min, self.dt_max = dt_min, dt_max
@@ -163,7 +169,15 @@ class _StateSpaceLayer(nn.Module):
             length: number of lags.
             rate: step between samples in units of that in training: 2 for half the sampling rate.
             direction: 0 the past, 1 the future (bidirectional layers).
+
+        Raises:
+            ConfigError: a length < 1, a rate <= 0, or a direction that the layer has not.
         """
+        name = f"{type(self).__name__}.kernel"
+        if direction not in range(2 if self.bidirectional else 1):
+            wanted = "0 or 1" if self.bidirectional else "0, the past, in a causal layer"
+            raise ConfigError(f"{name}: direction must be {wanted}, got {direction!r}")
+        self._check_rate(name, rate)
         return self._kernel_of(self._system(direction, rate), length)
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -226,11 +240,24 @@ class _StateSpaceLayer(nn.Module):
 
         Returns:
             `LinearLayerOutput` with the state after this position.
+
+        Raises:
+            ShapeError, DTypeError: u or the state doesn't fit.
+            ConfigError: rate <= 0, or a bidirectional layer.
         """
         name = f"{type(self).__name__}.step"
         self._check(name, u, 2, rate)
         if self.bidirectional:
             raise ConfigError(f"{name}: a bidirectional layer has no steps; it must see the whole input")
+        check_tensor(name, "state", state)
+        check_device(name, "state", state, u, "u")
+        check_shape(
+            name, "state", state, (u.shape[0], *self.log_A_real.shape), "(batch, d_model, states)",
+            "take it from init_state(batch) or a call",
+        )  # fmt: skip
+        wanted = "real" if self.A_imag is None else "complex"
+        if state.is_complex() != (wanted == "complex"):
+            raise DTypeError(f"{name}: state must be {wanted}, got {state.dtype}; take it from init_state or a call")
         y, after = self._advance(u, state, rate)
         return LinearLayerOutput(self._mix((y + self.D * u).to(u.dtype)), after.to(state.dtype))
 
@@ -248,6 +275,9 @@ class _StateSpaceLayer(nn.Module):
             raise ShapeError(
                 f"{caller}: u must have shape {wanted} with d_model = {self.d_model}, got {tuple(u.shape)}"
             )
+        self._check_rate(caller, rate)
+
+    def _check_rate(self, caller: str, rate: float) -> None:
         if not (math.isfinite(rate) and rate > 0):
             raise ConfigError(f"{caller}: rate must be positive, got {rate!r}; 2 means half the sampling rate")
 
