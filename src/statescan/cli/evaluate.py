@@ -59,7 +59,7 @@ def evaluate(
             "--context",
             min=1,
             show_default="1024; 2048 for tasks",
-            help="Tokens of a window or chunk; of tasks, the last tokens that are read.",
+            help="Tokens of a window or chunk; of tasks, the last that are read, at most the model's own length.",
         ),
     ] = None,
     carry_state: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from statescan.cli.terminal import command, emit_json, note, progress, result_console
+from statescan.cli.terminal import command, emit_json, fail, note, progress, result_console
 
 if TYPE_CHECKING:
     from statescan.recipes.zero_shot import PaperRow
@@ -29,8 +29,15 @@ def zero_shot(
         int | None, typer.Option("--limit", min=1, show_default="all", help="Judge the first N questions of a task.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", show_default="each model's own", help="'bytes' or a tokenizer JSON.")
+        str | None,
+        typer.Option(
+            "--tokenizer", show_default="none", help="'bytes' or a tokenizer JSON, for models that come without one."
+        ),
     ] = None,
+    context: Annotated[
+        int,
+        typer.Option("--context", min=1, help="Tokens of an input that are read, its last; at most the model's own."),
+    ] = 2048,
     runs_on: Annotated[
         str, typer.Option("--runs-on", help="statescan, transformers, or auto: statescan for the models that it has.")
     ] = "auto",
@@ -64,14 +71,22 @@ def zero_shot(
             dtype=dtype,
             tokenizer=tokenizer,
             runs_on=runs_on,
+            max_length=context,
         )
     if as_json:
         emit_json(found)
+        _tell_failed(found["failed"])
         return
     paper = recipe.TABLE_3 if all_rows else recipe.beside_paper(*(one["parameters"] for one in found["models"]))
     print_table(found["models"], paper)
     if out is not None:
         print(f"\nwrote {out}")
+    _tell_failed(found["failed"])
+
+
+def _tell_failed(failed: Mapping[str, str]) -> None:
+    if failed:
+        fail("; ".join(f"{name} was not judged: {problem}" for name, problem in failed.items()))
 
 
 def split_names(text: str) -> list[str]:

@@ -26,7 +26,9 @@ __all__ = [
     "StateReader",
     "encode_pairs",
     "encode_texts",
+    "longest_input",
     "prefix_token",
+    "shorter",
 ]
 
 Progress = Callable[[int, int], object]
@@ -49,6 +51,22 @@ class Request(NamedTuple):
 
     context: Sequence[int] | NDArray[Any]
     continuation: Sequence[int] | NDArray[Any]
+
+
+# What published configurations call the length of a model, in the order in which lm-eval asks for it.
+_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
+
+
+def longest_input(config: Any) -> int | None:
+    """The most tokens that a model's configuration says it reads, None where it says nothing.
+
+    Args:
+        config: with `transformers`' attributes, or one of this package's, where a table of positions alone is a limit.
+    """
+    if getattr(config, "positions", None) == "absolute":
+        return config.max_positions
+    lengths = (getattr(config, name, None) for name in _LENGTHS)
+    return next((int(length) for length in lengths if isinstance(length, int)), None)
 
 
 class Likelihood(NamedTuple):
@@ -299,7 +317,7 @@ class StateReader:
     Args:
         model: a `CausalLM`, on any device; it is put into evaluation mode. Only Mamba's share beginnings.
         max_length: only the last so many tokens of an input are read, as lm-eval does; None: all. Default 2048, the
-            length that the published models were judged at.
+            length that the published models were judged at. Never more than a table of absolute positions has.
         batch_tokens: tokens read at once; longer inputs are read in pieces. Default 4096; on a GPU 32768, with
             more than 40 GB 65536.
         share: False reads every context again for every continuation. Default True.
@@ -318,7 +336,7 @@ class StateReader:
     ) -> None:
         _check_sizes(max_length, batch_tokens)
         self.model = model.eval()
-        self.max_length = max_length
+        self.max_length = shorter(max_length, longest_input(model.config))
         # Other models' states are not copied row by row here: their inputs are read whole.
         self._carries = isinstance(model.config, MambaConfig)
         self.share = share and self._carries
@@ -489,7 +507,8 @@ class LogitsReader:
         model: called with (batch, length) int64 ids; gives logits (batch, length, vocabulary), or an object that holds
             them as `logits`.
         device: where the ids go. Default: that of the model's parameters.
-        max_length: only the last so many tokens of an input are read; None: all. Default 2048.
+        max_length: only the last so many tokens of an input are read; None: all. Default 2048. Never more than
+            `longest_input` of the model's ``config``.
         batch_tokens: tokens read at once, padding included. Default 4096, on a GPU 32768; fewer where their logits
             would not fit into 256 MB (1 GB there).
         vocab_size: logits at a position; tells how many fit. Default: the model's ``config.vocab_size``.
@@ -509,10 +528,11 @@ class LogitsReader:
     ) -> None:
         _check_sizes(max_length, batch_tokens)
         self.model = model.eval()
-        self.max_length = max_length
+        config: Any = getattr(model, "config", None)
+        self.max_length = shorter(max_length, longest_input(getattr(config, "text_config", None) or config))
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         tokens = batch_tokens or (_TOKENS_ON_GPU if self.device.type == "cuda" else _TOKENS)
-        vocab = vocab_size or getattr(getattr(model, "config", None), "vocab_size", None)
+        vocab = vocab_size or getattr(config, "vocab_size", None)
         self.vocab_size = vocab
         self.batch_tokens = tokens if vocab is None else max(1, min(tokens, _logits_at_once(self.device) // vocab))
         self.tokens_read = 0
@@ -543,6 +563,11 @@ class LogitsReader:
                 if progress is not None:
                     progress(self.tokens_read - begun, total)
         return work.results()
+
+
+def shorter(max_length: int | None, longest: int | None) -> int | None:
+    """The lesser of two limits, None where there is none."""
+    return min((length for length in (max_length, longest) if length is not None), default=None)
 
 
 def _logits_at_once(device: torch.device) -> int:

@@ -11,10 +11,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from statescan.errors import ConfigError
-from statescan.evaluate import TASKS, TaskResult, evaluate_tasks
+import torch
+
+from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.evaluate import TASKS, TaskResult, evaluate_tasks, read_questions
+from statescan.evaluate.tasks import find_file, named_tasks
 from statescan.files import atomic_file, want_folder
-from statescan.integrations.language_models import JudgedModel, open_judged
+from statescan.integrations.language_models import JudgedModel, find_judged
 
 __all__ = ["SIX_TASKS", "TABLE_3", "PaperRow", "average", "beside_paper", "report", "table_rows", "zero_shot"]
 
@@ -69,50 +72,72 @@ def zero_shot(
     out: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], object] | None = None,
     say: Callable[[str], object] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Judges models on the tasks of table 3 and sets them beside it.
+
+    What can be told of all models and files without reading weights is checked before the first is judged. A model
+    whose weights turn out to be damaged, or too large for the device, is told at the end: the others are judged.
 
     Args:
         models: folders or hub ids, of this package, the authors or `transformers`; one at a time lies in memory.
         data_dir: the folder of the tasks' files.
         tasks: of `statescan.evaluate.TASKS`. Default: the table's six.
         limit: judge only the first so many questions of a task. Default: all.
-        out: a JSON file for the report with every question's own result. Default: none.
+        out: a JSON file for the report with every question's own result, written anew after each model. Default: none.
         progress: called with ("model: task", questions judged, questions).
         say: called with a line before each model. Default: nothing is said.
-        options: of `statescan.integrations.language_models.open_judged`: device, dtype, tokenizer ...
+        tokenizer: "bytes", or a `tokenizers` JSON file or its folder, for the models that come without one, as the
+            authors' do. Default: each must have its own.
+        options: of `statescan.integrations.language_models.find_judged`: device, dtype, max_length ...
 
     Returns:
-        {"models": one entry each as `report` gives it, "paper": the rows of table 3}.
+        {"models": one entry each as `report` gives it, "failed": model -> what was wrong with it, "paper": the rows of
+        table 3}.
 
     Raises:
-        ConfigError: no model is named; or as `open_judged` and `evaluate_tasks` raise it.
-        DataError, CheckpointError: as those raise.
+        ConfigError: no model is named; or as `find_judged` and `evaluate_tasks` raise it.
+        DataError, CheckpointError: as those raise, where it is told before the first model is judged, or no model could
+            be judged.
     """
     if not models:
         raise ConfigError("zero-shot: at least one model must be named, got none; pass folders or hub ids")
     if out is not None:
         want_folder(out)
-    reports, whole = [], []
-    for number, source in enumerate(models, start=1):
+    for task in named_tasks(tasks):
+        read_questions(find_file(task, data_dir))
+    found = [find_judged(source, spare_tokenizer=tokenizer, **options) for source in models]
+    paper = [row._asdict() for row in TABLE_3]
+    reports: list[dict[str, Any]] = []
+    whole: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    first: Exception | None = None
+    for number, one in enumerate(found, start=1):
         if say is not None:
-            say(f"{source} ({number} of {len(models)})")
-        judged = open_judged(source, **options)
+            say(f"{one.name} ({number} of {len(found)})")
 
-        def say_task(task: str, done: int, total: int, name: str = judged.name) -> None:
+        def say_task(task: str, done: int, total: int, name: str = one.name) -> None:
             if progress is not None:
                 progress(f"{name}: {task}", done, total)
 
-        results = evaluate_tasks(judged.reader, judged.tokenizer, tasks, data_dir, limit=limit, progress=say_task)
-        reports.append(report(judged, results))
-        whole.append(report(judged, results, items=True))
-        del judged, say_task
-    paper = [row._asdict() for row in TABLE_3]
-    if out is not None:
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps({"models": whole, "paper": paper}, indent=1) + "\n", encoding="utf-8")
-    return {"models": reports, "paper": paper}
+        try:
+            judged = one.open()
+            results = evaluate_tasks(judged.reader, judged.tokenizer, tasks, data_dir, limit=limit, progress=say_task)
+        except (CheckpointError, DataError, torch.OutOfMemoryError) as problem:
+            first = first or problem
+            failed[one.name] = next(iter(str(problem).splitlines()), type(problem).__name__)
+        else:
+            reports.append(report(judged, results))
+            whole.append(report(judged, results, items=True))
+        judged = None
+        if out is not None and whole:
+            with atomic_file(out) as temporary:
+                text = json.dumps({"models": whole, "failed": failed, "paper": paper}, indent=1)
+                temporary.write_text(text + "\n", encoding="utf-8")
+    if first is not None and not reports:
+        raise first
+    return {"models": reports, "failed": failed, "paper": paper}
 
 
 def report(judged: JudgedModel, results: Iterable[TaskResult], *, items: bool = False) -> dict[str, Any]:

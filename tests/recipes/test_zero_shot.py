@@ -1,0 +1,112 @@
+"""Several models judged one after the other: nothing that is finished is lost, and what can be told is told first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from statescan.cli import main
+from statescan.data import ByteTokenizer
+from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.models import CausalLM, MambaConfig
+from statescan.recipes.zero_shot import zero_shot
+
+QUESTIONS = [
+    {"context": "one", "choices": [" a", " bb bb"], "gold": 1},
+    {"context": "a", "choices": ["b", "c"], "gold": 0},
+]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    text = "".join(json.dumps(line) + "\n" for line in QUESTIONS)
+    for name in ("piqa", "arc_easy"):
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def model(folder: Path, seed: int, tokenizer: bool = True) -> Path:
+    torch.manual_seed(seed)
+    CausalLM(MambaConfig(d_model=16, n_layer=1, vocab_size=256, d_state=4)).save_pretrained(folder)
+    if tokenizer:
+        ByteTokenizer().save(folder)
+    return folder
+
+
+def damage(folder: Path) -> Path:
+    """Weights that are cut, which only reading them tells."""
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-20])
+    return folder
+
+
+def test_a_model_that_fails_does_not_take_the_others_along(questions: Path, tmp_path: Path) -> None:
+    models = [model(tmp_path / name, seed) for seed, name in enumerate("abcd")]
+    damage(models[1]), damage(models[3])
+    out = tmp_path / "report.json"
+    seen: list[list[str]] = []
+
+    def say(line: str) -> None:
+        seen.append([one["model"] for one in json.loads(out.read_text())["models"]] if out.exists() else [])
+
+    found = zero_shot(models, questions, tasks=["piqa"], out=out, say=say)
+    assert [one["model"] for one in found["models"]] == [str(models[0]), str(models[2])]
+    assert list(found["failed"]) == [str(models[1]), str(models[3])]
+    assert "cut short" in found["failed"][str(models[1])]
+    # The report is there after each model, before the next one.
+    assert seen == [[], [str(models[0])], [str(models[0])], [str(models[0]), str(models[2])]]
+    written = json.loads(out.read_text())
+    assert written["failed"] == found["failed"]
+    assert [len(one["tasks"]["piqa"]["items"]) for one in written["models"]] == [2, 2]
+    with pytest.raises(CheckpointError, match="cut short"):
+        zero_shot([models[1], models[3]], questions, tasks=["piqa"])
+
+
+def test_what_can_be_told_is_told_before_the_first_is_judged(questions: Path, tmp_path: Path) -> None:
+    good, bare = model(tmp_path / "a", 0), model(tmp_path / "b", 1, tokenizer=False)
+
+    def refused(error: type[Exception], words: str, models: list[Path], **options) -> None:
+        def say(line: str) -> None:
+            raise AssertionError("a model was opened")
+
+        with pytest.raises(error, match=words):
+            zero_shot(models, questions, **{"tasks": ["piqa"], "say": say, **options})
+
+    refused(CheckpointError, "nowhere", [good, tmp_path / "nowhere"])
+    refused(DataError, "name a tokenizer with --tokenizer", [good, bare])
+    refused(DataError, "the task winogrande needs its file", [good], tasks=["piqa", "winogrande"])
+    (questions / "arc_easy.jsonl").write_text("{", encoding="utf-8")
+    refused(DataError, "arc_easy.jsonl, line 1", [good], tasks=["piqa", "arc_easy"])
+    refused(ConfigError, "at least one model must be named", [])
+    (bare / "config.json").write_text('{"model_type": "mamba", "hidden_act": "relu", "num_hidden_layers": 1}')
+    refused(ConfigError, "hidden_act", [good, bare], runs_on="statescan", tokenizer="bytes")
+
+
+def test_the_named_tokenizer_is_for_the_models_without_one(questions: Path, tmp_path: Path) -> None:
+    bare, own = model(tmp_path / "a", 0, tokenizer=False), model(tmp_path / "b", 0)
+    (dna := tmp_path / "dna").mkdir()
+    (dna / "statescan_tokenizer.json").write_text('{"kind": "dna", "soft_masked": "base", "gaps": "error"}')
+    first, second = zero_shot([bare, own], questions, tasks=["piqa"], tokenizer="bytes")["models"]
+    assert first["tasks"] == second["tasks"]
+    # With another for those that have none, the one that has its own is judged as before.
+    (alone,) = zero_shot([own], questions, tasks=["piqa"], tokenizer=dna)["models"]
+    assert alone["tasks"] == second["tasks"]
+
+
+def test_the_command_tells_what_failed(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = model(tmp_path / "a", 0), damage(model(tmp_path / "b", 1))
+    arguments = ["reproduce", "zero-shot", "--models", f"{good},{bad}", "--data-dir", str(questions), "--tasks", "piqa"]
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--device", "cpu", "--context", "64", *more])
+        out, err = capsys.readouterr()
+        assert end.value.code == 1
+        assert str(good) in out
+        assert f"{bad} was not judged: load: " in err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--device", "cpu", "--context", "3"])
+    # Of choices of five and six tokens only three can't be read.
+    assert "no longer than max_length = 3 tokens" in capsys.readouterr().err
