@@ -25,6 +25,7 @@ from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from statescan.evaluate import TASKS, evaluate_tasks  # noqa: E402
+from statescan.generate import Engine  # noqa: E402
 from statescan.integrations.language_models import open_judged  # noqa: E402
 from statescan.integrations.lm_eval import JudgedLM, StatescanLM, evaluate_online  # noqa: E402
 
@@ -348,14 +349,24 @@ def test_a_tokenizer_that_begins_every_text_is_used_as_the_harness_uses_it(begun
     assert [text.rstrip("\ufffd") for text in mine.generate_until(write, True)] == wanted_texts
 
 
-def test_sampling_and_repeated_requests(folder: Path) -> None:
+def test_sampling_and_repeated_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = StatescanLM(str(folder), device="cpu")
+    written: list[int] = []
+    stream = Engine.stream
+    monkeypatch.setattr(
+        Engine, "stream", lambda self, prompts, *rest: written.append(len(prompts)) or stream(self, prompts, *rest)
+    )
     greedy = {"until": [], "max_gen_toks": 8}
     sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 20.0, "top_p": 0.95}
+    # Without do_sample a temperature says nothing.
+    still = {**sampled, "do_sample": False}
     ask = [Instance("generate_until", {}, ("the whale", kind), 0) for kind in (greedy, sampled, sampled, greedy)]
     first, one, other, again = model.generate_until(ask, disable_tqdm=True)
+    assert model.generate_until([Instance("generate_until", {}, ("the whale", still), 0)], True) == [first]
     assert first == again
     assert one != other
+    # The greedy request was answered once; what is drawn, twice.
+    assert written == [3, 1]
     assert model.generate_until(ask, disable_tqdm=True) == [first, one, other, again]
     with pytest.raises(ConfigError, match=r"generation takes until, .*got num_beams"):
         model.generate_until([Instance("generate_until", {}, ("the", {"num_beams": 4}), 0)], disable_tqdm=True)

@@ -1,7 +1,7 @@
 """statescan's models in lm-eval: `import statescan.integrations.lm_eval` registers the model "statescan".
 
-lm-eval after 0.4.13 finds the model by this package's entry point. Up to 0.4.13 its command finds no plugins;
-``python -m statescan.integrations.lm_eval`` is that command with the model registered::
+lm-eval's own command up to 0.4.13 finds no plugins, and so not the model; later ones shall find it by this package's
+entry point. ``python -m statescan.integrations.lm_eval`` is the command with the model registered::
 
     python -m statescan.integrations.lm_eval --model statescan --model_args pretrained=FOLDER --tasks lambada_openai
 """
@@ -255,7 +255,8 @@ class StatescanLM(JudgedLM):
             ours["temperature"] = 1.0
         return until, SamplingParams(
             **ours,
-            stream=number,
+            # Drawn numbers differ from request to request; where none are drawn, equal requests are one.
+            stream=number if sample else 0,
             max_new_tokens=most,
             stop=tuple(text for text in until if text and text != end_text),
             stop_token_ids=() if end is None else (end,),
