@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,45 @@ def test_a_pickle_of_other_things(tmp_path: Path) -> None:
     for content, words in (({"a": torch.zeros(2), "step": 3}, "got 'step'"), ([torch.zeros(2)], "got list")):
         torch.save(content, path)
         refused(path, "must hold names and tensors", words)
+
+
+@pytest.mark.parametrize("content", [b"\x80", b"\x80\x02", b"\x80\x02.", b"\x80\x02]q\x00h\x05.", b"PK"])
+def test_a_few_bytes_of_a_pickle(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_weights(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_binary_that_was_tampered_with_gives_a_line_or_tensors(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.zeros(2), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    told = []
+    for place in range(min(len(whole), 700)):
+        changed = bytearray(whole)
+        changed[place] = draw.randrange(256)
+        path.write_bytes(changed)
+        try:
+            open_weights(path)
+        except CheckpointError as error:
+            told.append(str(error))
+    assert len(told) > 50
+    assert not any("\n" in text for text in told)
+
+
+def test_numbers_that_safetensors_has_no_word_for_and_tensors_without_any(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    for tensor, words in (
+        (torch.zeros(2).to(torch.float8_e4m3fn), "odd has dtype torch.float8_e4m3fn, wanted one of F64"),
+        (torch.zeros(2, dtype=torch.complex64), "odd has dtype torch.complex64"),
+        (torch.zeros(2, device="meta"), "odd holds no numbers (a meta tensor)"),
+        (torch.eye(2).to_sparse(), "odd has layout torch.sparse_coo"),
+    ):
+        torch.save({"a": torch.zeros(2), "odd": tensor}, path)
+        refused(path, str(path), words, "take the model's full weights")
 
 
 def test_weights_of_another_form_are_not_left_beside(tmp_path: Path) -> None:

@@ -87,6 +87,19 @@ def test_more_layers_than_any_file_holds_are_refused_before_they_are_made(tmp_pa
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("fields", [{"d_model": 10**12}, {"d_state": 10**19}, {"vocab_size": 10**19}], ids=str)
+def test_sizes_that_no_tensor_can_have_are_told_in_a_line(tmp_path: Path, fields: dict[str, int]) -> None:
+    CausalLM(CONFIG).save_pretrained(tmp_path / "model")
+    place = tmp_path / "model" / CONFIG_FILE
+    place.write_text(json.dumps(json.loads(place.read_text()) | fields))
+    for read in (CausalLM.from_pretrained, lambda source: convert(source, tmp_path / "new", "transformers")):
+        with pytest.raises(CheckpointError) as caught:
+            read(tmp_path / "model")
+        assert f"{place} says sizes that no tensor can have" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
 def test_another_architecture(tmp_path: Path) -> None:
     CausalLM(CONFIG).save_pretrained(tmp_path)
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"architecture": "SequenceClassifier"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from statescan.checkpoint.folder import CONFIG_FILE, read_config
 from statescan.checkpoint.hub import locate
 from statescan.checkpoint.layouts import detect_layout, fields_from, their_name
 from statescan.checkpoint.weights import Weights, open_weights, same_bits
-from statescan.errors import CheckpointError, ConfigError
+from statescan.errors import CheckpointError, ConfigError, StatescanError
 
 __all__ = ["Source", "SourceTensors", "open_source"]
 
@@ -54,6 +55,23 @@ class Source:
                 f"load: {self._weights.path} holds {len(self._weights.specs)} tensors, fewer than the {layers} layers "
                 f"that {self.folder / CONFIG_FILE} says; it belongs to another configuration"
             )
+
+    @contextlib.contextmanager
+    def making_shapes(self) -> Iterator[None]:
+        """Around the making of a model that has shapes alone (torch's meta device).
+
+        Raises:
+            CheckpointError: config.json says sizes that no tensor can have.
+        """
+        try:
+            yield
+        except StatescanError:
+            raise
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise CheckpointError(
+                f"load: {self.folder / CONFIG_FILE} says sizes that no tensor can have "
+                f"({(str(error) or type(error).__name__).splitlines()[0]}); copy it again"
+            ) from error
 
     def tensors(self, wanted: Mapping[str, tuple[int, ...]], tied: bool) -> SourceTensors:
         """Opens the weights and checks every name and shape.

@@ -274,7 +274,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"load: {path} holds {what}, which was not run; get the model as safetensors, from someone you trust"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a tampered pickle makes torch raise anything: IndexError, AssertionError, ...
         raise CheckpointError(
             f"load: {path} is cut short or no file of PyTorch's ({path.stat().st_size} bytes: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}); copy it again"
@@ -287,6 +287,14 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
             f"load: {path} must hold names and tensors, got {repr(wrong) if wrong else type(found).__name__}; save the "
             "model's state_dict alone"
         )
+    for name, tensor in found.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            what = "holds no numbers (a meta tensor)" if tensor.is_meta else f"has layout {tensor.layout}"
+        elif tensor.dtype not in _CODES:
+            what = f"has dtype {tensor.dtype}, wanted one of {', '.join(_DTYPES)}"
+        else:
+            continue
+        raise CheckpointError(f"load: {path}: {name} {what}; take the model's full weights")
     return {str(name): tensor for name, tensor in found.items()}
 
 

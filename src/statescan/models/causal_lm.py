@@ -606,7 +606,7 @@ class CausalLM(nn.Module):
         opened = files.open_source(source, revision=revision, offline=offline)
         config = config_of(opened)
         opened.check_layers(config.n_layer)
-        with Undrawn():
+        with Undrawn(), opened.making_shapes():
             model = cls(config, backend=backend, device="meta", dtype=dtype)
         if isinstance(config, TransformerConfig) and opened.layout == "transformers":
             stored = published_tensors(opened, config, model.saved_shapes())

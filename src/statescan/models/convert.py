@@ -57,10 +57,12 @@ def convert(
     opened = files.open_source(source, revision=revision, offline=offline)
     config = config_of(opened)
     opened.check_layers(config.n_layer)
+    with opened.making_shapes():
+        shapes = CausalLM(config, device="meta").saved_shapes()
     if not isinstance(config, MambaConfig):
-        return _convert_baseline(opened, config, destination, layout, shard_bytes)
+        return _convert_baseline(opened, config, shapes, destination, layout, shard_bytes)
     tied = config.tie_embeddings
-    tensors = opened.tensors(CausalLM(config, device="meta").saved_shapes(), tied)
+    tensors = opened.tensors(shapes, tied)
     fields = files.fields_to(layout, config.to_dict(), str(tensors.dtype).removeprefix("torch."))
     names = {files.their_name(layout, name): name for name in tensors}
     if tied and files.head_is_written(layout, tied):
@@ -73,10 +75,14 @@ def convert(
 
 
 def _convert_baseline(
-    opened: files.Source, config: ModelConfig, destination: Path, layout: str, shard_bytes: int
+    opened: files.Source,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    destination: Path,
+    layout: str,
+    shard_bytes: int,
 ) -> Path:
     """As `convert`, by way of a model in memory: these layouts' tensors are put together from others."""
-    shapes = CausalLM(config, device="meta").saved_shapes()
     if isinstance(config, TransformerConfig) and opened.layout == "transformers":
         stored = published_tensors(opened, config, shapes)
     else:
