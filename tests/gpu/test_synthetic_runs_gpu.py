@@ -23,12 +23,10 @@ RUN = SyntheticRun(
 
 
 def _same_but_for_rounding(one: TrainedRun, other: TrainedRun) -> None:
-    """Sums on a GPU may be added in another order in each run, which Adam carries on."""
+    """Initial weights that differ by 1e-5 of themselves move no loss of these by more than 1e-5; another seed, 0.2."""
     assert [row[0] for row in one.log] == [row[0] for row in other.log] == list(range(1, 121))
-    losses = [torch.tensor([row[1] for row in trained.log]) for trained in (one, other)]
-    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
-    # Other examples, or an optimiser that began anew, would be further away than that from the first step on.
-    torch.testing.assert_close(losses[0][:60], losses[1][:60], rtol=1e-3, atol=1e-3)
+    losses = (torch.tensor([row[1] for row in trained.log]) for trained in (one, other))
+    torch.testing.assert_close(*losses, rtol=0, atol=2e-4)
 
 
 @pytest.fixture(scope="module")
