@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from statescan.bench.s4_kernels import naive_s4_kernel, published_c, run_s4_kernels, s4_problem
+from statescan.bench.s4_kernels import least_cost, naive_s4_kernel, published_c, run_s4_kernels, s4_problem
 from statescan.errors import ConfigError
 from statescan.ops import s4_kernel
 
@@ -32,18 +32,48 @@ def test_a_quick_run_reports_every_implementation(tmp_path: Path) -> None:
     report = run_s4_kernels(device="cpu", threads=1, quick=True, out=out)
     assert json.loads(out.read_text()) == report
     modes = ("forward", "forward+backward")
-    names = ("statescan", "statescan cauchy", "naive Cauchy")
+    names = ("statescan", "statescan cauchy", "statescan s4d_kernel", "statescan fft_conv", "naive Cauchy")
     assert [(row["implementation"], row["mode"]) for row in report["rows"]] == [(n, m) for n in names for m in modes]
     for row in report["rows"]:
         assert row["failure"] is None
         assert row["milliseconds"] > 0
-        assert 0 <= row["relative_error"] < 1e-4
+        assert 0 < row["relative_error"] < 1e-4
+        cost = least_cost(row["implementation"], row["mode"], 16, 16, 500, 2)
+        assert row["floors"]["bytes"] == cost.bytes / report["ceilings"]["read_gb_s"] / 1e6
+        assert row["ratio"] == row["milliseconds"] / row["floors"]["bytes"]
     by = {(row["implementation"], row["mode"]): row for row in report["rows"]}
     assert [(bar["beside"], bar["mode"]) for bar in report["bars"]] == [("naive Cauchy", mode) for mode in modes]
     for bar in report["bars"]:
         ours, theirs = by["statescan", bar["mode"]], by["naive Cauchy", bar["mode"]]
         assert bar["times_faster"] == theirs["milliseconds"] / ours["milliseconds"]
         assert bar["part_of_memory"] == ours["peak_memory_bytes"] / max(1, theirs["peak_memory_bytes"])
+
+
+def test_the_floor_counts_every_input_and_output_once() -> None:
+    """Bytes of tensors of the sizes in question, of float32 and complex64."""
+    d_model, d_state, length, batch = 6, 8, 50, 3
+    problem = s4_problem(d_model, d_state)
+    size = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)
+    kernel = s4_kernel(**problem, length=length)
+    shape = (d_model, d_state, length, batch)
+    for name in ("statescan", "statescan cauchy", "naive Cauchy", "state-spaces/s4"):
+        assert least_cost(name, "forward", *shape).bytes == size(*problem.values(), kernel)
+        assert least_cost(name, "forward+backward", *shape).bytes == 2 * size(*problem.values(), kernel)
+    del problem["P"]
+    diagonal = least_cost("statescan s4d_kernel", "forward", *shape)
+    assert diagonal.bytes == size(*problem.values(), kernel)
+    assert diagonal.flops == 2 * d_model * length * d_state
+    u = torch.zeros(batch, length, d_model)
+    assert least_cost("statescan fft_conv", "forward", *shape).bytes == size(u, kernel, u)
+    both = least_cost("statescan fft_conv", "forward+backward", *shape).bytes
+    assert both == size(u, kernel, u) + size(u, u, kernel) + size(u, kernel)
+
+
+def test_only_some_are_measured() -> None:
+    report = run_s4_kernels(device="cpu", threads=1, quick=True, only="s4d")
+    assert {row["implementation"] for row in report["rows"]} == {"statescan s4d_kernel"}
+    with pytest.raises(ConfigError, match=r"--only must be part of one of statescan, .*got 's5'"):
+        run_s4_kernels(device="cpu", only="s5")
 
 
 def test_a_peer_that_does_not_open_is_reported_not_hidden(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Making S4's convolution kernel: ours beside the plain PyTorch way of the published repository, time and memory.
 
+And S4D's kernel and the convolution by FFT, each beside the floor that the machine's memory sets.
+
 ``statescan bench s4-kernels``; on a CPU each measurement is made in a process of its own:
 ``python -m statescan.bench.s4_kernels '{"implementation": "statescan", ...}'``.
 """
@@ -19,16 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.bench.gpu import gpu_facts, gpu_samples
-from statescan.bench.measure import machine_facts, peak_memory_bytes, seconds_per_call
+from statescan.bench.costs import Cost
+from statescan.bench.gpu import gpu_ceilings, gpu_facts, gpu_samples
+from statescan.bench.measure import ceilings, machine_facts, peak_memory_bytes, seconds_per_call
 from statescan.checkpoint import atomic_file
 from statescan.errors import ConfigError
-from statescan.ops import s4_kernel
+from statescan.ops import fft_conv, s4_kernel, s4d_kernel
 from statescan.ops.hippo import hippo_nplr
 
-__all__ = ["IMPLEMENTATIONS", "naive_s4_kernel", "published_c", "run_s4_kernels", "s4_problem"]
+__all__ = ["IMPLEMENTATIONS", "least_cost", "naive_s4_kernel", "published_c", "run_s4_kernels", "s4_problem"]
 
-IMPLEMENTATIONS = ("statescan", "statescan cauchy", "naive Cauchy", "state-spaces/s4")
+S4D, CONVOLUTION = "statescan s4d_kernel", "statescan fft_conv"
+IMPLEMENTATIONS = ("statescan", "statescan cauchy", S4D, CONVOLUTION, "naive Cauchy", "state-spaces/s4")
+_BATCH = {"cuda": 8, "cpu": 2}  # sequences of the convolution
 _NAMES = ("Lambda", "P", "B", "C", "dt")
 _CHANNELS_CHECKED = 4
 # With a backward pass the plain way holds 42 GiB at width 512: on a CPU it is measured at a quarter of that.
@@ -127,11 +132,39 @@ def _published(file: str, problem: dict[str, Tensor], length: int) -> Callable[[
     return call
 
 
+def least_cost(implementation: str, mode: str, d_model: int, d_state: int, length: int, batch: int) -> Cost:
+    """What any way has to move: every input and output once, float32; of S4D's kernel also the product's arithmetic.
+
+    A kernel: its parameters in, ``(d_model, length)`` out; backward that much again (what comes back in, the gradients
+    out). The convolution: u and the kernel in, y out; backward dy, u and the kernel in, du and dk out.
+
+    Args:
+        implementation: one of `IMPLEMENTATIONS`.
+        mode: "forward" or "forward+backward".
+        d_model, d_state, length: of the kernel.
+        batch: sequences of the convolution.
+    """
+    kernel, sequences = 4.0 * d_model * length, 4.0 * batch * length * d_model
+    passes = 2 if mode == "forward+backward" else 1
+    if implementation == CONVOLUTION:
+        return Cost(bytes=2 * sequences + kernel + (passes - 1) * (3 * sequences + 2 * kernel))
+    if implementation == S4D:  # 2 x states real numbers for each lag; backward once for each factor
+        product = 2.0 * d_model * length * d_state
+        return Cost(bytes=passes * (kernel + d_model * (3 * 4 * d_state + 4)), flops=product * (1 + 2 * (passes - 1)))
+    return Cost(bytes=passes * (kernel + d_model * (4 * 4 * d_state + 4)))
+
+
 def _subject(job: dict[str, Any], problem: dict[str, Tensor]) -> Callable[[], Tensor]:
     name, length = job["implementation"], job["length"]
     if name == "state-spaces/s4":
         return _published(job["peer"], problem, length)
     leaves = {key: value.clone().requires_grad_() for key, value in problem.items()}
+    if name == S4D:
+        return lambda: _s4d(leaves, length)
+    if name == CONVOLUTION:
+        u = _sequences(job).to(problem["dt"].device).requires_grad_()
+        kernel = _s4d(problem, length).requires_grad_()
+        return lambda: fft_conv(u, kernel)
     if name == "naive Cauchy":
         C_end = published_c(problem, length).requires_grad_()
         return lambda: naive_s4_kernel(leaves["Lambda"], leaves["P"], leaves["B"], C_end, leaves["dt"], length)
@@ -143,22 +176,40 @@ def _ours(problem: dict[str, Tensor], length: int, backend: str) -> Tensor:
     return s4_kernel(Lambda, P, B, C, dt, length, backend=backend)
 
 
-def _error(found: Tensor, problem: dict[str, Tensor], length: int) -> float:
-    """Of some channels against powers of the matrix in float64, one after the other."""
+def _s4d(problem: dict[str, Tensor], length: int, backend: str = "auto") -> Tensor:
+    """The same system without its low rank."""
+    return s4d_kernel(problem["Lambda"], problem["B"], problem["C"], problem["dt"], length, backend=backend)
+
+
+def _sequences(job: dict[str, Any]) -> Tensor:
+    return torch.randn(job["batch"], job["length"], job["d_model"], generator=torch.Generator().manual_seed(2))
+
+
+def _error(found: Tensor, problem: dict[str, Tensor], job: dict[str, Any]) -> float:
+    """Of some channels against float64: powers of the matrix one after the other, the convolution lag by lag."""
+    name, length = job["implementation"], job["length"]
     some = torch.linspace(0, len(problem["dt"]) - 1, _CHANNELS_CHECKED).long()
     wide = {k: v.cpu()[some].to(torch.complex128 if v.is_complex() else torch.float64) for k, v in problem.items()}
-    truth = _ours(wide, length, "reference")
+    if name == CONVOLUTION:
+        kernel = _s4d(problem, length).cpu()[some].double()
+        truth = fft_conv(_sequences(job)[:1, :, some].double(), kernel, backend="reference")[0].T
+        found = found[0].T
+    else:
+        truth = _s4d(wide, length, "reference") if name == S4D else _ours(wide, length, "reference")
     return float(torch.linalg.norm(found.cpu()[some].double() - truth) / torch.linalg.norm(truth))
 
 
 def _measure(job: dict[str, Any]) -> dict[str, Any]:
     """One implementation in one mode, in this process."""
     torch.set_num_threads(job["threads"])
+    if job["implementation"] == "ceilings":
+        return gpu_ceilings() if job["device"] == "cuda" else ceilings(*([16] if job["quick"] else []))
     device, length = job["device"], job["length"]
     problem = s4_problem(job["d_model"], job["d_state"], device=device)
     subject = _subject(job, problem)
     backward = job["mode"] == "forward+backward"
-    upward = torch.randn(job["d_model"], length, generator=torch.Generator().manual_seed(1)).to(device)
+    shape = (job["batch"], length, job["d_model"]) if job["implementation"] == CONVOLUTION else (job["d_model"], length)
+    upward = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
 
     def call() -> None:
         if backward:
@@ -176,7 +227,7 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
         samples = seconds_per_call(call, warmup=1, repeats=7, max_seconds=job["seconds"])
         peak = peak_memory_bytes()
     with torch.no_grad():
-        error = _error(subject(), problem, length)
+        error = _error(subject(), problem, job)
     return {
         "milliseconds": 1e3 * statistics.median(samples),
         "best": 1e3 * min(samples),
@@ -202,10 +253,13 @@ def run_s4_kernels(
     quick: bool = False,
     peers: bool = True,
     peer: Path | None = None,
+    only: str | None = None,
     out: Path | None = None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures the kernel's forward pass, and forward with backward, for each implementation.
+
+    Beside each stands the least time that its bytes take at the machine's own memory rate, measured in the same run.
 
     Args:
         device: "cuda" or "cpu"; default: the GPU where there is one.
@@ -213,15 +267,17 @@ def run_s4_kernels(
         quick: a tiny kernel, to see that it runs.
         peers: measure the naive way, and `peer`, too.
         peer: the file models/s4/s4.py of the state-spaces/s4 repository, which is then measured as it is.
+        only: implementations whose name contains this. Default: all.
         out: a JSON file for the report.
         progress: called with a line for each measurement.
 
     Returns:
-        machine, shape, rows, and for each mode under "bars" how many times faster than the plain way ours is, and its
-        part of the memory.
+        machine, ceilings, shape, rows, and for each mode under "bars" how many times faster than the plain way ours is,
+        and its part of the memory. A row's floors are milliseconds, "bytes" by the memory and "flops" by matrix
+        products alone; its ratio is its time over that of the bytes.
 
     Raises:
-        ConfigError: a device or file that is not there.
+        ConfigError: a device or file that is not there, or `only` names no implementation.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -230,20 +286,30 @@ def run_s4_kernels(
         raise ConfigError(f"bench s4-kernels: --peer must be the repository's models/s4/s4.py, got no file '{peer}'")
     threads = threads or torch.get_num_threads()
     shape = {"d_state": 16, "length": 500} if quick else {"d_state": 64, "length": 16384}
-    names: Sequence[str] = IMPLEMENTATIONS[: (4 if peer else 3) if peers else 2]
+    names: Sequence[str] = IMPLEMENTATIONS[: (6 if peer else 5) if peers else 4]
+    names = [name for name in names if (only or "") in name]
+    if not names:
+        raise ConfigError(f"bench s4-kernels: --only must be part of one of {', '.join(IMPLEMENTATIONS)}, got {only!r}")
+    shared = {"device": device, "threads": threads, "batch": 2 if quick else _BATCH[device], **shape}
+    measure = _ask if device == "cpu" else _try
+    limits = measure(shared | {"implementation": "ceilings", "quick": quick})
     rows = []
     for name in names:
         for mode in ("forward", "forward+backward"):
             width = 16 if quick else _D_MODEL[device][mode]
-            job = {"implementation": name, "mode": mode, "device": device, "threads": threads, "d_model": width}
-            job |= shape
+            job = shared | {"implementation": name, "mode": mode, "d_model": width}
             job |= {"peer": str(peer), "seconds": 0.1 if quick else 15.0 if device == "cpu" else 1.0}
-            found = _ask(job) if device == "cpu" else _try(job)
+            found = measure(job)
+            cost = least_cost(name, mode, width, shape["d_state"], shape["length"], shared["batch"])
+            found["floors"] = cost.floors(limits, "float32")
+            if found["failure"] is None and "bytes" in found["floors"]:
+                found["ratio"] = found["milliseconds"] / found["floors"]["bytes"]
             rows.append({"implementation": name, "mode": mode, "d_model": width, **found})
             took = f"{found['milliseconds']:.1f} ms" if found.get("milliseconds") else ""
             progress(f"s4-kernels {name}, {mode}: {found.get('failure') or took}")
     machine = {"device": device, "threads": threads, **machine_facts(), **(gpu_facts() if device == "cuda" else {})}
-    report = {"machine": machine, "shape": shape, "rows": rows, "bars": _bars(rows)}
+    shape = shape | {"batch of fft_conv": shared["batch"]}
+    report = {"machine": machine, "ceilings": limits, "shape": shape, "rows": rows, "bars": _bars(rows)}
     if out is not None:
         with atomic_file(out) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

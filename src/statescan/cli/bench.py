@@ -73,6 +73,7 @@ def bench(
             quick=quick,
             peers=peers,
             peer=peer,
+            only=only,
             out=out,
             progress=lambda line: console.print(line, style="dim"),
         )
@@ -147,18 +148,29 @@ def _s4_table(report: dict[str, Any]) -> Any:
     table = _titled(report["machine"])
     for heading in ("implementation", "mode"):
         table.add_column(heading)
-    for heading in ("d_model", "ms, median", "memory MiB", "error", "ours is faster", "ours of its memory"):
+    for heading in (
+        "d_model",
+        "ms, median",
+        "floor ms",
+        "x floor",
+        "memory MiB",
+        "error",
+        "ours is faster",
+        "of memory",
+    ):
         table.add_column(heading, justify="right")
     bars = {(bar["beside"], bar["mode"]): bar for bar in report["bars"]}
     for row in report["rows"]:
         cells = [row["implementation"], row["mode"], str(row["d_model"])]
         if row["failure"]:
-            table.add_row(*cells, "", "", row["failure"])
+            table.add_row(*cells, "", "", "", "", row["failure"])
             continue
         bar = bars.get((row["implementation"], row["mode"]))
         table.add_row(
             *cells,
             _milliseconds(row["milliseconds"]),
+            _milliseconds(row["floors"]["bytes"]),
+            f"{row['ratio']:,.1f}",
             f"{row['peak_memory_bytes'] / 2**20:,.0f}",
             f"{row['relative_error']:.1e}",
             *([f"{bar['times_faster']:.1f} x", f"1 / {1 / max(bar['part_of_memory'], 1e-9):.1f}"] if bar else []),
