@@ -169,8 +169,7 @@ def _s4_table(report: dict[str, Any]) -> Any:
         table.add_row(
             *cells,
             _milliseconds(row["milliseconds"]),
-            _milliseconds(row["floors"]["bytes"]),
-            f"{row['ratio']:,.1f}",
+            *((_milliseconds(row["floors"]["bytes"]), f"{row['ratio']:,.1f}") if "ratio" in row else ("", "")),
             f"{row['peak_memory_bytes'] / 2**20:,.0f}",
             f"{row['relative_error']:.1e}",
             *([f"{bar['times_faster']:.1f} x", f"1 / {1 / max(bar['part_of_memory'], 1e-9):.1f}"] if bar else []),
