@@ -346,6 +346,39 @@ def test_bfloat16_is_near_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_state_in_the_cache_is_float32_whatever_the_weights_are(kind: str, dtype: torch.dtype) -> None:
+    drop_in.enable()
+    model, tokens = _build(kind).to(dtype), _tokens(2, 9)
+
+    def states(output: Any) -> list[Tensor]:
+        layers = _cache(output).layers
+        return [layer.recurrent_states[0] for layer in layers if getattr(layer, "recurrent_states", None)]
+
+    with torch.no_grad():
+        output = model(tokens[:, :6], use_cache=True)
+        for chunk in (tokens[:, 6:7], tokens[:, 7:]):
+            assert {state.dtype for state in states(output)} == {torch.float32}
+            # More than a 16-bit number holds.
+            assert any(not torch.equal(state, state.to(dtype).float()) for state in states(output))
+            output = _go_on(model, chunk, output)
+        assert {state.dtype for state in states(output)} == {torch.float32}
+
+
+def test_a_mask_that_was_changed_in_place_is_read_again() -> None:
+    drop_in.enable()
+    mixer, x = _build("mamba", use_bias=True).backbone.layers[0].mixer, torch.randn(2, 7, WIDTH)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    with torch.no_grad():
+        whole = mixer(x, attention_mask=mask)
+        mask[1, :3] = 0
+        padded = mixer(x, attention_mask=mask)
+        assert _relative(padded, mixer(x, attention_mask=mask.clone())) <= 1e-6
+        assert _relative(padded[1, 3:], whole[1, 3:]) > 1e-4
+        assert _relative(padded[1:, 3:], mixer(x[1:, 3:])) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_beams_reorder_the_states(kind: str) -> None:
     model, prompt = _build(kind), _tokens(2, 5)
     wanted = model.generate(prompt, max_new_tokens=6, do_sample=False, num_beams=3)

@@ -156,6 +156,9 @@ def test_a_saved_model_opens_in_transformers(tmp_path: Path, name: str) -> None:
     assert equal(contents(tmp_path / "theirs"), contents(tmp_path / "saved"))
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not any(report.values())
+    # No id is a padding's: transformers gives the embedding of one neither a number nor a gradient.
+    assert [getattr(model.config, f"{kind}_token_id") for kind in ("pad", "bos", "eos")] == [None] * 3
+    assert model.get_input_embeddings().padding_idx is None
     with torch.no_grad():
         ids = torch.randint(0, 11, (2, 24))
         assert relative(ours(ids).logits, model(ids).logits) <= 1e-5
