@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from statescan.data.images import Images, find_images, pixel_sequences, read_idx, read_images
-from statescan.errors import DataError
+from statescan.errors import ConfigError, DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "vision" / "mnist.npz"
 
@@ -112,6 +112,12 @@ def test_moved_pictures_are_the_pictures_moved(permutation_seed: int | None) -> 
             wanted.add(moved.reshape(24, 20)[:, order].tobytes())
     padded = np.pad(train.values, ((0, 0), (0, 1)))
     assert {padded[:, view].tobytes() for view in train.views} == wanted
+
+
+@pytest.mark.parametrize("shift", [-3, 4, 100])
+def test_a_picture_is_not_moved_out_of_its_frame(shift: int) -> None:
+    with pytest.raises(ConfigError, match=rf"shift must be within 0 .. 3 pixels of pictures of 4 x 5, got {shift}"):
+        pixel_sequences(_images(), held_out=6, shift=shift)
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from statescan.data import ByteTokenizer
-from statescan.errors import CheckpointError, DataError
-from statescan.evaluate import LogitsReader, Request, StateReader
+from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.evaluate import LogitsReader, Request, StateReader, evaluate_tasks
 from statescan.integrations.language_models import find_judged, open_judged
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 
@@ -57,6 +57,36 @@ def test_no_more_is_read_than_the_model_s_own_length(tmp_path: Path, make: Any, 
         assert judged.reader.max_length == 16
         assert judged.reader.score([Request(ids[:40], ids[40:])])[0].logprob == pytest.approx(wanted, rel=1e-4)
     assert find_judged(tmp_path, tokenizer="bytes", max_length=5).max_length == 5
+
+
+def rwkv(folder: Path) -> Any:
+    """A recurrence of another kind, which statescan has not."""
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(
+        vocab_size=256, hidden_size=16, attention_hidden_size=16, intermediate_size=24, num_hidden_layers=2
+    )
+    model = transformers.RwkvForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_an_rwkv_is_judged_on_tasks_and_refused_elsewhere_with_the_way(tmp_path: Path) -> None:
+    """Its answers are its own logits', by the reader and through `evaluate --tasks`."""
+    model = rwkv(tmp_path / "rwkv")
+    judged = open_judged(tmp_path / "rwkv", tokenizer="bytes")
+    assert judged.runs_on == "transformers"
+    questions = [("the river ran to the", " sea"), ("he shut the", " door")]
+    lines = [json.dumps({"context": context, "target": target}) for context, target in questions]
+    (tmp_path / "lambada_test.jsonl").write_text("\n".join(lines) + "\n")
+    (report,) = evaluate_tasks(judged.reader, judged.tokenizer, ["lambada"], tmp_path)
+    for (context, target), row in zip(questions, report.items, strict=True):
+        ids = torch.tensor([list((context + target).encode())])
+        with torch.no_grad():
+            table = model(ids[:, :-1]).logits[0].log_softmax(-1)
+        wanted = table[-len(target) :].gather(1, ids[0, -len(target) :, None]).sum().item()
+        assert row["logprobs"][0] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(ConfigError, match=r"got 'rwkv'; `statescan evaluate --tasks` judges any causal model that"):
+        CausalLM.from_pretrained(tmp_path / "rwkv")
 
 
 def test_a_table_of_positions_is_a_reader_s_length_too(tmp_path: Path) -> None:

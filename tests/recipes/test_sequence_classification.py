@@ -60,6 +60,16 @@ def test_overrides_reach_every_part_and_a_wrong_one_is_named() -> None:
         classification("smnist", "S4")
 
 
+@pytest.mark.parametrize(
+    ("task", "setting"), [("smnist", "lengths=10,100"), ("psmnist", "examples=6,2,2"), ("listops", "shift=1")]
+)
+def test_a_setting_of_another_task_is_not_passed_over(task: str, setting: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"train: {setting.split('=')[0]} is for \w+ alone, got .* with --task {task}"
+    ):
+        classification(task, "s4", overrides=[setting])
+
+
 def test_the_permuted_task_is_the_plain_one_with_its_pixels_moved(mnist: str) -> None:
     plain, permuted = (task_data(classification(task, "s4", data=mnist)) for task in ("smnist", "psmnist"))
     assert [len(part) for part in plain] == [45, 15, 20]

@@ -117,7 +117,8 @@ def detect_layout(config: Mapping[str, Any], path: Path) -> str:
             raise ConfigError(
                 f"{path}: model_type must be one of {', '.join((*_MODEL_TYPES, *ATTENTION_TYPES))}, got "
                 f"{config['model_type']!r}; "
-                "open it with the package that knows this architecture"
+                "`statescan evaluate --tasks` judges any causal model that transformers has, everything else needs the "
+                "package that knows this architecture"
             )
         return "transformers"
     if any(mark in config for mark in _STATE_SPACES_MARKS):

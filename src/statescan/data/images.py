@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statescan.data.labelled import LabelledSequences
-from statescan.errors import DataError
+from statescan.errors import ConfigError, DataError
 
 __all__ = ["Images", "find_images", "pixel_sequences", "read_idx", "read_images"]
 
@@ -129,15 +129,22 @@ def pixel_sequences(
         images: from `read_images`.
         held_out: pictures taken out of those for training, at random.
         permutation_seed: puts the pixels of all pictures into one fixed random order. Default: as they are.
-        shift: in training a picture is seen moved by up to so many pixels, up or down and to the sides.
+        shift: in training a picture is seen moved by up to so many pixels, up or down and to the sides; less than its
+            height and width.
         seed: of the choice of the held-out pictures.
 
     Raises:
-        DataError: fewer pictures than shall be held out.
+        DataError: fewer pictures than shall be held out. ConfigError: a shift out of range.
     """
     count = len(images.x_train)
     if not 0 < held_out < count:
         raise DataError(f"images: held_out must be within 1 .. {count - 1} pictures, got {held_out}")
+    _, height, width = images.x_train.shape
+    if not 0 <= shift < min(height, width):
+        raise ConfigError(
+            f"images: shift must be within 0 .. {min(height, width) - 1} pixels of pictures of {height} x {width}, "
+            f"got {shift}; 1 or 2 are usual"
+        )
     classes = int(images.y_train.max()) + 1
     pixels = images.x_train / np.float32(255)
     mean, deviation = float(pixels.mean(dtype=np.float64)), float(pixels.std(dtype=np.float64)) or 1.0
@@ -147,7 +154,6 @@ def pixel_sequences(
 
     order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
     learnt, test = sequences(images.x_train, images.y_train), sequences(images.x_test, images.y_test)
-    _, height, width = images.x_train.shape
     views = _moves(height, width, shift) if shift else None
     parts = replace(learnt.take(order[held_out:]), views=views), learnt.take(order[:held_out]), test
     if permutation_seed is None:

@@ -40,6 +40,7 @@ TASKS = ("smnist", "psmnist", "listops")
 _PERMUTATION_SEED = 0
 # The Long Range Arena's bounds of a ListOps expression.
 _ARENA = (500, 2000)
+_EXAMPLES = (96_000, 2_000, 2_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +58,28 @@ class Classification:
         start: folder of a classifier whose weights it starts from; "" for none.
         model: the classifier.
         train: the schedule.
+
+    Raises:
+        ConfigError: a setting of another task's data.
     """
 
     task: str
     data: str
     model: ClassifierConfig
     train: ClassifyConfig
-    examples: tuple[int, int, int] = (96_000, 2_000, 2_000)
+    examples: tuple[int, int, int] = _EXAMPLES
     data_seed: int = 0
     shift: int = 0
     lengths: tuple[int, int] = _ARENA
     start: str = ""
+
+    def __post_init__(self) -> None:
+        others = {"shift": 0} if self.task == "listops" else {"examples": _EXAMPLES, "lengths": _ARENA}
+        for name, default in others.items():
+            value = getattr(self, name)
+            if (tuple(value) if isinstance(default, tuple) else value) != default:
+                of = "pictures" if name == "shift" else "ListOps"
+                raise ConfigError(f"train: {name} is for {of} alone, got {value} with --task {self.task}; leave it out")
 
 
 # What each mixer has in place of the defaults: four blocks of width 128, of which an LSTM's and a GRU's, that run one
