@@ -155,6 +155,14 @@ def test_seconds_leave_a_run_unfinished(run: Run, tmp_path: Path, short: None, m
     assert (tmp_path / "heads" / "mamba-seed0" / "checkpoint.pt").exists()
 
 
+def test_the_time_reaches_copying_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(selective_copying, "selective_copying", lambda out, **options: given.update(options) or {})
+    code, _, _ = run("reproduce", "selective-copying", "--out", tmp_path / "x", "--seconds", 7, "--seeds", 2, "--json")
+    assert code == 0
+    assert (given["seconds"], given["seeds"], given["examples"]) == (7, range(2), 4096)
+
+
 def test_a_share_and_a_length_reach_the_recipe(run: Run, short: None, tmp_path: Path) -> None:
     code, out, _ = run(
         "reproduce", "selective-copying", "--out", tmp_path / "copying", "--seeds", 1, "--examples", 1, "--length", 128,
