@@ -179,7 +179,7 @@ def test_the_held_system_follows_the_parameters() -> None:
 
 
 def test_parameters_are_marked() -> None:
-    """The system's own parameters are never decayed and have their own highest rate, as published."""
+    """The system's own parameters are never decayed, as published, and have their own highest rate."""
     for layer in (S4(4, 4), S4D(4, 4)):
         marked = {n for n, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)}
         assert {"log_dt", "log_A_real", "A_imag", "B"} <= marked

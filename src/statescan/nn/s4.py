@@ -138,7 +138,10 @@ class _StateSpaceLayer(nn.Module):
             self.output_linear.reset_parameters()
 
     def _mark(self, *names: str) -> None:
-        """Parameters of the system itself: never decayed, and trained no faster than 0.001, as published."""
+        """Parameters of the system itself: never decayed, as published, and trained no faster than 0.001.
+
+        Published is 0.001 scaled by the schedule, which falls from the start; here the schedule is cut off at 0.001.
+        """
         self._marked = names
         for name in names:
             parameter = getattr(self, name)
