@@ -293,6 +293,10 @@ def test_bad_input() -> None:
         LSTM(8)(torch.zeros(2, 3, 8), LSTM(8).init_state(3))
     with pytest.raises(ShapeError, match="make it with init_state"):
         DilatedConv(8)(torch.zeros(2, 3, 8), DilatedConv(8).init_state(3))
+    with pytest.raises(ShapeError, match="make it with init_state"):
+        DilatedConv(8).step(torch.zeros(2, 8), DilatedConv(8).init_state(3))
+    with pytest.raises(ShapeError, match=r"x must be \(batch, d_model\) with d_model 8 in a step, got \(2, 3, 8\)"):
+        DilatedConv(8).step(torch.zeros(2, 3, 8), DilatedConv(8).init_state(2))
     with pytest.raises(ShapeError, match="state must have 2 rows"):
         CausalSelfAttention(8, 2)(torch.zeros(2, 3, 8), CausalSelfAttention(8, 2).init_state(3))
     with pytest.raises(ConfigError, match="n_kv_head must divide n_head = 4, got 3"):
