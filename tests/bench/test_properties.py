@@ -97,6 +97,10 @@ def test_a_quick_run_reports_and_draws(tmp_path: Path) -> None:
         assert text in drawn
     again = draw_properties(report, tmp_path / "again.svg")
     assert again.read_text() == drawn
+    assert "after one token" not in drawn
+    del report["context_read"]  # as in files of before every kind read its context
+    older = draw_properties(report, tmp_path / "older.svg").read_text()
+    assert "inference of LSTM, CNN, S4, Mamba: measured after one token at every place of the axis" in older
 
 
 def test_a_length_that_would_take_too_long_is_left_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def run_properties(
         progress: called with a line for each measurement.
 
     Returns:
-        machine, sizes, parameters of each kind, rows.
+        machine, sizes, parameters of each kind, the kinds that read their context, rows.
 
     Raises:
         ConfigError: a device that is not there, or `only` names no kind.
@@ -225,6 +225,7 @@ def run_properties(
         "machine": machine | {"threads": torch.get_num_threads()},
         "sizes": {"d_model": sizes.d_model, "n_layer": sizes.n_layer, "tokens": sizes.tokens, "rows": sizes.rows},
         "parameters": parameters,
+        "context_read": kinds,
         "rows": rows,
     }
     if out is not None:
@@ -424,7 +425,7 @@ def draw_properties(report: dict[str, Any], path: Path) -> Path:
             axes.set_ylabel(unit)
             axes.set_xlabel("length of the sequences" if use == "training" else "tokens seen before")
         machine, sizes = report["machine"], report["sizes"]
-        count = next(iter(report["parameters"].values())) / 1e6
+        count = report["parameters"].get("Mamba", next(iter(report["parameters"].values()))) / 1e6
         figure.suptitle(
             f"{count:.1f} M parameters each; training steps of {sizes['tokens']:,} tokens or one sequence, "
             f"inference of {sizes['rows']} sequence{'s' if sizes['rows'] > 1 else ''} at once",
@@ -436,6 +437,11 @@ def draw_properties(report: dict[str, Any], path: Path) -> Path:
         device = machine.get("gpu") or machine.get("cpu") if machine["device"] == "cuda" else machine.get("cpu")
         text = f"{device}, torch {machine['versions']['torch']}, {machine['date']}"
         figure.text(0.995, -0.015, text, ha="right", va="top", fontsize=7, color="#777777")
+        # Files of before the others did don't say who read a context: the Transformer alone.
+        read = report.get("context_read", ["Transformer"])
+        if unread := [kind for kind in KINDS if kind in report["parameters"] and kind not in read]:
+            text = f"inference of {', '.join(unread)}: measured after one token at every place of the axis"
+            figure.text(0.005, -0.015, text, ha="left", va="top", fontsize=9, color="#333333")
         with atomic_file(path) as temporary:
             kind = path.suffix.removeprefix(".") or "svg"
             metadata = {"Date": None} if kind == "svg" else None
