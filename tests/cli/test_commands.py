@@ -195,6 +195,19 @@ def test_generate_reads_standard_input_and_stops(run: Run, model: Path, monkeypa
     assert stopped["text"] == given["text"].partition(letter)[0]
 
 
+def test_generate_ends_where_the_model_ends_a_text(run: Run, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    known = {"<|endoftext|>": 0, "<|im_end|>": 1, "call": 2, "me": 3}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="me")).save(str(tmp_path / "tokenizer.json"))
+    torch.manual_seed(0)
+    CausalLM(MambaConfig(d_model=16, n_layer=1, vocab_size=4, d_state=4)).save_pretrained(tmp_path)
+    options = ("generate", "--model", tmp_path, "--prompt", "call", "--seed", 3, "--max-new-tokens", 60, "--json")
+    for named, end in (("<|im_end|>", 1), ("<|endoftext|>", 0)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+        (row,) = json.loads(run(*options).out)
+        assert (row["finish_reason"], row["stop"], row["tokens"].index(end)) == ("stop", end, len(row["tokens"]) - 1)
+
+
 def test_inspect_writes_a_page_and_a_picture(run: Run, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = tmp_path / "report.html"

@@ -170,6 +170,31 @@ def test_the_token_that_begins_a_text_is_the_one_named_beside(bpe_path, tmp_path
             _ = JsonTokenizer(tmp_path / "tokenizer.json").begin_of_text
 
 
+def test_the_token_that_ends_a_text_is_the_one_named_beside(bpe_path, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer.from_file(str(bpe_path))
+    inner.add_special_tokens(["<|im_end|>", "<|eot_id|>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    guessed, chat, other = (inner.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>", "<|eot_id|>"))
+    assert JsonTokenizer(tmp_path / "tokenizer.json").end_of_text == guessed == 0
+    for name, fields, wanted in (
+        ("special_tokens_map.json", {"eos_token": {"content": "<|eot_id|>"}, "bos_token": "<|endoftext|>"}, other),
+        ("tokenizer_config.json", {"bos_token": "<|endoftext|>"}, other),
+        ("tokenizer_config.json", {"eos_token": "<|im_end|>"}, chat),
+        ("tokenizer_config.json", {"eos_token": "<unknown>"}, other),
+        ("special_tokens_map.json", {}, guessed),
+    ):
+        (tmp_path / name).write_text(json.dumps(fields), encoding="utf-8")
+        assert JsonTokenizer(tmp_path / "tokenizer.json").end_of_text == wanted, fields
+    # The names go with it into another folder.
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}', encoding="utf-8")
+    JsonTokenizer(tmp_path / "tokenizer.json").save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").end_of_text == chat
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="can't be read as JSON"):
+        _ = JsonTokenizer(tmp_path / "tokenizer.json").end_of_text
+
+
 def test_a_text_is_encoded_whole_whatever_batches_the_file_was_saved_for(bpe_path, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer.from_file(str(bpe_path))

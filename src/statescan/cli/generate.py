@@ -6,6 +6,7 @@ import enum
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +97,7 @@ def generate(
             "generate: wanted a --prompt to write on from, got none; give one, or --seconds and -o for a model of sound"
         )
     from statescan.cli.models import model_folder, open_model, stored_dtype
+    from statescan.data import ByteTokenizer
     from statescan.generate import Engine, SamplingParams
 
     params = SamplingParams(
@@ -110,6 +112,10 @@ def generate(
     )
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
     language_model, text_to_ids = open_model(model, device=device, tokenizer=tokenizer)
+    # A text ends where the model says so. Bytes have no token for it: the NUL between documents is one of them.
+    end = text_to_ids.end_of_text
+    if end is not None and not isinstance(text_to_ids, ByteTokenizer):
+        params = replace(params, stop_token_ids=(end,))
     packed = stored_dtype(model_folder(model)) if dtype is Weights.auto else dtype.value
     engine = Engine(language_model, text_to_ids, dtype=packed)
 

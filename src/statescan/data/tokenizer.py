@@ -23,13 +23,15 @@ __all__ = [
     "JsonTokenizer",
     "SymbolTokenizer",
     "Tokenizer",
+    "encode_texts",
     "load_tokenizer",
+    "prefix_token",
     "token_dtype",
 ]
 
 _OWN_FILE = "statescan_tokenizer.json"
 _JSON_FILE = "tokenizer.json"
-# Beside tokenizer.json: which of its tokens begins a text.
+# Beside tokenizer.json: which of its tokens begins a text, and which ends it.
 _NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 DNA_LETTERS = "ACGTN"
 # What stands for several bases, N among them.
@@ -313,6 +315,8 @@ class JsonTokenizer:
             self._json = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
             raise DataError(f"tokenizer: '{self.path}' can't be read ({problem})") from None
+        beside = [self.path.parent / name for name in _NAMING_FILES] if self.path.name == _JSON_FILE else []
+        self._beside = {path: path.read_bytes() for path in beside if path.is_file()}
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(self._json)
         except Exception as problem:  # the package raises bare Exception for any malformed file
@@ -326,9 +330,6 @@ class JsonTokenizer:
         self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self._dtype = token_dtype(self.vocab_size)
-        self.end_of_text: int | None = next(
-            (id for id in map(self._tokenizer.token_to_id, _END_OF_TEXT) if id is not None), None
-        )
 
     def encode(self, text: str | bytes) -> NDArray[Any]:
         """The ids of a text, without special tokens added around it; bytes are decoded as UTF-8 first."""
@@ -356,18 +357,33 @@ class JsonTokenizer:
         Raises:
             DataError: the file beside it is no JSON object.
         """
-        beside = (
-            [_read_object(self.path.parent / name) for name in _NAMING_FILES] if self.path.name == _JSON_FILE else []
-        )
         for kind in ("bos_token", "eos_token"):
-            for named in beside:
-                token = named.get(kind)
-                token = token.get("content") if isinstance(token, dict) else token
-                id = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
-                if id is not None:
-                    return id
+            if (id := self._named(kind)) is not None:
+                return id
         added = self._tokenizer.encode("a").special_tokens_mask
         return self._tokenizer.encode("a").ids[0] if added and added[0] else None
+
+    @functools.cached_property
+    def end_of_text(self) -> int | None:
+        """The id that ends a text and stands between two: of the token that a file beside tokenizer.json names so, else
+        of the first in the vocabulary that is called as such a token often is; None where there is neither.
+
+        Raises:
+            DataError: the file beside it is no JSON object.
+        """
+        named = self._named("eos_token")
+        known = (id for id in map(self._tokenizer.token_to_id, _END_OF_TEXT) if id is not None)
+        return next(known, None) if named is None else named
+
+    def _named(self, kind: str) -> int | None:
+        """The id of the token that a file beside tokenizer.json calls "bos_token" or "eos_token"."""
+        for path, text in self._beside.items():
+            token = _read_object(path, text).get(kind)
+            token = token.get("content") if isinstance(token, dict) else token
+            id = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+            if id is not None:
+                return id
+        return None
 
     @functools.cached_property
     def splits_at_spaces(self) -> bool:
@@ -432,7 +448,10 @@ class JsonTokenizer:
         return table
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json into a model's folder."""
+        """Write tokenizer.json into a model's folder, and what stood beside it to name its tokens."""
+        for path, text in self._beside.items():
+            with atomic_file(Path(folder) / path.name) as temporary:
+                temporary.write_bytes(text)
         with atomic_file(Path(folder) / _JSON_FILE) as temporary:
             temporary.write_text(self._json, encoding="utf-8", newline="")
 
@@ -440,17 +459,40 @@ class JsonTokenizer:
         return f"JsonTokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds, nothing where there is none."""
+def _read_object(path: Path, text: bytes) -> dict[str, Any]:
+    """What a JSON file of this text holds."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as problem:
+        fields = json.loads(text)
+    except ValueError as problem:
         raise DataError(f"tokenizer: '{path}' can't be read as JSON ({problem}); copy it again") from None
     if not isinstance(fields, dict):
         raise DataError(f"tokenizer: wanted a JSON object in '{path}', got {type(fields).__name__}; copy it again")
     return fields
+
+
+def prefix_token(tokenizer: Any) -> int | None:
+    """The id that stands before a text without context: the tokenizer's `begin_of_text`, else its `end_of_text`."""
+    begin = getattr(tokenizer, "begin_of_text", None)
+    return getattr(tokenizer, "end_of_text", None) if begin is None else begin
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], prefix: int | None) -> list[NDArray[Any]]:
+    """The ids of whole texts with the tokens that a tokenizer adds by itself (a Llama's ``<s>``), as lm-eval has them.
+
+    Args:
+        tokenizer: with ``encode_batch``; where its ``adds_special_tokens`` is true, that takes ``add_special_tokens``.
+        texts: may be empty.
+        prefix: the token that begins a text; nothing is added to one that begins with that token's own letters.
+    """
+    if not getattr(tokenizer, "adds_special_tokens", False):
+        return tokenizer.encode_batch(texts)
+    begin = "" if prefix is None else tokenizer.decode([prefix])
+    begun = [bool(begin) and text.startswith(begin) for text in texts]
+    ids = {}
+    for bare in (False, True):
+        some = [text for text, has in zip(texts, begun, strict=True) if has == bare]
+        ids |= dict(zip(some, tokenizer.encode_batch(some, add_special_tokens=not bare), strict=True))
+    return [ids[text] for text in texts]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from statescan.data.tokenizer import encode_texts
 from statescan.errors import ConfigError, DataError
 from statescan.models import CausalLM, MambaConfig
 from statescan.ops._checks import mark_checked
@@ -25,9 +26,7 @@ __all__ = [
     "Request",
     "StateReader",
     "encode_pairs",
-    "encode_texts",
     "longest_input",
-    "prefix_token",
     "shorter",
 ]
 
@@ -86,31 +85,6 @@ class _Encoder(Protocol):
     def encode_batch(self, texts: Sequence[str], /) -> list[NDArray[Any]]: ...
 
 
-def prefix_token(tokenizer: Any) -> int | None:
-    """The id that stands before a text without context: the tokenizer's `begin_of_text`, else its `end_of_text`."""
-    begin = getattr(tokenizer, "begin_of_text", None)
-    return tokenizer.end_of_text if begin is None else begin
-
-
-def encode_texts(tokenizer: Any, texts: Sequence[str], prefix: int | None) -> list[NDArray[Any]]:
-    """The ids of whole texts with the tokens that a tokenizer adds by itself (a Llama's ``<s>``), as lm-eval has them.
-
-    Args:
-        tokenizer: with ``encode_batch``; where its ``adds_special_tokens`` is true, that takes ``add_special_tokens``.
-        texts: may be empty.
-        prefix: the token that begins a text; nothing is added to one that begins with that token's own letters.
-    """
-    if not getattr(tokenizer, "adds_special_tokens", False):
-        return tokenizer.encode_batch(texts)
-    begin = "" if prefix is None else tokenizer.decode([prefix])
-    begun = [bool(begin) and text.startswith(begin) for text in texts]
-    ids = {}
-    for bare in (False, True):
-        some = [text for text, has in zip(texts, begun, strict=True) if has == bare]
-        ids |= dict(zip(some, tokenizer.encode_batch(some, add_special_tokens=not bare), strict=True))
-    return [ids[text] for text in texts]
-
-
 def encode_pairs(tokenizer: _Encoder, pairs: Sequence[tuple[str, str]], prefix: int | None) -> list[Request]:
     """Texts to requests, as lm-eval cuts them.
 
@@ -118,9 +92,9 @@ def encode_pairs(tokenizer: _Encoder, pairs: Sequence[tuple[str, str]], prefix: 
     adds, and cut where the context alone ends. A continuation without context is judged after `prefix`.
 
     Args:
-        tokenizer: as in `encode_texts`.
+        tokenizer: as in `statescan.data.tokenizer.encode_texts`.
         pairs: (context, continuation).
-        prefix: id of the token that begins a text; see `prefix_token`.
+        prefix: id of the token that begins a text; see `statescan.data.tokenizer.prefix_token`.
 
     Raises:
         DataError: a continuation is empty or has no token of its own, or there is neither a context nor a prefix.

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from statescan.data.tokenizer import prefix_token
 from statescan.errors import ConfigError, DataError
-from statescan.evaluate.continuations import Likelihood, Reader, Request, encode_pairs, prefix_token
+from statescan.evaluate.continuations import Likelihood, Reader, Request, encode_pairs
 
 __all__ = ["TASKS", "Metric", "Question", "Task", "TaskResult", "evaluate_task", "evaluate_tasks", "read_questions"]
 
@@ -240,7 +241,8 @@ def evaluate_tasks(
 
     Args:
         reader: the model; see `statescan.evaluate.StateReader` and `LogitsReader`.
-        tokenizer: with ``encode_batch`` and ``end_of_text``; see `encode_pairs` and `prefix_token`.
+        tokenizer: with ``encode_batch`` and ``end_of_text``; see `encode_pairs` and
+            `statescan.data.tokenizer.prefix_token`.
         names: of `TASKS`.
         data_dir: the folder of their files.
         limit: judge only the first so many questions of a task (of each of its parts). Default: all.

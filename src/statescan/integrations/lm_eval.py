@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from statescan.data.tokenizer import encode_texts, prefix_token
 from statescan.errors import ConfigError, MissingExtraError
 from statescan.evaluate import StateReader, TaskResult, encode_pairs
-from statescan.evaluate.continuations import Request, encode_texts, prefix_token
+from statescan.evaluate.continuations import Request
 from statescan.evaluate.tasks import Metric, named_tasks
 from statescan.generate import Engine, SamplingParams
 from statescan.integrations.language_models import JudgedModel, open_judged
