@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from statescan.data import ByteTokenizer
+from statescan.data import ByteTokenizer, load_tokenizer
 from statescan.errors import ConfigError, DataError
 from statescan.generate import Engine, Generation, SamplingParams, sample
 
@@ -246,6 +246,48 @@ def test_an_empty_prompt_starts_a_line():
 
     ended = Engine(Recorder(), EndOfText()).generate([""], params)
     assert ended[0].tokens == engine.generate([[3]], params)[0].tokens
+
+
+def words(folder, adds: bool, named: str):
+    """A tokenizer of six words in a folder; `adds`: with <s> around a text; `named`: what is told beside the file."""
+    tokenizers = pytest.importorskip("tokenizers")
+    known = {"</s>": 0, "<s>": 1, "call": 2, "me": 3, "sea": 4, "?": 5}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["<s>", "</s>"])
+    if adds:
+        inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir()
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(named)
+    return load_tokenizer(folder)
+
+
+def test_a_text_begins_with_what_its_tokenizer_adds(tmp_path):
+    engine = Engine(Recorder(), words(tmp_path / "begun", True, '{"bos_token": "<s>", "eos_token": "</s>"}'))
+    params = SamplingParams(seed=1, max_new_tokens=3)
+    for text, ids in (("call me", [1, 2, 3]), ("<s> call me", [1, 2, 3]), ("", [1])):
+        assert engine.generate(text, params) == engine.generate([ids], params), text
+        assert engine.open(text).tokens == ids
+    assert engine.generate([[2, 3]], params)[0].prompt_tokens == 2
+    # What goes on is no new text.
+    session = engine.open("call")
+    first = engine.resume(session, params)
+    second = engine.resume(session, params, prompt="me sea")
+    assert session.tokens == [1, 2, *first.tokens, 3, 4, *second.tokens]
+    before = list(session.tokens)
+    third = engine.resume(session, params, prompt=" ")
+    assert session.tokens == [*before, *third.tokens]
+
+
+def test_an_empty_prompt_starts_from_the_token_that_begins_a_text(tmp_path):
+    for name, adds, named, start in (
+        ("begins", False, '{"bos_token": "<s>", "eos_token": "</s>"}', 1),
+        ("ends", False, '{"eos_token": "</s>"}', 0),
+        ("adds", True, "{}", 1),
+    ):
+        engine = Engine(Recorder(), words(tmp_path / name, adds, named))
+        assert engine.open("").tokens == engine.open([]).tokens == [start], name
 
 
 def test_errors_are_named():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from statescan.data import ByteTokenizer
+from statescan.data.tokenizer import encode_texts, prefix_token
 from statescan.errors import ConfigError, DataError
 from statescan.generate.ahead import run_ahead
 from statescan.generate.sampling import SamplingParams, row_params, sample
@@ -208,8 +209,9 @@ class Engine:
         """Writes on from every prompt.
 
         Args:
-            prompts: texts or token ids, of any lengths; a single text is a batch of one. An empty prompt starts from a
-                new line (or the tokenizer's end of text where it has one that isn't the byte 0).
+            prompts: texts or token ids, of any lengths; a single text is a batch of one. A text gets the tokens that
+                its tokenizer adds (a Llama's ``<s>``), ids are taken as they are. An empty prompt starts from the token
+                that begins a text (else the one that ends it), bytes from a new line.
             params: one for all, or one each. Default: `SamplingParams()`.
             stream: called with (row, text) as text becomes safe to show; the texts of a row join to its result.
 
@@ -263,14 +265,10 @@ class Engine:
     ) -> Generation:
         """Writes on where a session stands, after reading `prompt` if there is one; the session then stands at its end.
 
-        Equal to generating from all tokens so far, to rounding (they were read in other pieces).
+        Equal to generating from all tokens so far, to rounding (they were read in other pieces). `prompt` goes on after
+        them: no tokens are added to its text, and an empty one is nothing.
         """
-        # Nothing to read is nothing, not the start that an empty prompt of a new text stands for.
-        tokens = (
-            []
-            if prompt is None or (getattr(prompt, "ndim", 1) == 1 and len(prompt) == 0)
-            else read_prompt(prompt, self.tokenizer)
-        )
+        tokens = [] if prompt is None else read_prompt(prompt, self.tokenizer, begins=False)
         own = row_params(SamplingParams() if params is None else params, [()])[0]
         row = _Row(0, tokens, own, self.tokenizer, session)
         for piece in self._run([row]):
@@ -376,20 +374,35 @@ def default_tokenizer(model: Any) -> ByteTokenizer:
     return ByteTokenizer()
 
 
-def read_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt, checked; an empty one becomes the tokenizer's start."""
+def read_prompt(prompt: Prompt, tokenizer: Any, *, begins: bool = True) -> list[int]:
+    """Token ids of a prompt, checked.
+
+    Args:
+        prompt: a text or ids.
+        tokenizer: the model's.
+        begins: a text gets the tokens that the tokenizer adds to one, and nothing at all becomes the tokenizer's start;
+            else the prompt goes on after other tokens, and is taken as it is. Default True.
+    """
     if isinstance(prompt, str):
-        ids = [int(token) for token in tokenizer.encode(prompt)]
+        adds = begins and getattr(tokenizer, "adds_special_tokens", False)
+        encoded = encode_texts(tokenizer, [prompt], prefix_token(tokenizer))[0] if adds else tokenizer.encode(prompt)
+        ids = [int(token) for token in encoded]
     elif isinstance(prompt, (np.ndarray, Tensor)):
         if prompt.ndim != 1:
             raise DataError(f"generate: a prompt of token ids must be one-dimensional, got {tuple(prompt.shape)}")
         ids = [int(token) for token in prompt.tolist()]
     else:
         ids = [int(token) for token in prompt]
+    if not ids and not begins:
+        return []
     if not ids:
-        # A model predicts from at least one token. Texts begin after a line's end, or after what ends the one before.
-        end = getattr(tokenizer, "end_of_text", None)
-        ids = [end] if end else [int(token) for token in tokenizer.encode("\n")]
+        # A model predicts from at least one token. Bytes begin after a line's end, not after the NUL
+        # between two documents.
+        start = prefix_token(tokenizer)
+        if start is None or tokenizer.decode([start]) == "\0":
+            ids = [int(token) for token in tokenizer.encode("\n")]
+        else:
+            ids = [start]
     if min(ids) < 0 or max(ids) >= tokenizer.vocab_size:
         raise DataError(
             f"generate: a prompt's tokens must lie in [0, {tokenizer.vocab_size}), got {min(ids)} to {max(ids)}; "
