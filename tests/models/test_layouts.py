@@ -270,6 +270,7 @@ def test_fields_of_the_authors_layout_are_honoured_or_refused(tmp_path: Path, fi
         ({"d_model": 16}, "d_model must be 32"),
         ({"mixer_rms_eps": 1e-6}, "mixer_rms_eps is not known"),
         ({"hidden_size": None}, "intermediate_size must be a multiple"),
+        ({"hidden_size": 0, "intermediate_size": 64}, "intermediate_size must be a multiple of hidden_size = 0"),
         ({"time_step_rank": "all"}, "dt_rank must be"),
         ({"statescan": {"vocab_size": 3}}, "statescan.vocab_size must pad to vocab_size = 40, got 3"),
     ],

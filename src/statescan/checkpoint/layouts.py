@@ -204,7 +204,7 @@ def _from_transformers(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         inner = int(expand * ours["d_model"]) if inner is None else inner
         multiple = inner > 0 and inner % ours["d_model"] == 0
-    except TypeError:
+    except (TypeError, ZeroDivisionError):
         multiple = False
     if not multiple:
         raise ConfigError(
