@@ -42,6 +42,8 @@ def test_errors_name_the_path_and_a_cure_and_never_the_temporary_file(tmp_path: 
     ):
         want_folder(tmp_path / "none" / "x")
     want_folder(tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"a folder stands there: name a file"):
+        want_folder(tmp_path / "folder")
 
 
 def test_the_old_file_stands_until_the_new_one_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

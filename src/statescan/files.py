@@ -81,12 +81,15 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def want_folder(path: str | os.PathLike[str]) -> None:
-    """Refuses a path whose folder does not exist, before the work whose result shall go there is begun.
+    """Refuses a path whose folder does not exist, or that is a folder itself, before the work whose result shall go
+    there is begun.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: there is no such folder, or a folder stands at the file's place.
     """
     path = Path(path)
+    if os.path.isdir(path):
+        raise CheckpointError(f"save: could not write {path}: {os.strerror(errno.EISDIR)}; {_CURES[errno.EISDIR]}")
     if not os.path.isdir(path.parent):
         raise CheckpointError(
             f"save: could not write {path}: there is no folder {path.parent}; make it first or name another"

@@ -160,7 +160,7 @@ class _Prepared:
         for number in np.flatnonzero(after > max_length)[:1] if max_length is not None else ():
             raise DataError(
                 f"evaluate: a continuation must be no longer than max_length = {max_length} tokens, got "
-                f"{after[number]}; raise max_length"
+                f"{after[number]}; raise max_length (--context), but a model's own length is the most there is"
             )
         tokens = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
         if vocab is not None and len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab):

@@ -211,7 +211,9 @@ def find_file(task: Task, folder: str | os.PathLike[str]) -> Path:
     there = (
         f"{folder} holds no {task.file}.jsonl nor {task.file}.jsonl.xz" if folder.is_dir() else f"no folder {folder}"
     )
-    raise DataError(f"evaluate: the task {task.name} needs its file, but there is {there}; name its folder by data_dir")
+    raise DataError(
+        f"evaluate: the task {task.name} needs its file, but there is {there}; name its folder by data_dir (--data-dir)"
+    )
 
 
 def named_tasks(names: Sequence[str]) -> list[Task]:
