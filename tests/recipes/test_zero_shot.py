@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from statescan.cli import main
 from statescan.data import ByteTokenizer
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.models import CausalLM, MambaConfig
+from statescan.recipes import zero_shot as recipe
 from statescan.recipes.zero_shot import zero_shot
 
 QUESTIONS = [
@@ -109,4 +111,33 @@ def test_the_command_tells_what_failed(questions: Path, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit):
         main([*arguments, "--device", "cpu", "--context", "3"])
     # Of choices of five and six tokens only three can't be read.
-    assert "no longer than max_length = 3 tokens" in capsys.readouterr().err
+    assert re.search(r"no longer than max_length = 3 tokens.*raise max_length \(--context\)", capsys.readouterr().err)
+    # A folder where the report shall go is told before the judging.
+    with pytest.raises(SystemExit):
+        main([*arguments, "--device", "cpu", "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert "a folder stands there: name a file" in err
+    assert "of 2)" not in err
+
+
+def test_an_interrupted_command_shows_the_models_that_are_finished(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [model(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    judge, judged = recipe.evaluate_tasks, []
+
+    def interrupted(*arguments, **options):
+        judged.append(arguments)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return judge(*arguments, **options)
+
+    monkeypatch.setattr(recipe, "evaluate_tasks", interrupted)
+    arguments = ["reproduce", "zero-shot", "--models", ",".join(map(str, models)), "--data-dir", str(questions)]
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--tasks", "piqa", "--device", "cpu", "--out", str(tmp_path / "report.json")])
+    out, _ = capsys.readouterr()
+    assert end.value.code == 130
+    assert str(models[0]) in out
+    assert str(models[1]) not in out
+    assert f"wrote {tmp_path / 'report.json'}" in out

@@ -58,29 +58,39 @@ def zero_shot(
 
     from statescan.recipes import zero_shot as recipe
 
-    with progress("judging", unit="questions") as bar:
-        found = recipe.zero_shot(
-            split_names(models),
-            data_dir,
-            tasks=recipe.SIX_TASKS if tasks is None else split_names(tasks),
-            limit=limit,
-            out=out,
-            progress=lambda _, done, total: bar(done, total),
-            say=note,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            dtype=dtype,
-            tokenizer=tokenizer,
-            runs_on=runs_on,
-            max_length=context,
-        )
+    def show(reports: Sequence[Mapping[str, Any]]) -> None:
+        paper = recipe.TABLE_3 if all_rows else recipe.beside_paper(*(one["parameters"] for one in reports))
+        print_table(reports, paper)
+        if out is not None:
+            print(f"\nwrote {out}")
+
+    finished: list[Mapping[str, Any]] = []
+    try:
+        with progress("judging", unit="questions") as bar:
+            found = recipe.zero_shot(
+                split_names(models),
+                data_dir,
+                tasks=recipe.SIX_TASKS if tasks is None else split_names(tasks),
+                limit=limit,
+                out=out,
+                progress=lambda _, done, total: bar(done, total),
+                say=note,
+                finished=finished.append,
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                dtype=dtype,
+                tokenizer=tokenizer,
+                runs_on=runs_on,
+                max_length=context,
+            )
+    except KeyboardInterrupt:
+        # Half of what was asked for is no JSON of it; the report holds the finished ones.
+        if finished and not as_json:
+            show(finished)
+        raise
     if as_json:
         emit_json(found)
-        _tell_failed(found["failed"])
-        return
-    paper = recipe.TABLE_3 if all_rows else recipe.beside_paper(*(one["parameters"] for one in found["models"]))
-    print_table(found["models"], paper)
-    if out is not None:
-        print(f"\nwrote {out}")
+    else:
+        show(found["models"])
     _tell_failed(found["failed"])
 
 

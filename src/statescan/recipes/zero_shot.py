@@ -72,6 +72,7 @@ def zero_shot(
     out: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], object] | None = None,
     say: Callable[[str], object] | None = None,
+    finished: Callable[[dict[str, Any]], object] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -88,6 +89,8 @@ def zero_shot(
         out: a JSON file for the report with every question's own result, written anew after each model. Default: none.
         progress: called with ("model: task", questions judged, questions).
         say: called with a line before each model. Default: nothing is said.
+        finished: called with each model's entry once it is judged (and in `out`), for who may be interrupted. Default:
+            none.
         tokenizer: "bytes", or a `tokenizers` JSON file or its folder, for the models that come without one, as the
             authors' do. Default: each must have its own.
         options: of `statescan.integrations.language_models.find_judged`: device, dtype, max_length ...
@@ -135,6 +138,8 @@ def zero_shot(
             with atomic_file(out) as temporary:
                 text = json.dumps({"models": whole, "failed": failed, "paper": paper}, indent=1)
                 temporary.write_text(text + "\n", encoding="utf-8")
+        if finished is not None and one.name not in failed:
+            finished(reports[-1])
     if first is not None and not reports:
         raise first
     return {"models": reports, "failed": failed, "paper": paper}
