@@ -26,10 +26,15 @@ def facts(machine: dict[str, Any]) -> str:
     return f"{machine['cpu']} ({machine['cpu_family_model']}), {threads}, {torch}"
 
 
+def has_rows(report: dict[str, Any]) -> bool:
+    """Whether it holds rows of ops and models; other results have tables of their own."""
+    return "ceilings" in report and all("bench" in row for row in report["rows"])
+
+
 def main(files: list[str]) -> None:
     for file in files:
         report = json.loads(Path(file).read_text())
-        if "ceilings" not in report:
+        if not has_rows(report):
             continue
         ceilings = ", ".join(f"{name} {value:.4g}" for name, value in report["ceilings"].items())
         print(f"**{Path(file).stem}**: {facts(report['machine'])}; ceilings {ceilings}\n")

@@ -317,7 +317,7 @@ def hippo_reconstruct(
     _check_span(op, measure, span)
     age = torch.as_tensor(age).double()
     oldest = torch.as_tensor(math.inf if measure == "lagt" else span).double()
-    slack = 1e-9 * torch.as_tensor(span).double()  # of rounding
+    slack = 1e-6 * torch.as_tensor(span).double()  # of times in float32
     if values_readable(age) and not bool(((age >= -slack) & (age <= oldest + slack)).all()):
         raise ConfigError(
             f"{op}: age must be within 0 .. {oldest.max().item():g}, what {measure} sees, got {age.min().item():g} .. "
