@@ -363,7 +363,7 @@ class JsonTokenizer:
         added = self._tokenizer.encode("a").special_tokens_mask
         return self._tokenizer.encode("a").ids[0] if added and added[0] else None
 
-    @functools.cached_property
+    @property
     def end_of_text(self) -> int | None:
         """The id that ends a text and stands between two: of the token that a file beside tokenizer.json names so, else
         of the first in the vocabulary that is called as such a token often is; None where there is neither.
@@ -371,6 +371,10 @@ class JsonTokenizer:
         Raises:
             DataError: the file beside it is no JSON object.
         """
+        return self._end_of_text
+
+    @functools.cached_property
+    def _end_of_text(self) -> int | None:
         named = self._named("eos_token")
         known = (id for id in map(self._tokenizer.token_to_id, _END_OF_TEXT) if id is not None)
         return next(known, None) if named is None else named
