@@ -41,17 +41,20 @@ def _sentence(draw: random.Random, length: int) -> str:
     return " ".join(draw.choice(WORDS) for _ in range(length))
 
 
+def _byte_level_bpe(*special_tokens: str) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    draw = random.Random(0)
+    texts = [_sentence(draw, 12) for _ in range(300)]
+    tokenizer.train_from_iterator(texts, VOCAB, min_frequency=2, special_tokens=list(special_tokens))
+    return tokenizer._tokenizer
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Mamba in transformers' layout, with a byte-level BPE tokenizer of its own."""
     folder = tmp_path_factory.mktemp("hf") / "model"
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    draw = random.Random(0)
-    tokenizer.train_from_iterator(
-        [_sentence(draw, 12) for _ in range(300)], VOCAB, min_frequency=2, special_tokens=["<|endoftext|>"]
-    )
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+        tokenizer_object=_byte_level_bpe("<|endoftext|>"), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
     )
     fast.save_pretrained(folder)
     torch.manual_seed(0)
@@ -280,12 +283,7 @@ def test_texts_are_cut_into_tokens_as_the_harness_cuts_them(folder: Path) -> Non
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama whose tokenizer puts <s> in front of a text, and ends one with </s>."""
     folder = tmp_path_factory.mktemp("begun") / "model"
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    draw = random.Random(0)
-    tokenizer.train_from_iterator(
-        [_sentence(draw, 12) for _ in range(300)], VOCAB, min_frequency=2, special_tokens=["<unk>", "<s>", "</s>"]
-    )
-    inner = tokenizer._tokenizer
+    inner = _byte_level_bpe("<unk>", "<s>", "</s>")
     inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)

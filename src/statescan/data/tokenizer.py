@@ -360,8 +360,8 @@ class JsonTokenizer:
         for kind in ("bos_token", "eos_token"):
             if (id := self._named(kind)) is not None:
                 return id
-        added = self._tokenizer.encode("a").special_tokens_mask
-        return self._tokenizer.encode("a").ids[0] if added and added[0] else None
+        sample = self._tokenizer.encode("a")
+        return sample.ids[0] if sample.ids and sample.special_tokens_mask[0] else None
 
     @property
     def end_of_text(self) -> int | None:

@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statescan.data import ByteTokenizer
-from statescan.errors import CheckpointError, ConfigError, TrainingError
+from statescan.errors import ConfigError, TrainingError
 from statescan.evaluate import evaluate_tokens, row_bits
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, ModelConfig, TransformerConfig
 from statescan.recipes.novels import SHIPPED_TEXTS, read_corpus
 from statescan.recipes.synthetic import machine_facts, make_model
 from statescan.train.capture import CapturedStep
+from statescan.train.finished import check_same
 from statescan.train.initial_state import InitialState
 from statescan.train.optim import parameter_groups
 from statescan.train.utilization import utilization
@@ -444,14 +445,9 @@ def builtin_model(
             run = dataclasses.replace(run, steps=_read(out / "mamba" / _TRAINED)["steps"], seconds=0.0)
         if (folder / _TRAINED).exists():
             trained = _read(folder / _TRAINED)
-            if trained["run"] != run.to_dict():
-                raise CheckpointError(
-                    f"builtin-model: '{folder}' holds a run with other settings; name another --out, or delete it"
-                )
-            if trained.get("corpus_digest", corpus.digest) != corpus.digest:
-                raise CheckpointError(
-                    f"builtin-model: '{folder}' learnt from other texts; name another --out, or delete it"
-                )
+            check_same(folder / _TRAINED, trained["run"], run.to_dict())
+            learnt = {"corpus_digest": trained.get("corpus_digest", corpus.digest)}
+            check_same(folder / _TRAINED, learnt, {"corpus_digest": corpus.digest}, "texts")
         else:
             trained = train_language_model(run, np.asarray(corpus.tokens), folder, device=device, say=say)
         if judged not in trained.setdefault("scores", {}):
