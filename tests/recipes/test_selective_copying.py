@@ -11,7 +11,7 @@ from statescan.data import SelectiveCopying, load_tokenizer
 from statescan.errors import ConfigError
 from statescan.models import CausalLM
 from statescan.recipes import selective_copying as recipe
-from statescan.recipes.synthetic import Stage, SyntheticRun, interval, judge, read_scores, seed_of_tests
+from statescan.recipes.synthetic import Pooled, Score, Stage, SyntheticRun, interval, judge, read_scores, seed_of_tests
 
 FACTS = Path(__file__).parents[3] / "shared" / "facts" / "paper.md"
 
@@ -45,12 +45,14 @@ def test_a_run_leaves_models_scores_tables_and_figure(small: None, tmp_path: Pat
         CausalLM.from_pretrained(tmp_path / "lstm-seed1").eval(), SelectiveCopying(256), 3, seed=seed_of_tests(256)
     )
     score = runs["lstm", 1]["scores"]["256"]
-    assert (score["correct"], score["asked"], score["examples"]) == again
+    assert (score["correct"], score["asked"], score["examples"], score["squares"]) == again
     assert score["asked"] == 48
     markdown = (tmp_path / "results.md").read_text()
-    mine = [runs["mamba-s6", seed]["scores"]["4096"]["correct"] for seed in (0, 1)]
+    mine = [runs["mamba-s6", seed]["scores"]["4096"] for seed in (0, 1)]
+    both = Pooled(tuple(Score(*(one[name] for name in Score._fields)) for one in mine))
     # Three sequences, which both seeds were judged on.
-    assert f"| {' to '.join(interval(sum(mine) / 32, 3))} |" in markdown
+    assert 3 <= both.trials[1] <= 48
+    assert f"| {' to '.join(interval(*both.trials))} |" in markdown
     assert "| Mamba, S6 | 99.8 | **" in markdown
     assert "| no gate, S6 | 97 | not run |" in markdown
     assert "| LSTM (at length 256) |" in markdown
@@ -140,7 +142,8 @@ def test_more_examples_are_judged_on_top_of_those_that_were(small: None, tmp_pat
     assert (parts["asked"], parts["examples"]) == (128, 8)
     assert sum("length 256" in line for line in told) == 2
     model = CausalLM.from_pretrained(tmp_path / "lstm-seed0").eval()
-    assert parts["correct"] == judge(model, SelectiveCopying(256), 8, seed=seed_of_tests(256)).correct
+    whole = judge(model, SelectiveCopying(256), 8, seed=seed_of_tests(256))
+    assert (parts["correct"], parts["squares"]) == (whole.correct, whole.squares)
 
 
 def _scored(row: str, seed: int, right: int) -> dict[str, object]:

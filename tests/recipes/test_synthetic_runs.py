@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from statescan.errors import CheckpointError, ConfigError
 from statescan.models import CausalLM, MambaConfig
 from statescan.recipes import synthetic
 from statescan.recipes.synthetic import (
+    Pooled,
     Score,
     Stage,
     SyntheticRun,
@@ -310,18 +312,24 @@ def test_judged_in_pieces_as_whole(at_once: int) -> None:
     assert 0 < right < 40
     told: list[tuple[int, int]] = []
     score = judge_pieces(model, task, 40, seed=7, at_once=at_once, progress=lambda *done: told.append(done))
-    assert score == (right, 40, 40)
+    assert score == (right, 40, 40, right)
     assert told[-1] == (40 * 64, 40 * 64)
-    assert judge(model, task, 40, seed=7, at_once=at_once) == (right, 40, 40)
+    assert judge(model, task, 40, seed=7, at_once=at_once) == (right, 40, 40, right)
 
 
 def test_several_answers_of_an_example_are_judged_each() -> None:
-    task = SelectiveCopying(12, 3, 5)
-    model = CausalLM(MambaConfig(16, 1, 5, d_state=4)).eval()
+    # Of two symbols one is said right by guessing.
+    task = SelectiveCopying(12, 3, 4)
+    torch.manual_seed(1)
+    model = CausalLM(MambaConfig(16, 1, 4, d_state=4, tie_embeddings=False)).eval()
+    model.lm_head.weight.data[[0, 3]] = 0
     batch = task.batch(2, 0, 50)
     with torch.no_grad():
-        right = (model(batch.inputs).logits[:, -3:].argmax(-1) == batch.answers).sum()  # type: ignore[index]
-    assert judge(model, task, 50, seed=2, at_once=45) == (int(right), 150, 50)
+        right = (model(batch.inputs).logits[:, -3:].argmax(-1) == batch.answers).sum(1)  # type: ignore[index]
+    squares = sum(count * count for count in right.tolist())
+    assert int(right.sum()) < squares < 3 * int(right.sum())
+    for at_once in (45, 10**6):
+        assert judge(model, task, 50, seed=2, at_once=at_once) == (int(right.sum()), 150, 50, squares)
 
 
 def test_pieces_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,18 +381,112 @@ def test_percents_are_those_of_the_counts() -> None:
                 assert percent(correct / asked) == f"{1000 * correct // asked // 10}.{1000 * correct // asked % 10}"
 
 
-def test_an_interval_takes_an_example_for_one_trial() -> None:
+def _scores(*scores: Score) -> list[dict[str, Any]]:
+    return [{"scores": {9: score_row(score, 1.0)}} for score in scores]
+
+
+def test_without_squares_an_example_is_one_trial() -> None:
     """Sixteen answers a sequence, and three models on the same sequences, are no more trials than there are sequences:
     it is the interval of the worst case, where all answers to a sequence are right or wrong together."""
-    runs = [
-        {"scores": {9: {"correct": correct, "asked": 1600, "examples": 100, "seconds": 1.0}}} for correct in (800, 880)
-    ]
-    both = pooled(runs, 9)
+    both = pooled(_scores(Score(800, 1600, 100), Score(880, 1600, 100)), 9)
     assert both is not None
-    assert both == Score(1680, 3200, 100)
-    assert both.trials == (52.5, 100)
+    assert both.accuracy == pytest.approx(1680 / 3200)
+    assert both.trials == pytest.approx((52.5, 100))
     assert wilson(*both.trials) == pytest.approx((0.4280225, 0.6201278), abs=1e-6)
     assert wilson(*Score(1600, 1600, 100).trials)[1] == 1
+    # Had each of 64 sequences been judged by both models and 192 more by one of them: 64 of twice the weight.
+    uneven = pooled(_scores(Score(512, 1024, 64), Score(2048, 4096, 256)), 9)
+    assert uneven is not None
+    assert uneven.trials[1] == pytest.approx(320**2 / (64 * 4 + 192))
+
+
+def test_answers_that_come_apart_count_as_more_trials() -> None:
+    """n sequences of m answers: as many trials as p (1 - p) over the variance of the mean, between n and n m."""
+    right = torch.tensor([[16] * 700 + [0] * 300, [16] * 500 + [12] * 400 + [0] * 100, [11] * 500 + [12] * 500])
+    scores = [Score(int(r.sum()), 16_000, 1000, int(r.square().sum())) for r in right]
+    for count, score in zip(right, scores, strict=True):
+        share = torch.cat([count / 16, torch.tensor([0.0, 1.0])]).double()
+        p = share.mean()
+        wanted = min(16_000.0, float(1000 * p * (1 - p) / share.var(correction=0)))
+        assert score.trials == pytest.approx((score.accuracy * wanted, wanted), rel=1e-6)
+    # Together, as they come, and more evenly than single answers would.
+    assert [round(score.trials[1]) for score in scores] == [1000, 1875, 16_000]
+
+
+@pytest.mark.parametrize(("right", "squares"), [(4096 * 16, 4096 * 256), (0, 0)])
+def test_without_an_error_an_example_is_one_trial(right: int, squares: int) -> None:
+    """Nothing was seen that tells how errors hang together."""
+    score = Score(right, 4096 * 16, 4096, squares)
+    assert score.trials[1] == pytest.approx(4096)
+    both = pooled(_scores(score, score), 9)
+    assert both is not None
+    assert wilson(*both.trials) == pytest.approx(wilson(*score._replace(squares=None).trials))
+
+
+def test_few_errors_tell_little_of_how_they_hang_together() -> None:
+    """Each in a sequence of its own: a design effect of 1 to the eye, near 16 after one and near 1 after many."""
+    trials = [
+        Score(4096 * 16 - wrong, 4096 * 16, 4096, (4096 - wrong) * 256 + wrong * 225).trials[1]
+        for wrong in (0, 1, 10, 100, 1000)
+    ]
+    assert trials == sorted(trials)
+    # Errors and one sequence all wrong: (n + 256) squares where single answers would have n + 16.
+    for wrong, got in zip((1, 10, 100), trials[1:], strict=False):
+        assert got == pytest.approx(4096 * 16 * (wrong + 16) / (wrong + 256), rel=0.01)
+
+
+def test_models_that_were_judged_on_the_same_examples_are_no_independent_trials() -> None:
+    one = Score(900 * 16, 16_000, 1000, 860 * 256 + 80 * 64)
+    other = Score(950 * 16, 16_000, 1000, 930 * 256 + 40 * 64)
+    same, both = pooled(_scores(one, one), 9), pooled(_scores(one, other), 9)
+    assert same is not None
+    assert both is not None
+    assert same.trials == pytest.approx(one.trials)
+    assert both.accuracy == pytest.approx(0.925)
+
+    def error(score: Score | Pooled) -> float:
+        return math.sqrt(score.accuracy * (1 - score.accuracy) / score.trials[1])
+
+    # Wholly at the same examples: the mean's error is the mean of the errors.
+    assert error(both) == pytest.approx((error(one) + error(other)) / 2, rel=1e-3)
+    # One of a file without squares takes the others no further than sequences.
+    mixed = pooled(_scores(one, other._replace(squares=None)), 9)
+    assert mixed is not None
+    assert 1000 <= mixed.trials[1] < both.trials[1]
+    # Answers of which there is one an example: as many trials as examples, however different the models are.
+    single = pooled(_scores(Score(100, 1000, 1000, 100), Score(999, 1000, 1000, 999)), 9)
+    assert single is not None
+    assert single.trials[1] == 1000
+
+
+@pytest.mark.parametrize("wrong_together", [0.0, 0.2, 0.7])
+def test_the_interval_holds_the_probability_as_often_as_it_says(wrong_together: float) -> None:
+    """Sequences drawn anew 2,000 times: a part of them fails as a whole, the others answer by answer."""
+    generator = torch.Generator().manual_seed(1)
+    draws, examples, of_each, p_wrong = 2000, 500, 16, 0.06
+    alone = (p_wrong - wrong_together * p_wrong) / (1 - wrong_together * p_wrong)
+    failed = torch.rand(draws, examples, generator=generator) < wrong_together * p_wrong
+    right = (torch.rand(draws, examples, of_each, generator=generator) >= alone).sum(-1).masked_fill(failed, 0)
+    held = flat = 0
+    for correct, squares in zip(right.sum(1).tolist(), right.square().sum(1).tolist(), strict=True):
+        low, high = wilson(*Score(correct, examples * of_each, examples, squares).trials)
+        held += low <= 1 - p_wrong <= high
+        low, high = wilson(correct, examples * of_each)
+        flat += low <= 1 - p_wrong <= high
+    assert 0.935 < held / draws < 0.995
+    # With single answers as trials it wouldn't.
+    assert wrong_together == 0 or flat / draws < 0.8
+
+
+def test_squares_are_kept_where_all_parts_have_them(tmp_path: Path) -> None:
+    whole = score_row(Score(7, 8, 4, 13), 1.0)
+    assert whole == {"correct": 7, "asked": 8, "examples": 4, "squares": 13, "seconds": 1.0}
+    assert score_row(Score(3, 8, 4, 5), 1.0, whole)["squares"] == 18
+    old = score_row(Score(3, 8, 4), 1.0)
+    assert "squares" not in old
+    assert score_row(Score(7, 8, 4, 13), 0.5, old) == {"correct": 10, "asked": 16, "examples": 8, "seconds": 1.5}
+    write_scores(tmp_path, {9: whole, 12: old})
+    assert read_scores(tmp_path) == {9: whole, 12: old}
 
 
 def test_parts_are_kept_as_they_are_judged(tmp_path: Path, alone: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +516,9 @@ def test_scores_are_kept_and_pooled(tmp_path: Path) -> None:
     assert gather_runs(tmp_path) == []
     for seed, right in ((0, 3), (1, 4)):
         folder = tmp_path / f"tiny-seed{seed}"
-        score = judge(CausalLM.from_pretrained(folder).eval(), InductionHeads(12), 4, seed=1)._replace(correct=right)
+        score = judge(CausalLM.from_pretrained(folder).eval(), InductionHeads(12), 4, seed=1)._replace(
+            correct=right, squares=2
+        )
         write_scores(folder, {12: score_row(score, 0.5)})
     runs = gather_runs(tmp_path)
     assert [(run["row"], run["seed"], run["steps"], run["together"]) for run in runs] == [
@@ -422,7 +526,7 @@ def test_scores_are_kept_and_pooled(tmp_path: Path) -> None:
         ("tiny", 1, 80, 2),
     ]
     assert read_scores(tmp_path / "tiny-seed1")[12]["correct"] == 4
-    assert pooled(runs, 12) == Score(7, 8, 4)
+    assert pooled(runs, 12) == Pooled((Score(3, 4, 4, 2), Score(4, 4, 4, 2)))
     assert pooled(runs, 13) is None
 
 

@@ -24,6 +24,7 @@ from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 from statescan.models.baseline_config import RecurrentConfig
 from statescan.recipes.synthetic import (
+    Pooled,
     Score,
     Stage,
     SyntheticRun,
@@ -294,7 +295,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(score: Score | None) -> str:
+def _cell(score: Pooled | None) -> str:
     if score is None:
         return "not run"
     return f"{percent(score.accuracy)} [{', '.join(interval(*score.trials))}]"

@@ -226,7 +226,8 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         "",
         f"Token accuracy in per cent, rounded down, 16 tokens among {longest:,}; chance is 7.14. The paper's are at "
         f"{LENGTH:,}. The interval is Wilson's, 95 %. The 16 answers to a sequence hang together, and the seeds are "
-        "judged on the same sequences: the interval counts a sequence once, the widest that it can be. What training's "
+        "judged on the same sequences: the interval is that of as many independent trials as tell as much (the "
+        "sequences themselves where the file of scores doesn't say how far answers hang together). What training's "
         "randomness adds to it shows in the seeds' own numbers.",
         "",
     ]

@@ -39,6 +39,7 @@ from statescan.train.loop import Interruption
 from statescan.train.optim import parameter_groups
 
 __all__ = [
+    "Pooled",
     "Score",
     "Stage",
     "SyntheticRun",
@@ -54,6 +55,8 @@ _TRAINED = "trained.json"
 _SCORES = "scores.json"
 _CHECKPOINT = "checkpoint.pt"
 _LOG = "log.csv"
+# What is kept of a score; files from before squares were counted have none.
+_COUNTS = ("correct", "asked", "examples", "squares", "seconds")
 # Seconds between checkpoints, and between two looks at the losses, for which the host waits.
 _SAVE_EVERY, _LOOK_EVERY = 60.0, 2.0
 # Steps in one graph: enough that the host starts each of many runs rarely, few enough to stop at any moment.
@@ -180,11 +183,16 @@ class TrainedRun:
 
 
 class Score(NamedTuple):
-    """Answers judged: how many were right, of how many; `examples` they came from."""
+    """Answers judged: how many were right, of how many; `examples` they came from.
+
+    `squares` is the sum over the examples of the square of how many of its answers were right, which tells how far
+    answers to one example hang together; None where it was not counted.
+    """
 
     correct: int
     asked: int
     examples: int
+    squares: int | None = None
 
     @property
     def accuracy(self) -> float:
@@ -192,19 +200,66 @@ class Score(NamedTuple):
         return self.correct / self.asked
 
     @property
-    def trials(self) -> tuple[float, int]:
-        """(successes, trials) for `wilson`: each example is one trial, however many answers were asked of it and
-        however many models answered it. Answers to one example hang together in a way that their counts don't tell;
-        a mean in [0, 1] varies no more than a coin of the same mean, so that the interval is never too narrow."""
-        return self.accuracy * self.examples, self.examples
+    def trials(self) -> tuple[float, float]:
+        """(successes, trials) for `wilson`; see `Pooled.trials`."""
+        return Pooled((self,)).trials
 
 
-def wilson(correct: float, asked: int, z: float = 1.959964) -> tuple[float, float]:
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """Scores of several models, all judged on the same examples, from the first one on."""
+
+    scores: tuple[Score, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """The part of all answers that was right."""
+        return sum(score.correct for score in self.scores) / sum(score.asked for score in self.scores)
+
+    @property
+    def trials(self) -> tuple[float, float]:
+        """(successes, trials) for `wilson`: as many independent trials as tell as much as the judged examples.
+
+        An example, not an answer, is what was drawn. So the variance of the accuracy is that between the examples'
+        shares of right answers, and the trials are p (1 - p) over it, p the accuracy: the answers over their design
+        effect. Where `Score.squares` is unknown a share varies as if all answers to an example were right or wrong
+        together, which no mean in [0, 1] exceeds: each example is one trial. Where few answers are wrong (or few
+        right), hardly anything shows how they hang together: an example with every answer right and one with every
+        answer wrong are counted in, so that with no error the trials are the examples and become more as errors are
+        seen to come apart. Models are judged on the same examples, and how their errors go together is not kept: their
+        deviations are added as if they did so wholly. There are never more trials than answers to one model.
+
+        Source: Kish, "Survey sampling", 1965, section 5.4 (clusters' variance, design effect); Korn and Graubard,
+        "Confidence intervals for proportions with small expected number of positive counts estimated from survey
+        data", 1998 (the effective sample size in a binomial interval). The two examples counted in are ours.
+        """
+        # Of each model, by examples: how many, the sum of their shares with the two, and the share's deviation.
+        judged: list[tuple[int, float, float]] = []
+        most = 0
+        for correct, asked, examples, squares in self.scores:
+            of_each = asked / examples
+            right = correct / of_each + 1
+            mean = right / (examples + 2)
+            square = mean if squares is None else (squares / of_each**2 + 1) / (examples + 2)
+            judged.append((examples, right * examples / (examples + 2), math.sqrt(square - mean * mean)))
+            most = max(most, examples if squares is None else asked)
+        judged.sort()
+        count, done, variance = sum(examples for examples, _, _ in judged), 0, 0.0
+        for number, (examples, _, _) in enumerate(judged):
+            # Examples that this model and those after it were judged on.
+            variance += (examples - done) * math.fsum(deviation for _, _, deviation in judged[number:]) ** 2
+            done = examples
+        mean = math.fsum(right for _, right, _ in judged) / count
+        trials = min(float(most), (mean - mean * mean) * count * count / variance)
+        return self.accuracy * trials, trials
+
+
+def wilson(correct: float, asked: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's interval for a probability of which `asked` independent trials showed `correct` successes.
 
     Args:
         correct: successes; a mean of several answers a trial gives fractions of one.
-        asked: trials, at least 1.
+        asked: trials, at least 1; fractions where it is an effective number.
         z: normal quantile; default: 95 %.
 
     Returns:
@@ -585,15 +640,17 @@ def judge(
     """
     device = model.lm_head.weight.device
     rows = max(1, min(examples, at_once // task.total_length))
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    correct, squares = torch.zeros(2, dtype=torch.int64, device=device)
     for start in range(0, examples, rows):
         batch = task.batch(seed, first + start, min(rows, examples - start), device)
         logits = model(batch.inputs, logits_to_keep=task.asked).logits
         assert logits is not None
-        correct += (logits.argmax(-1) == batch.answers).sum()
+        right = (logits.argmax(-1) == batch.answers).sum(-1)
+        correct += right.sum()
+        squares += right.square().sum()
         if progress is not None:
             progress(min(start + rows, examples), examples)
-    return Score(int(correct), examples * task.asked, examples)
+    return Score(int(correct), examples * task.asked, examples, int(squares))
 
 
 class _Reader:
@@ -713,7 +770,8 @@ def judge_pieces(
         keys = example_keys(seed, first + start, count, device)
         logits = reader.read(keys, told)
         correct += (logits.argmax(-1) == task.answers(keys)).sum()
-    return Score(int(correct), examples, examples)
+    # One answer each: a count of 0 or 1 is its own square.
+    return Score(int(correct), examples, examples, int(correct))
 
 
 def seed_of_tests(length: int) -> int:
@@ -729,7 +787,7 @@ def read_scores(folder: Path) -> dict[int, dict[str, float]]:
     with _readable(path, "the model is judged anew"):
         held = json.loads(path.read_text(encoding="utf-8"))
         return {
-            int(length): {name: score[name] + 0 for name in (*Score._fields, "seconds")}
+            int(length): {name: score[name] + 0 for name in _COUNTS if name in score or name != "squares"}
             for length, score in held.items()
         }
 
@@ -740,9 +798,14 @@ def write_scores(folder: Path, scores: Mapping[int, Mapping[str, float]]) -> Non
 
 
 def score_row(score: Score, seconds: float, before: Mapping[str, float] | None = None) -> dict[str, float]:
-    """A score as it stands in a file, together with that of the examples before these."""
+    """A score as it stands in a file, together with that of the examples before these; `Score.squares` where it was
+    counted over all of them."""
     row = {**score._asdict(), "seconds": seconds}
-    return {name: round(value + (before[name] if before else 0), 3) for name, value in row.items()}
+    return {
+        name: round(row[name] + (before[name] if before else 0), 3)
+        for name in _COUNTS
+        if row[name] is not None and (before is None or name in before)
+    }
 
 
 def judge_further(
@@ -807,14 +870,12 @@ def gather_runs(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def pooled(runs: Iterable[Mapping[str, Any]], length: int) -> Score | None:
-    """The answers of several runs at a length together; None where none was judged there. All are judged on the same
-    examples, from the first one on, so that there are no more of these than the longest judged run saw."""
+def pooled(runs: Iterable[Mapping[str, Any]], length: int) -> Pooled | None:
+    """The answers of several runs at a length together; None where none was judged there."""
     scores = [run["scores"][length] for run in runs if length in run["scores"]]
     if not scores:
         return None
-    correct, asked = (sum(int(score[name]) for score in scores) for name in ("correct", "asked"))
-    return Score(correct, asked, max(int(score["examples"]) for score in scores))
+    return Pooled(tuple(Score(*(score.get(name) for name in Score._fields)) for score in scores))
 
 
 def percent(accuracy: float) -> str:
@@ -828,7 +889,7 @@ def percent(accuracy: float) -> str:
     return str(value.quantize(Decimal(1).scaleb(-places), rounding=ROUND_FLOOR))
 
 
-def interval(correct: float, asked: int) -> tuple[str, str]:
+def interval(correct: float, asked: float) -> tuple[str, str]:
     """Wilson's 95 % interval in per cent with two places, rounded outwards."""
     low, high = wilson(correct, asked)
     return f"{math.floor(1e4 * low) / 100:.2f}", f"{math.ceil(1e4 * high) / 100:.2f}"
