@@ -6,14 +6,12 @@ of inner size 2 states for each channel, whose output is the kernel.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from statescan.ops._dispatch import Facts
-from statescan.ops.discretization import discretize
+from statescan.ops.ssm_kernel.decay import Decay, diagonal_system
 from statescan.ops.ssm_kernel.real_form import kernel_dtype
 
 __all__ = ["refuses", "s4d_kernel", "s4d_response"]
@@ -24,19 +22,7 @@ def refuses(facts: Facts) -> str | None:
     return "it needs float64, which this device has not; move the kernel to the CPU" if facts.device == "mps" else None
 
 
-# An A_bar smaller than this has no logarithm of use; its square is nothing in any dtype.
-_TINY = 1e-30
-
-
-class _Decay(NamedTuple):
-    """A_bar by its logarithm, and itself where it is next to 0: complex128 ``(d_model, states)``."""
-
-    log: Tensor
-    A_bar: Tensor
-    tiny: Tensor | None
-
-
-def _powers(decay: _Decay, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _powers(decay: Decay, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of A_bar^k: ``(d_model, states, exponents)``."""
     k = exponents.double()
     size = torch.exp((decay.log.real.unsqueeze(-1) * k).to(dtype))
@@ -50,16 +36,6 @@ def _powers(decay: _Decay, exponents: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return real, torch.where(tiny, first.imag.to(dtype), imag)
 
 
-def _system(A: Tensor, B: Tensor, dt: Tensor, discretization: str) -> tuple[_Decay, Tensor]:
-    """A_bar and B_bar, complex128."""
-    wide = torch.complex128
-    A_bar, B_bar = discretize(A.to(wide), B.to(wide), dt, discretization, diagonal=True)
-    if discretization == "zoh":
-        return _Decay(dt.double().unsqueeze(-1) * A.to(wide), A_bar, None), B_bar
-    tiny = A_bar.abs() < _TINY
-    return _Decay(torch.log(torch.where(tiny, torch.ones_like(A_bar), A_bar)), A_bar, tiny), B_bar
-
-
 def _tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Exponents b < T and aT whose sums are all of 0 .. length - 1."""
     inner = 1 << (max(length - 1, 0).bit_length() + 1) // 2
@@ -67,7 +43,7 @@ def _tables(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.arange(inner, device=device), torch.arange(outer, device=device) * inner
 
 
-def _vandermonde(decay: _Decay, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def _vandermonde(decay: Decay, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """``Re(sum_n weight_n A_bar_n^l)`` for l < length; weight ``(..., d_model, states)``, complex128."""
     inner, outer = _tables(length, weight.device)
     low_real, low_imag = _powers(decay, inner, dtype)
@@ -82,7 +58,7 @@ def _vandermonde(decay: _Decay, weight: Tensor, length: int, dtype: torch.dtype)
 
 def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     """See the public function."""
-    decay, B_bar = _system(A, B, dt, discretization)
+    decay, B_bar = diagonal_system(A, B, dt, discretization)
     return _vandermonde(decay, B_bar * C * (2 if A.is_complex() else 1), length, kernel_dtype(A))
 
 
@@ -91,7 +67,7 @@ def s4d_response(
 ) -> tuple[Tensor, Tensor]:
     """See the public function."""
     dtype, length = kernel_dtype(A), u.shape[1]
-    decay, B_bar = _system(A, B, dt, discretization)
+    decay, B_bar = diagonal_system(A, B, dt, discretization)
     pairs = 2 if A.is_complex() else 1
     y = _vandermonde(decay, decay.A_bar * C * state * pairs, length, dtype).transpose(1, 2)
 
