@@ -8,6 +8,7 @@
 #include "packed_linear.h"
 #include "parallel.h"
 #include "selective_scan.h"
+#include "ssm_kernel.h"
 #include "statescan.h"
 
 #if defined(SS_HAVE_avx2) && defined(_MSC_VER)
@@ -135,3 +136,5 @@ SS_DISPATCH(ss_add_rms_norm, (const ss_norm_args* a), (a))
 SS_DISPATCH(ss_add_rms_norm_backward, (const ss_norm_args* a), (a))
 SS_DISPATCH(ss_packed_linear, (const ss_linear_args* args), (args))
 SS_DISPATCH(ss_mamba_step, (const ss_step_args* args), (args))
+SS_DISPATCH(ss_vandermonde, (const ss_vandermonde_args* a), (a))
+SS_DISPATCH(ss_vandermonde_backward, (const ss_vandermonde_args* a), (a))

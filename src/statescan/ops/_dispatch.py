@@ -63,7 +63,7 @@ BACKENDS: dict[str, dict[str, str]] = {
     "mamba_step": {"cpu": "cpu", "cuda": "cuda", "torch": "torch_step", "reference": "reference"},
     "decode_attention": {"cuda": "cuda", "torch": "torch_attention", "reference": "reference"},
     "fft_conv": {"torch": "torch_fft", "reference": "reference"},
-    "s4d_kernel": {"torch": "vandermonde", "reference": "reference"},
+    "s4d_kernel": {"cpu": "cpu", "torch": "vandermonde", "reference": "reference"},
     "s4_kernel": {"torch": "doubling", "cauchy": "cauchy", "reference": "reference"},
 }
 

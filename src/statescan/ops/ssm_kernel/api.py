@@ -11,6 +11,7 @@ from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.ops._checks import check_device, check_shape, check_tensor, values_readable, without_autocast
 from statescan.ops._dispatch import choose
 from statescan.ops.discretization import DISCRETIZATIONS, check_finite, check_stable
+from statescan.ops.ssm_kernel.real_form import kernel_dtype
 
 __all__ = ["StateResponse", "s4_kernel", "s4_response", "s4d_kernel", "s4d_response"]
 
@@ -96,8 +97,10 @@ def s4d_kernel(
     """
     op = "s4d_kernel"
     _check(op, "A", A, {"B": B, "C": C}, dt, length, discretization)
-    name = choose(op, backend, A.device.type, A.dtype, A.is_complex(), A.shape[1])
-    if name == "torch":
+    name = choose(op, backend, A.device.type, kernel_dtype(A), A.is_complex(), A.shape[1])
+    if name == "cpu":
+        from statescan.ops.ssm_kernel import cpu as module
+    elif name == "torch":
         from statescan.ops.ssm_kernel import vandermonde as module
     else:
         from statescan.ops.ssm_kernel import reference as module
