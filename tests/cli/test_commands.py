@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,30 @@ def test_train_then_resume_then_use_the_run(run: Run, text: Path, tmp_path: Path
     assert run("generate", "--model", out, "--prompt", "The", "--max-new-tokens", 3).code == 0
     again = run("train", "--config", out / "run.json", "--out", tmp_path / "again", "--set", "train.steps=2", "--json")
     assert json.loads(again.out)["steps"] == 2
+
+
+@pytest.mark.parametrize(("step", "status"), [(1, "interrupted"), (2, "finished")])
+def test_train_that_gets_a_signal_exits_with_130(
+    run: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, status: str
+) -> None:
+    """With its last update, too: what comes after it in a script does not begin."""
+    pytest.importorskip("lightning_fabric")
+    from statescan.train import loop
+
+    update = loop._Trainer._update
+
+    def with_a_signal(self: loop._Trainer) -> None:
+        update(self)
+        if self.done == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Trainer, "_update", with_a_signal)
+    small = ("model.d_model=16", "model.n_layer=1", "train.batch_size=2", "train.length=32", "train.steps=2")
+    options = [part for one in (*small, "train.accelerator=cpu", f"data.cache={tmp_path}") for part in ("--set", one)]
+    ran = run("train", "--data", text, "--out", tmp_path / "run", *options, "--json")
+    assert ran.code == 130, ran.err
+    assert json.loads(ran.out)["interrupted"] == (status == "interrupted")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == status
 
 
 def test_train_refuses_a_preset_or_tokenizer_that_the_run_does_not_have(run: Run, text: Path, tmp_path: Path) -> None:

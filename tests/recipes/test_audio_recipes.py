@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from statescan.data.recordings import SILENCE, Recordings, load_recordings
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.recipes import raw_audio, spoken_digits
 from statescan.recipes.spoken_digits import digit_parts, digit_run, read_digits, speaker_and_take
+from statescan.train import classify, waveform
 
 
 def digit(number: int, speaker: int, take: int) -> np.ndarray:
@@ -260,3 +262,36 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     assert (len(kept), lines) == (20, [])
     assert len(raw_audio.make_digits(out / "made.npz", out / "conditional", each=1, seed=3, say=lines.append)) == 10
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize("at", ["first", "last"])
+def test_a_signal_ends_the_call_and_not_the_row_alone(data, tmp_path, monkeypatch, at):
+    """`statescan reproduce` exits with 130 and goes on with the next row when it is called again."""
+
+    def signalled(trainer):
+        update = trainer._update
+
+        def with_a_signal(self):
+            update(self)
+            if self.done == (1 if at == "first" else getattr(self, "steps", None) or self.config.steps):
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(trainer, "_update", with_a_signal)
+
+    signalled(classify._ClassifierTrainer)
+    signalled(waveform._WaveformTrainer)
+    status = "interrupted" if at == "first" else "finished"
+    for command, rows, settings in (
+        ("spoken-digits", ("s4d", "mamba"), CLASSIFIER),
+        ("raw-audio", ("conv", "lstm"), [*WAVEFORM, "train.steps=3"]),
+    ):
+        out = tmp_path / command
+        line = ["reproduce", command, "--data", data, "--out", str(out)]
+        line += [part for row in rows for part in ("--row", row)]
+        line += [part for setting in settings for part in ("--set", setting)]
+        result = CliRunner().invoke(app, line)
+        assert result.exit_code == 130, result.output
+        assert "interrupted; what was trained is kept, and the same command goes on" in result.stderr
+        folders = sorted(out.glob("*/run.json"))
+        assert [json.loads(path.read_text())["status"] for path in folders] == [status], command
+        assert folders[0].parent.name.startswith(rows[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,24 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
         tmp_path / "model" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_signal_with_the_last_update_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "_probe", lambda: {"float32": 0.1, "bf16": 0.2})
+
+    def stop(self: recipe.Callback, row: dict[str, float]) -> None:
+        if row["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe._Watch, "on_log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            demo(tmp_path / "demo", steps=3, say=lines.append, progress=False)
+    assert not (tmp_path / "demo" / "samples.txt").exists()
+    summary = demo(tmp_path / "demo", steps=3, say=lines.append, progress=False)
+    assert any("going on where it was interrupted" in line for line in lines)
+    assert summary["steps"] == 3
 
 
 def test_a_slow_machine_trains_fewer_steps_and_its_time_has_an_end(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from statescan.errors import CheckpointError, ConfigError
 from statescan.models import CausalLM
 from statescan.recipes import dna_pretraining as recipe
+from statescan.train import loop
 from statescan.train.loop import read_genome
 
 
@@ -108,3 +110,26 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     np.savez(genome, **arrays)
     with pytest.raises(CheckpointError, match=r"is of a run with other data \(digest = "):
         recipe.dna_pretraining(runs(60, "mamba"), out, context=256, carried=2048, say=lines.append)
+
+
+def test_a_signal_with_a_rows_last_update_ends_the_call(
+    genome: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["model.d_model=8", "model.n_layer=1", "train.batch_size=4", "train.accelerator=cpu", "train.threads=1"]
+    small += [f"data.cache={tmp_path / 'cache'}"]
+    runs = {
+        row: recipe.pretraining_run(row, [str(genome)], length=64, steps=2, overrides=small)
+        for row in ("mamba", "conv")
+    }
+    update = loop._Trainer._update
+
+    def last_comes_with_a_signal(self: loop._Trainer) -> None:
+        update(self)
+        if self.done == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Trainer, "_update", last_comes_with_a_signal)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.dna_pretraining(runs, tmp_path / "out", context=64, carried=128, say=lambda line: None)
+    (told,) = (tmp_path / "out").glob("*/run.json")
+    assert (told.parent.name, json.loads(told.read_text())["status"]) == ("mamba", "finished")

@@ -161,6 +161,27 @@ def test_a_row_that_was_broken_off_goes_on(novels: Path, tmp_path: Path, monkeyp
         assert torch.equal(tensor, parts.state_dict()[name])
 
 
+def test_a_signal_with_the_last_update_is_told_and_the_row_is_done(
+    novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recipe.scaling_run("mamba-0.3m", novels, passes=1.0)
+    real = recipe.train
+
+    def broken(run: RunConfig, folder: Path, **rest: object):  # type: ignore[no-untyped-def]
+        rest["callbacks"] = [*rest["callbacks"], _Stop(run.train.steps)]  # type: ignore[misc]
+        return real(run, folder, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recipe, "train", broken)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train_row(run, tmp_path, say=_silent)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+    # Nobody measures it later.
+    assert json.loads((tmp_path / "speed.json").read_text())["seconds"] > 0
+    told: list[str] = []
+    recipe.train_row(run, tmp_path, say=told.append)
+    assert told == []
+
+
 class _Stop(recipe.Callback):
     def __init__(self, step: int) -> None:
         self.step = step

@@ -178,6 +178,26 @@ def test_a_run_that_ends_as_another_is_interrupted_is_not_lost(tmp_path: Path, a
     assert not (folder / "checkpoint.pt").exists()
 
 
+def test_a_signal_in_the_last_steps_leaves_a_finished_run_and_is_told(
+    tmp_path: Path, alone: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, forward = 0, CausalLM.forward
+
+    def counted(self: CausalLM, *args: object, **given: object) -> object:
+        nonlocal calls
+        if (calls := calls + 1) == 78:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CausalLM, "forward", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train_runs([_run()], tmp_path, say=_silent)
+    assert calls == 80
+    assert json.loads((tmp_path / "tiny-seed0" / "trained.json").read_text())["steps"] == 80
+    assert _same(train_runs([_run()], tmp_path, say=_silent)[0], alone)
+    assert calls == 80
+
+
 def test_a_killed_process_loses_what_came_after_its_last_checkpoint(
     tmp_path: Path, alone: TrainedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,22 @@ def test_it_learns_and_the_test_is_judged_with_the_last_and_the_best_weights(dat
     assert [float(row["accuracy"]) for row in rows] == list(accuracies.values())
 
 
+def test_a_signal_with_the_last_update_leaves_a_finished_run_and_is_told(
+    data: Splits, stop_after: Any, tmp_path: Path
+) -> None:
+    train = replace(TRAIN, epochs=1)
+    steps = train_classifier(MODEL, train, data, tmp_path / "whole", progress=False).steps
+    stop_after(steps)
+    result = train_classifier(MODEL, train, data, tmp_path / "run", progress=False)
+    assert (result.steps, result.interrupted, result.signalled) == (steps, False, True)
+    assert result.final is not None
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    # Time that is up is no signal.
+    stop_after(None)
+    late = train_classifier(MODEL, train, data, tmp_path / "late", progress=False, seconds=0)
+    assert (late.interrupted, late.signalled) == (True, False)
+
+
 def test_judging_counts_every_row_once_by_a_loop_of_its_own(data: Splits) -> None:
     torch.manual_seed(0)
     model = SequenceClassifier(replace(MODEL, dropout=0.5))

@@ -143,6 +143,21 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(
     assert_same_run(tmp_path / "whole", tmp_path / "parts", run)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_with_the_last_update_leaves_a_finished_run_and_is_told(make_run, tmp_path, number):
+    run = make_run(steps=6)
+    before = signal.getsignal(number)
+    result = train(run, tmp_path / "run", progress=False, callbacks=[InterruptAt(6, number)])
+    assert signal.getsignal(number) is before
+    assert (result.steps, result.interrupted, result.signalled) == (6, False, True)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    again = train(run, tmp_path / "run", resume=True, progress=False)
+    assert (again.steps, again.interrupted, again.signalled) == (6, False, False)
+    assert (again.train_loss, again.evaluations) == (result.train_loss, result.evaluations)
+    early = train(run, tmp_path / "early", progress=False, callbacks=[InterruptAt(3, number)])
+    assert (early.interrupted, early.signalled) == (True, True)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_captured_update_is_the_update(make_run, tmp_path, monkeypatch, saved_tensors, accumulate):
     """But for the learning rate, which is a float32 tensor there."""

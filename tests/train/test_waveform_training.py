@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from statescan.data.recordings import SILENCE, Recordings
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.waveforms import bits_per_sample
 from statescan.models.waveform import WaveformConfig, WaveformModel
+from statescan.train import waveform
 from statescan.train.waveform import AudioData, AudioRun, WaveformTraining, run_audio, train_waveform, window_batch
 
 MODEL = WaveformConfig(stages=("s4d", "mamba"), d_model=8, n_layer=1, d_state=8, d_state_mamba=4, pool=2, dropout=0.1)
@@ -70,6 +73,24 @@ def test_resumed_is_uninterrupted(tmp_path):
         assert torch.equal(value, other[name]), name
     logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "part")]
     assert logs[0] == logs[1]
+
+
+def test_a_signal_with_the_last_update_leaves_a_finished_run_and_is_told(tmp_path, monkeypatch):
+    update = waveform._WaveformTrainer._update
+
+    def last_comes_with_a_signal(self):
+        update(self)
+        if self.done == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(waveform._WaveformTrainer, "_update", last_comes_with_a_signal)
+    data = sounds(6, True).split(0.3)
+    model = dataclasses.replace(MODEL, classes=2)
+    result = train_waveform(model, TRAIN, data, tmp_path / "run", progress=False)
+    assert (result.steps, result.interrupted, result.signalled) == (6, False, True)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    late = train_waveform(model, TRAIN, data, tmp_path / "late", progress=False, seconds=0)
+    assert (late.interrupted, late.signalled) == (True, False)
 
 
 def test_it_learns(tmp_path):

@@ -76,7 +76,7 @@ def train_audio(
             ("speed", f"{result.samples_per_second:,.0f} samples/s"),
             ("time", f"{result.seconds:,.0f} s"),
         )
-    if result.interrupted:
+    if result.signalled:
         raise typer.Exit(INTERRUPTED)
     note(f"next: statescan generate --model {shlex.quote(str(out))} --seconds 2 -o out.wav")
 

@@ -80,7 +80,7 @@ def train_dna(
     run = replace(run, data=replace(run.data, **paths)).apply_overrides(overrides)
     result = train(run, out, resume=resume)
     if not result.first_process:
-        raise typer.Exit(INTERRUPTED if result.interrupted else 0)
+        raise typer.Exit(INTERRUPTED if result.signalled else 0)
     held_out = result.evaluations[-1][1] if result.evaluations else None
     if as_json:
         emit_json(
@@ -102,7 +102,7 @@ def train_dna(
             ("held out", "not judged" if held_out is None else f"{held_out:.4f} bits per base"),
             ("speed", f"{result.tokens_per_second:,.0f} bases/s"),
         )
-    if result.interrupted:
+    if result.signalled:
         raise typer.Exit(INTERRUPTED)
     note(f"next: statescan embed reads.fa --model {shlex.quote(str(out))} -o vectors.npy")
 

@@ -139,7 +139,7 @@ def train(
     result = run_training(run, out, resume=resume)
     if not result.first_process:
         # Of several processes one reports.
-        raise typer.Exit(INTERRUPTED if result.interrupted else 0)
+        raise typer.Exit(INTERRUPTED if result.signalled else 0)
 
     held_out = result.evaluations[-1][1] if result.evaluations else None
     if as_json:
@@ -164,7 +164,7 @@ def train(
             ("held out", "not judged" if held_out is None else f"{held_out:.4f} bits per byte"),
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s{used}"),
         )
-    if result.interrupted:
+    if result.signalled:
         raise typer.Exit(INTERRUPTED)
     note(f'next: statescan generate --model {shlex.quote(str(out))} --prompt "Call me" --max-new-tokens 200')
 
@@ -253,7 +253,7 @@ def _classify(
             ("test, best epoch", f"{_percent(result.best)} (epoch {result.best_epoch}, chosen by validation)"),
             ("time", f"{result.seconds:,.0f} s"),
         )
-    if result.interrupted:
+    if result.signalled:
         raise typer.Exit(INTERRUPTED)
 
 

@@ -136,7 +136,7 @@ def demo(
     started = time.perf_counter()
     result = train(run, out / "model", resume=resumed, progress=progress, callbacks=[watch])
     seconds = time.perf_counter() - started
-    if result.interrupted and not watch.out_of_time:
+    if result.signalled and not watch.out_of_time:
         raise KeyboardInterrupt
 
     tuned = CausalLM.from_pretrained(out / "model").eval()

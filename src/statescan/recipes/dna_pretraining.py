@@ -122,7 +122,7 @@ def dna_pretraining(
         status = run_status(folder, {"model": run.model, "data": run.data, "train": run.train}, digests)
         if status != "finished":
             result = train(run, folder, resume=status is not None)
-            if result.interrupted:
+            if result.signalled:
                 raise KeyboardInterrupt
             say(f"{row}: trained, {result.tokens_per_second:,.0f} bases/s, loss {result.train_loss:.4f} nats")
         scores = folder / _SCORES

@@ -298,7 +298,7 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
     Raises:
         CheckpointError: another run lies in the folder, or one of other texts.
         TrainingError: it diverged.
-        KeyboardInterrupt: a signal ended it; its checkpoint is kept.
+        KeyboardInterrupt: a signal came; what was trained is kept.
     """
     folder, device = Path(folder), run.train.accelerator
     status = _status(run, folder)
@@ -322,6 +322,8 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
         _write_json(folder / _SPEED, facts)
         bits = f"{result.evaluations[-1][1]:.4f} bits per byte of the held-out books, " if result.evaluations else ""
         say(f"{folder.name}: {bits}{facts['seconds']:.1f} s, {pace or math.nan:,.0f} tokens/s")
+        if result.signalled:
+            raise KeyboardInterrupt
     # Nobody goes on with a run that is done, and they take three times the room of the model.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return CausalLM.from_pretrained(folder, device=device).eval()

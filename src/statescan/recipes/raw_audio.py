@@ -174,6 +174,7 @@ def raw_audio(
     Raises:
         ConfigError, DataError: an unknown row, data that can't be read.
         CheckpointError: a folder holds a run with other settings, or of other recordings.
+        KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out, begun = make_folder(out), time.perf_counter()
     runs = {row: waveform_run(row, overrides, task=task) for row in rows}
@@ -207,6 +208,8 @@ def raw_audio(
                 f"{row}: {result.steps:,} of {run.train.steps:,} steps, {result.train_bits:.3f} bits in training, "
                 f"{result.samples_per_second:,.0f} samples/s, {result.peak_bytes / 2**30:.2f} GiB"
             )
+            if result.signalled:
+                raise KeyboardInterrupt
             if result.interrupted:
                 continue
         _judge(row, run, folder, test, contexts, music, say)

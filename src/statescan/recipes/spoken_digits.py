@@ -212,6 +212,7 @@ def spoken_digits(
     Raises:
         ConfigError, DataError: an unknown row or split, data that can't be read.
         CheckpointError: a folder holds a run with other settings, or of other recordings.
+        KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out, begun = make_folder(out), time.perf_counter()
     recordings = read_digits(data)
@@ -243,6 +244,8 @@ def spoken_digits(
             judged = "interrupted" if result.final is None else f"{percent(result.final.accuracy)} % of the test right"
             say(f"{folder.name}: {result.epochs} epochs, {result.seconds:.0f} s, {judged}")
             report(out)
+            if result.signalled:
+                raise KeyboardInterrupt
     return report(out)
 
 

@@ -605,8 +605,8 @@ def train_runs(
                 if course.whole:
                     course.look()
                     course.save(elapsed(course))
-        if interruption.wished():
-            raise KeyboardInterrupt
+    if interruption.wished():
+        raise KeyboardInterrupt
     for course in going:
         model = course.model.eval()
         done[course.run.name] = TrainedRun(course.run, model, course.steps, course.seconds, course.finished, course.log)

@@ -124,7 +124,8 @@ class ClassifyResult:
         best: the weights of the epoch with the highest validation accuracy (the first of them) on the test.
         best_epoch: that epoch.
         seconds: of training with its evaluations, those before a resume too.
-        interrupted: a signal ended it early.
+        interrupted: a signal or the time given ended it early.
+        signalled: a signal came, be it so late that the run is finished all the same.
     """
 
     out: Path
@@ -136,6 +137,7 @@ class ClassifyResult:
     best_epoch: int | None
     seconds: float
     interrupted: bool
+    signalled: bool = False
 
 
 Classifier = SequenceClassifier | BackboneClassifier
@@ -195,7 +197,8 @@ def train_classifier(
         trainer = _ClassifierTrainer(
             model, train, data, out, dict(facts or {}), previous, progress, interruption, pretrained
         )
-        return trainer.run(seconds)
+        result = trainer.run(seconds)
+    return dataclasses.replace(result, signalled=interruption.wished())
 
 
 def _start_from(model: SequenceClassifier, folder: str | os.PathLike[str]) -> None:

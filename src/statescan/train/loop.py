@@ -88,6 +88,8 @@ class TrainResult:
         first_process: this process is the one that reports; every process of a distributed run gets a result.
         utilization: model FLOP utilisation, the part of the devices' peak that went into the model's own operations;
             None where the peak isn't known.
+        signalled: a signal came. With the last update, or after it, the run is finished all the same: who has more to
+            do stops here.
     """
 
     out: Path
@@ -99,6 +101,7 @@ class TrainResult:
     resume_command: str = ""
     first_process: bool = True
     utilization: float | None = None
+    signalled: bool = False
 
 
 class Callback:
@@ -194,7 +197,8 @@ def train(
     if corpus is None:
         corpus = _read_corpus(run)
     with Interruption(fabric.world_size) as interruption:
-        return _Trainer(run, out, corpus, fabric, resume, progress, callbacks, interruption).run()
+        result = _Trainer(run, out, corpus, fabric, resume, progress, callbacks, interruption).run()
+    return dataclasses.replace(result, signalled=interruption.wished())
 
 
 def check_folder(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -462,7 +466,11 @@ def _initial_weights(folder: str, config: ModelConfig) -> dict[str, torch.Tensor
 
 
 class Interruption:
-    """SIGINT and SIGTERM as a wish to stop, which all processes learn of at the same update."""
+    """SIGINT and SIGTERM as a wish to stop, which all processes learn of at the same update.
+
+    Ask once more after the `with`, where signals do again what they did before: a wish that came too late to end
+    anything early is one to do nothing else.
+    """
 
     def __init__(self, world_size: int = 1) -> None:
         self._wished = False

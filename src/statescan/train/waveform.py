@@ -130,6 +130,7 @@ class WaveformResult:
             compile and capture.
         peak_bytes: of the device's memory; 0 where that is not known.
         interrupted: a signal or the time given ended it early.
+        signalled: a signal came, be it so late that the run is finished all the same.
     """
 
     out: Path
@@ -140,6 +141,7 @@ class WaveformResult:
     samples_per_second: float
     peak_bytes: int
     interrupted: bool
+    signalled: bool = False
 
 
 @dataclass(frozen=True)
@@ -351,7 +353,8 @@ def train_waveform(
         torch.set_num_threads(train.threads)
     with Interruption() as interruption:
         trainer = _WaveformTrainer(model, train, data, out, dict(facts or {}), previous, progress, interruption)
-        return trainer.run(seconds)
+        result = trainer.run(seconds)
+    return dataclasses.replace(result, signalled=interruption.wished())
 
 
 class _WaveformTrainer:
