@@ -14,6 +14,7 @@ from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.kmers import kmer_frequencies, kmer_regression
 from statescan.models import CausalLM, MambaConfig
 from statescan.recipes import dna_species as recipe
+from statescan.train.classify import Splits
 
 
 def write(path: Path, records: list[np.ndarray]) -> None:
@@ -59,6 +60,58 @@ def test_microbes_are_parted_without_a_base_in_common(genomes: Path, tmp_path: P
     assert len(splits.train) == 300
     with pytest.raises(DataError, match="file for each of at least two species, got 1"):
         recipe.microbe_splits(genomes / "aa.npz", 256, 10, cache=tmp_path / "cache")
+
+
+def told_by_unknown_bases(splits: Splits) -> float:
+    """How many windows of the test are told apart by their number of unknown bases alone, each number standing for the
+    label that most training windows with it have (of equals, and of a number never seen, the first)."""
+    train, test = splits.train, splits.test
+    assert isinstance(train, LabelledWindows)
+    assert isinstance(test, LabelledWindows)
+    table = np.zeros((train.length + 1, train.classes), int)
+    np.add.at(table, ((train.values == 4).sum(1), train.labels), 1)
+    return float((table.argmax(1)[(test.values == 4).sum(1)] == test.labels).mean())
+
+
+def test_unknown_bases_of_microbes_tell_nothing(tmp_path: Path) -> None:
+    """N, codes of several bases and lower case differ from assembly to assembly, whatever the species is."""
+    pytest.importorskip("dnaio")
+    draw = np.random.default_rng(0)
+    letters = np.array(list("ACGT"))
+    folder = tmp_path / "genomes"
+    folder.mkdir()
+    for name, share, code in (("aa", 0.0, "N"), ("bb", 0.002, "N"), ("cc", 0.002, "R")):
+        bases = letters[draw.integers(0, 4, 120_000)]
+        for start in np.flatnonzero(draw.random(len(bases)) < share):
+            bases[start : start + draw.integers(1, 40)] = code
+        text = "".join(bases)
+        (folder / f"{name}.fa").write_text(f">{name}\n{text.lower() if name == 'aa' else text}\n")
+    splits, _ = recipe.microbe_splits(folder, 128, 200, cache=tmp_path / "cache")
+    assert told_by_unknown_bases(splits) == pytest.approx(1 / 3)
+    for part in splits:
+        assert isinstance(part, LabelledWindows)
+        assert (part.tokens[shown(part)] != 4).all()
+        assert (np.bincount(part.labels) == len(part) // 3).all()
+    # Lower case is the same base.
+    (folder / "aa.fa").write_text((folder / "aa.fa").read_text().upper())
+    again, _ = recipe.microbe_splits(folder, 128, 200, cache=tmp_path / "other")
+    assert [part.digest for part in again] == [part.digest for part in splits]
+    bases = "ACGTN" * 30_000
+    (folder / "dd.fa").write_text(f">dd\n{bases}\n")
+    with pytest.raises(DataError, match="a stretch of at least 128 bases"):
+        recipe.microbe_splits(folder, 128, 200, cache=tmp_path / "cache")
+
+
+def test_unknown_bases_of_apes_tell_nothing() -> None:
+    blocks = aligned(blocks=3000)
+    tokens = blocks.tokens.copy()
+    draw = np.random.default_rng(1)
+    own = blocks.offsets[1]
+    for start in draw.integers(own[0], own[-1] - 40, 1200).tolist():
+        tokens[start : start + draw.integers(5, 40)] = 4
+    blocks = replace(blocks, tokens=tokens)
+    assert told_by_unknown_bases(recipe.ape_splits(blocks, 256, 600, mask=False)) > 0.5
+    assert told_by_unknown_bases(recipe.ape_splits(blocks, 256, 600)) < 0.4
 
 
 def aligned(seed: int = 0, species: int = 3, blocks: int = 60) -> recipe.AlignedBlocks:

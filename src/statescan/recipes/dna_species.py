@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from statescan.data.dna import UNKNOWN, Genome, split_regions
+from statescan.data.dna import UNKNOWN, Genome, outside, split_regions, without_gaps
 from statescan.data.text import find_sources
 from statescan.data.windows import LabelledWindows, window_rows
 from statescan.errors import ConfigError, DataError
@@ -115,7 +115,9 @@ def microbe_splits(
     seed: int = 0,
     cache: str | os.PathLike[str] | None = None,
 ) -> tuple[Splits, list[str]]:
-    """Windows of several genomes, one file a species, parted by blocks of the genomes.
+    """Windows of several genomes, one file a species, parted by blocks of the genomes; none with an unknown base.
+
+    No base of one species answers to one of another here, so that `mask_alike` has nothing to go by.
 
     Args:
         paths: files or folders; a species is called by its file.
@@ -126,7 +128,7 @@ def microbe_splits(
         cache: folder of the token files. Default: the user's.
 
     Raises:
-        DataError: fewer than two files, or one without a block as long as a window.
+        DataError: fewer than two files, or one without a stretch of known bases as long as a window in a part.
     """
     sources = find_sources(paths)
     if len(sources) < 2:
@@ -137,7 +139,9 @@ def microbe_splits(
         # Blocks of many windows, and enough of them in a small genome.
         block = max(min(1 << 14, len(genome.tokens) // 64), 4 * length)
         parts = split_regions(genome.spans(), [_TEST, _VALID], block=block, seed=seed)
-        found.append([part + offset for part in parts])
+        # How many bases an assembly could not read tells the species: no window of any of them holds such a one.
+        known = [without_gaps(genome.tokens, part, 0) for part in parts]
+        found.append([part + offset for part in known])
         tokens.append(np.asarray(genome.tokens))
         offset += len(genome.tokens)
     bases = np.concatenate(tokens)
@@ -216,9 +220,8 @@ def mask_alike(aligned: AlignedBlocks) -> AlignedBlocks:
     """
     tokens = aligned.tokens.copy()
     for here, ends in enumerate(aligned.offsets):
-        unknown = aligned.tokens[ends[0] : ends[-1]] == UNKNOWN
-        edges = ends[0] + np.flatnonzero(np.diff(unknown, prepend=False, append=False)).reshape(-1, 2)
-        for start, end in edges.tolist():
+        whole = ends[[0, -1]].reshape(1, 2)
+        for start, end in outside(whole, without_gaps(aligned.tokens, whole, 0)).tolist():
             first, last = np.searchsorted(ends, [start, end - 1], side="right") - 1
             for block in range(int(first), int(last) + 1):
                 size = int(ends[block + 1] - ends[block])
@@ -390,7 +393,7 @@ def dna_species(
             pretrained=pretrained,
             seconds=seconds,
         )
-        if result.interrupted:
+        if result.interrupted or result.signalled:
             raise KeyboardInterrupt
     done = json.loads(path.read_text(encoding="utf-8"))
     words = folder / _KMERS
