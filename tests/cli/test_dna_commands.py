@@ -190,6 +190,29 @@ def test_track(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
     assert all(abs(value - every[place]) < 2e-4 for place, value in some.items())
 
 
+def test_records_of_one_name(run: Run, trained: Path, tmp_path: Path) -> None:
+    """What goes by the records' order takes them as any others; a track or a VCF, whose lines go by name, can't."""
+    path, out = tmp_path / "twice.fa", tmp_path / "out"
+    path.write_text(f">chr1\n{letters(40, 0)}\n>chr2\n{letters(30, 1)}\n>chr1 again\n{letters(20, 2)}\n")
+    code, _, err = run("embed", path, "--model", trained, "-o", out.with_suffix(".npy"))
+    assert code == 0, err
+    assert len(np.load(out.with_suffix(".npy"))) == 3
+    assert out.with_suffix(".names.txt").read_text().split() == ["chr1", "chr2", "chr1"]
+    code, _, err = run("evaluate", "--model", trained, "--data", path)
+    assert code == 0, err
+    track = ("dna", "track", path, "--model", trained, "-o", out.with_suffix(".bedgraph"))
+    code, _, err = run(*track)
+    assert code == 1
+    assert "got 'chr1', which several have: records 1, 3 of those with bases in " in err
+    assert "give each a name of its own" in err
+    assert not out.with_suffix(".bedgraph").exists()
+    # The one that has its name alone can be asked for.
+    bed = tmp_path / "chr2.bed"
+    bed.write_text("chr2\t0\t30\n")
+    code, _, err = run(*track, "--regions", bed)
+    assert code == 0, err
+
+
 def test_variants(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
     reference = letters(3000, 0)[99]
     other = "A" if reference != "A" else "C"

@@ -170,8 +170,16 @@ def test_bed(tmp_path: Path, opened) -> None:
         genome.span(Region("one", 2, 9))
     with pytest.raises(DataError, match=r"got 'tow', which none has; is it 'two'\?"):
         genome.span(Region("tow", 0, 1))
-    with pytest.raises(DataError, match="several have"):
-        opened(">a\nAC\n>a\nGT\n", "b.fa").number("a")
+    twice = opened(">a\nAC\n>b\nAC\n>none\n>a\nGT\n", "b.fa")
+    with pytest.raises(
+        DataError, match=r"got 'a', which several have: records 1, 3 of those with bases in '.*b\.fa'; give each a name"
+    ):
+        twice.number("a")
+    # Who asks by place, or for another name, is answered.
+    assert twice.number("b") == 1
+    assert twice.spans().tolist() == [[0, 2], [2, 4], [4, 6]]
+    with pytest.raises(DataError, match=r"records 1, 2, 3, 4 \.\.\. of those"):
+        opened(">a\nAC\n" * 5, "c.fa").number("a")
 
 
 def test_parts_share_no_base_and_hold_all() -> None:

@@ -185,7 +185,15 @@ class Genome:
     def number(self, record: str) -> int:
         """Which record has a name; one that several have, or none, is a DataError."""
         if record in self._twice:
-            raise DataError(f"dna: wanted a name that one record has, got '{record}', which several have")
+            places = [str(number) for number, name in enumerate(self.names, 1) if name == record]
+            more = " ..." if len(places) > 4 else ""
+            labels = self.file.facts["sources"]
+            files = ", ".join(f"'{label}'" for label in labels[:3]) + (" ..." if len(labels) > 3 else "")
+            raise DataError(
+                f"dna: wanted a name that one record has, got '{record}', which several have: records "
+                f"{', '.join(places[:4])}{more} of those with bases in {files}; give each a name of its own (the word "
+                "after > or @), and name no file twice"
+            )
         if record not in self._number:
             near = difflib.get_close_matches(record, self._number, 1, 0.4) or self.names[:1]
             raise DataError(f"dna: wanted the name of a record, got '{record}', which none has; is it '{near[0]}'?")
