@@ -1,4 +1,4 @@
-// Arguments of the Vandermonde and the Cauchy product; mirrored in src/statescan/ops/ssm_kernel/cpu.py. All contiguous.
+// Arguments of the Vandermonde and the Cauchy product; mirrored in src/statescan/ops/ssm_kernel/cpu_products.py. All contiguous.
 #pragma once
 #include <cstdint>
 

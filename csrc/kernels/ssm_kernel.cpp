@@ -12,7 +12,10 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
+#include "flush.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
@@ -24,22 +27,31 @@
 #else
 #define SS_UNROLL
 #endif
+#if defined(__GNUC__)
+#define SS_LAMBDA_INLINE __attribute__((always_inline))
+#else
+#define SS_LAMBDA_INLINE
+#endif
 
 namespace {
 using namespace ss;
 
 constexpr int64_t kLags = 64;  // T; a multiple of every panel
 constexpr int kRows = 4;       // rows a at a time
+constexpr int64_t kStretch = 16;
 constexpr int kVectors = SS_VECTOR_REGISTERS == 32 ? 4 : 2;  // of a panel
 constexpr int kWidth = kVectors * F32::W;
 static_assert(kLags % kWidth == 0, "a row of lags is whole panels");
 
+// Channels that one thread should at least take: waking another is worth some 64K products or quotients.
+int64_t grain(int64_t work) { return 1 + 65536 / work; }
+
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// c = a b: kRows rows of a, `depth` long and lda apart; b depth x (V vectors), ldb apart; c rows ldc apart.
+// c = a b, or c += a b: kRows rows of a, `depth` long and lda apart; b depth x (V vectors), ldb apart; c rows ldc apart.
 template <int V>
 SS_INLINE void tile(const float* SS_RESTRICT a, int64_t lda, const float* SS_RESTRICT b, int64_t ldb, int64_t depth,
-                    float* SS_RESTRICT c, int64_t ldc) {
+                    float* SS_RESTRICT c, int64_t ldc, bool add) {
   F32 sum[kRows][V];
   SS_UNROLL
   for (int i = 0; i < kRows; ++i)
@@ -59,15 +71,24 @@ SS_INLINE void tile(const float* SS_RESTRICT a, int64_t lda, const float* SS_RES
   SS_UNROLL
   for (int i = 0; i < kRows; ++i)
     SS_UNROLL
-    for (int v = 0; v < V; ++v) sum[i][v].store(c + i * ldc + v * F32::W);
+    for (int v = 0; v < V; ++v) {
+      float* to = c + i * ldc + v * F32::W;
+      (add ? F32::load(to) + sum[i][v] : sum[i][v]).store(to);
+    }
 }
 
-// The same over all `width` columns (a multiple of F32::W); b in panels of kWidth columns, the last one as wide as is left.
-void product(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc, int64_t width) {
-  int64_t at = 0;
-  for (; at + kWidth <= width; at += kWidth) tile<kVectors>(a, lda, b + at * depth, kWidth, depth, c + at, ldc);
-  const int64_t left = width - at;
-  for (int64_t v = 0; v < left; v += F32::W) tile<1>(a, lda, b + at * depth + v, left, depth, c + at + v, ldc);
+// c = a b over all `width` columns (a multiple of F32::W); b in panels of kWidth columns, the last one as wide as is left.
+// At most `stretch` products are summed one after the other, then these sums: fewer roundings on the way to each result.
+void product(const float* a, int64_t lda, const float* b, int64_t depth, int64_t stretch, float* c, int64_t ldc, int64_t width) {
+  for (int64_t k = 0; k < depth; k += stretch) {
+    const int64_t most = depth - k < stretch ? depth - k : stretch;
+    int64_t at = 0;
+    for (; at + kWidth <= width; at += kWidth)
+      tile<kVectors>(a + k, lda, b + at * depth + k * kWidth, kWidth, most, c + at, ldc, k > 0);
+    const int64_t left = width - at;
+    for (int64_t v = 0; v < left; v += F32::W)
+      tile<1>(a + k, lda, b + at * depth + k * left + v, left, most, c + at + v, ldc, k > 0);
+  }
 }
 
 // Where column j of a matrix of `width` columns in panels stands: its panel's start, its row's length, its place in a row.
@@ -78,9 +99,6 @@ Place place(int64_t column, int64_t width, int64_t depth) {
   const int64_t at = column / kWidth * kWidth;
   return {at * depth + column - at, width - at < kWidth ? width - at : kWidth};
 }
-
-// Numbers under the smallest normal one are nothing: they would only be slow.
-SS_INLINE float rounded(double x) { return std::fabs(x) < 1.1754943508222875e-38 ? 0.0f : float(x); }
 
 // x *= step, state by state.
 SS_INLINE void turn(double* SS_RESTRICT re, double* SS_RESTRICT im, const double* SS_RESTRICT step_re,
@@ -132,7 +150,8 @@ struct Powers {
 int32_t vandermonde(const ss_vandermonde_args& p) {
   const int64_t n = p.states, full = p.length / kLags, width = p.length < kLags ? round_up(p.length, F32::W) : kLags;
   std::atomic<bool> no_memory{false};
-  ss::parallel(p.channels, 1, [&](int64_t first, int64_t last) {
+  ss::parallel(p.channels, grain(2 * n * p.length), [&](int64_t first, int64_t last) {
+    FlushToZero flush;
     Scratch<double> memory(Powers::size(n));
     Scratch<float> floats(2 * n * kLags + kRows * 2 * n + kRows * kLags);
     if (!memory.ok() || !floats.ok()) {
@@ -148,9 +167,9 @@ int32_t vandermonde(const ss_vandermonde_args& p) {
       powers.restart();
       for (int64_t b = 0; b < width; ++b) {
         const Place at = place(b, width, depth);
-        for (int64_t i = 0; i < n; ++i) table[at.start + i * at.row] = rounded(powers.re[i]);
+        for (int64_t i = 0; i < n; ++i) table[at.start + i * at.row] = float(powers.re[i]);
         if (!powers.real)
-          for (int64_t i = 0; i < n; ++i) table[at.start + (n + i) * at.row] = rounded(-powers.im[i]);
+          for (int64_t i = 0; i < n; ++i) table[at.start + (n + i) * at.row] = float(-powers.im[i]);
         powers.step();
       }
       for (int64_t i = 0; i < n; ++i) powers.re[i] = p.w_re[d * n + i], powers.im[i] = p.w_im[d * n + i];
@@ -158,15 +177,15 @@ int32_t vandermonde(const ss_vandermonde_args& p) {
       for (int64_t a = 0; a * kLags < p.length; a += kRows) {
         for (int64_t i = 0; i < kRows; ++i) {  // w z^(aT)
           float* row = rows + i * depth;
-          for (int64_t j = 0; j < n; ++j) row[j] = rounded(powers.re[j]);
+          for (int64_t j = 0; j < n; ++j) row[j] = float(powers.re[j]);
           if (!powers.real)
-            for (int64_t j = 0; j < n; ++j) row[n + j] = rounded(powers.im[j]);
+            for (int64_t j = 0; j < n; ++j) row[n + j] = float(powers.im[j]);
           powers.jump();
         }
         if (a + kRows <= full) {
-          product(rows, depth, table, depth, out + a * kLags, kLags, width);
+          product(rows, depth, table, depth, kStretch, out + a * kLags, kLags, width);
         } else {
-          product(rows, depth, table, depth, apart, kLags, width);
+          product(rows, depth, table, depth, kStretch, apart, kLags, width);
           const int64_t left = p.length - a * kLags;
           std::memcpy(out + a * kLags, apart, size_t(left < kRows * kLags ? left : kRows * kLags) * sizeof(float));
         }
@@ -179,7 +198,8 @@ int32_t vandermonde(const ss_vandermonde_args& p) {
 int32_t vandermonde_backward(const ss_vandermonde_args& p) {
   const int64_t n = p.states, full = p.length / kLags, most = round_up(2 * n, F32::W);
   std::atomic<bool> no_memory{false};
-  ss::parallel(p.channels, 1, [&](int64_t first, int64_t last) {
+  ss::parallel(p.channels, grain(2 * n * p.length), [&](int64_t first, int64_t last) {
+    FlushToZero flush;
     Scratch<double> memory(Powers::size(n) + 4 * n);
     Scratch<float> floats(most * kLags + 2 * kRows * (most + kLags));
     if (!memory.ok() || !floats.ok()) {
@@ -199,7 +219,7 @@ int32_t vandermonde_backward(const ss_vandermonde_args& p) {
       for (int64_t b = 0; b < kLags; ++b) {
         for (int64_t j = 0; j < columns; ++j) {
           const Place at = place(j, width, kLags);
-          table[at.start + b * at.row] = rounded(j < n ? powers.re[j] : powers.im[j - n]);
+          table[at.start + b * at.row] = float(j < n ? powers.re[j] : powers.im[j - n]);
         }
         powers.step();
       }
@@ -214,8 +234,8 @@ int32_t vandermonde_backward(const ss_vandermonde_args& p) {
         }
         for (int64_t i = 0; i < kRows; ++i)
           for (int64_t b = 0; b < kLags; ++b) bg[i * kLags + b] = float(b) * rows[i * kLags + b];
-        product(rows, kLags, table, kLags, plain, width, width);
-        product(bg, kLags, table, kLags, moved, width, width);
+        product(rows, kLags, table, kLags, kStretch, plain, width, width);
+        product(bg, kLags, table, kLags, kStretch, moved, width, width);
         for (int64_t i = 0; i < kRows; ++i) {
           const double start = double((a + i) * kLags);
           const float *SS_RESTRICT u = plain + i * width, *SS_RESTRICT v = moved + i * width;
@@ -244,7 +264,152 @@ int32_t vandermonde_backward(const ss_vandermonde_args& p) {
   return no_memory ? -3 : 0;
 }
 
+// Real and imaginary part of 1 / (p + i low) and of 1 / (p + i high).
+struct Pair {
+  F32 low_re, low_im, high_re, high_im;
+};
+SS_INLINE Pair quotients(F32 lam_re, F32 lam_im, F32 y, F32 c) {
+  const F32 one = F32::set(1), p = F32::zero() - c * lam_re, low = fnma(c, lam_im, y), high = fma(c, lam_im, y);
+  const F32 square = p * p, r_low = one / fma(low, low, square), r_high = one / fma(high, high, square);
+  return {p * r_low, F32::zero() - low * r_low, p * r_high, F32::zero() - high * r_high};
+}
+
+constexpr int64_t kPoints = kWidth / 2;  // of a panel of the forward pass: their real parts, then their imaginary parts
+static_assert(kPoints % F32::W == 0, "a panel is whole vectors");
+
+// y and c with as many points behind them as a vector may run past the end, where every quotient is finite.
+struct Points {
+  Scratch<float> memory;
+  float *y, *c;
+  explicit Points(const ss_cauchy_args& p) : memory(2 * (p.points + kWidth)) {
+    y = memory.data, c = memory.data + p.points + kWidth;
+    if (!memory.ok()) return;
+    for (int64_t k = 0; k < p.points + kWidth; ++k) y[k] = k < p.points ? p.y[k] : 1, c[k] = k < p.points ? p.c[k] : 0;
+  }
+};
+
+int32_t cauchy(const ss_cauchy_args& p) {
+  const int64_t n = p.states, depth = 2 * n, rows = round_up(p.sums, kRows);
+  const Points points(p);
+  if (!points.memory.ok()) return -3;
+  std::atomic<bool> no_memory{false};
+  ss::parallel(p.channels, grain(n * p.points), [&](int64_t first, int64_t last) {
+    FlushToZero flush;
+    Scratch<float> memory(rows * depth + depth * kWidth + kRows * kWidth);
+    if (!memory.ok()) {
+      no_memory = true;
+      return;
+    }
+    float *v = memory.data, *table = v + rows * depth, *found = table + depth * kWidth;
+    for (int64_t i = 0; i < rows * depth; ++i) v[i] = 0;
+    for (int64_t d = first; d < last; ++d) {
+      for (int64_t s = 0; s < p.sums; ++s)
+        for (int64_t j = 0; j < n; ++j) {
+          v[s * depth + j] = p.v_re[(d * p.sums + s) * n + j];
+          v[s * depth + n + j] = p.v_im[(d * p.sums + s) * n + j];
+        }
+      for (int64_t k = 0; k < p.points; k += kPoints) {
+        // What v's real part is multiplied by, then its imaginary part: real parts of the panel's points, imaginary parts.
+        for (int64_t j = 0; j < n; ++j) {
+          const F32 lam_re = F32::set(p.lam_re[d * n + j]), lam_im = F32::set(p.lam_im[d * n + j]);
+          float *of_re = table + j * kWidth, *of_im = table + (n + j) * kWidth;
+          SS_UNROLL
+          for (int64_t i = 0; i < kPoints; i += F32::W) {
+            const Pair q = quotients(lam_re, lam_im, F32::load(points.y + k + i), F32::load(points.c + k + i));
+            (q.low_re + q.high_re).store(of_re + i), (q.low_im + q.high_im).store(of_re + kPoints + i);
+            (q.high_im - q.low_im).store(of_im + i), (q.low_re - q.high_re).store(of_im + kPoints + i);
+          }
+        }
+        const int64_t held = p.points - k < kPoints ? p.points - k : kPoints;
+        for (int64_t s = 0; s < p.sums; s += kRows) {
+          tile<kVectors>(v + s * depth, depth, table, kWidth, depth, found, kWidth, false);
+          for (int64_t i = 0; i < kRows && s + i < p.sums; ++i) {
+            const int64_t at = (d * p.sums + s + i) * p.points + k;
+            for (int64_t j = 0; j < held; ++j) {
+              p.out_re[at + j] = found[i * kWidth + j];
+              p.out_im[at + j] = found[i * kWidth + kPoints + j];
+            }
+          }
+        }
+      }
+    }
+  });
+  return no_memory ? -3 : 0;
+}
+
+constexpr int kSums = 4;            // whose gradients are taken together: rank 1 has four
+constexpr int64_t kVectorsOfSum = 32;  // of points that are summed in float; their sums in double
+
+// Gradients of one state by up to kSums sums, added to those of the sums before.
+void cauchy_backward_of(const ss_cauchy_args& p, const Points& points, int64_t d, int64_t j, int64_t s0, double* by_lam) {
+  const int64_t count = p.sums - s0 < kSums ? p.sums - s0 : kSums;
+  const F32 lam_re = F32::set(p.lam_re[d * p.states + j]), lam_im = F32::set(p.lam_im[d * p.states + j]);
+  F32 v_re[kSums], v_im[kSums];
+  const float *g_re[kSums], *g_im[kSums];
+  for (int s = 0; s < kSums; ++s) {
+    const int64_t at = d * p.sums + s0 + (s < count ? s : 0);
+    // A sum that is not there repeats the first with a weight of 0; its own gradient is not written.
+    v_re[s] = F32::set(s < count ? p.v_re[at * p.states + j] : 0), v_im[s] = F32::set(s < count ? p.v_im[at * p.states + j] : 0);
+    g_re[s] = p.grad_re + at * p.points, g_im[s] = p.grad_im + at * p.points;
+  }
+  double by_v_re[kSums] = {}, by_v_im[kSums] = {};
+  constexpr int64_t kTogether = kVectorsOfSum * F32::W;
+  for (int64_t begin = 0; begin < p.points; begin += kTogether) {
+    F32 dv_re[kSums], dv_im[kSums], dlam_re = F32::zero(), dlam_im = F32::zero();
+    SS_UNROLL
+    for (int s = 0; s < kSums; ++s) dv_re[s] = dv_im[s] = F32::zero();
+    const int64_t end = begin + kTogether < p.points ? begin + kTogether : p.points;
+    auto add = [&](int64_t k, auto whole, int64_t lanes) SS_LAMBDA_INLINE {
+      const F32 y = F32::load(points.y + k), c = F32::load(points.c + k);
+      const Pair q = quotients(lam_re, lam_im, y, c);
+      const F32 a = q.low_re + q.high_re, e = q.low_im + q.high_im, b = q.high_im - q.low_im, f = q.low_re - q.high_re;
+      F32 da = F32::zero(), db = F32::zero(), de = F32::zero(), df = F32::zero();
+      SS_UNROLL
+      for (int s = 0; s < kSums; ++s) {
+        const F32 re = load<float, decltype(whole)::value>(g_re[s] + k, lanes);
+        const F32 im = load<float, decltype(whole)::value>(g_im[s] + k, lanes);
+        dv_re[s] = fma(re, a, fma(im, e, dv_re[s])), dv_im[s] = fma(re, b, fma(im, f, dv_im[s]));
+        da = fma(re, v_re[s], da), db = fma(re, v_im[s], db), de = fma(im, v_re[s], de), df = fma(im, v_im[s], df);
+      }
+      // With z = 1 / w, what comes to z goes on to w times -conj(z^2): p has its real part, y -+ c im its imaginary part.
+      const F32 low_a = da + df, low_b = de - db, high_a = da - df, high_b = de + db;
+      const F32 low_x = fma(q.low_re, q.low_re, F32::zero() - q.low_im * q.low_im), low_y = q.low_re * (q.low_im + q.low_im);
+      const F32 high_x = fma(q.high_re, q.high_re, F32::zero() - q.high_im * q.high_im);
+      const F32 high_y = q.high_re * (q.high_im + q.high_im);
+      const F32 by_p = fma(low_x, low_a, low_y * low_b) + fma(high_x, high_a, high_y * high_b);
+      const F32 by_low = fnma(low_y, low_a, low_x * low_b), by_high = fnma(high_y, high_a, high_x * high_b);
+      dlam_re = fma(c, by_p, dlam_re), dlam_im = fma(c, by_low - by_high, dlam_im);
+    };
+    int64_t k = begin;
+    for (; k + F32::W <= end; k += F32::W) add(k, std::true_type(), F32::W);
+    if (k < end) add(k, std::false_type(), end - k);
+    for (int s = 0; s < kSums; ++s) by_v_re[s] += double(sum(dv_re[s])), by_v_im[s] += double(sum(dv_im[s]));
+    by_lam[0] += double(sum(dlam_re)), by_lam[1] += double(sum(dlam_im));
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    p.dv_re[(d * p.sums + s0 + s) * p.states + j] = float(by_v_re[s]);
+    p.dv_im[(d * p.sums + s0 + s) * p.states + j] = float(by_v_im[s]);
+  }
+}
+
+int32_t cauchy_backward(const ss_cauchy_args& p) {
+  const Points points(p);
+  if (!points.memory.ok()) return -3;
+  ss::parallel(p.channels, grain(p.states * p.points), [&](int64_t first, int64_t last) {
+    FlushToZero flush;
+    for (int64_t d = first; d < last; ++d)
+      for (int64_t j = 0; j < p.states; ++j) {
+        double by_lam[2] = {0, 0};
+        for (int64_t s = 0; s < p.sums; s += kSums) cauchy_backward_of(p, points, d, j, s, by_lam);
+        p.dlam_re[d * p.states + j] = float(by_lam[0]), p.dlam_im[d * p.states + j] = float(by_lam[1]);
+      }
+  });
+  return 0;
+}
+
 }  // namespace
 
 extern "C" int32_t SS_KERNEL(ss_vandermonde)(const ss_vandermonde_args* a) { return vandermonde(*a); }
 extern "C" int32_t SS_KERNEL(ss_vandermonde_backward)(const ss_vandermonde_args* a) { return vandermonde_backward(*a); }
+extern "C" int32_t SS_KERNEL(ss_cauchy)(const ss_cauchy_args* a) { return cauchy(*a); }
+extern "C" int32_t SS_KERNEL(ss_cauchy_backward)(const ss_cauchy_args* a) { return cauchy_backward(*a); }

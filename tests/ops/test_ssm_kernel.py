@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 
-from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.errors import BackendUnavailableError, ConfigError, DTypeError, ShapeError
 from statescan.ops import explain, fft_conv, s4_kernel, s4_response, s4d_kernel, s4d_response
 from statescan.ops.discretization import DISCRETIZATIONS, discretize
 from statescan.ops.hippo import hippo_legs, hippo_nplr
+from statescan.ops.ssm_kernel import cauchy, products
+from statescan.testing import (
+    assert_within_budget,
+    check_registration,
+    derivatives,
+    poisoned_memory,
+    recorded_calls,
+    refusal,
+)
 
 Case = dict[str, torch.Tensor]
 
 
-def _diagonal(channels: int = 3, states: int = 4, *, real: bool = False) -> Case:
-    draw = torch.Generator().manual_seed(0)
+def _diagonal(channels: int = 3, states: int = 4, *, real: bool = False, seed: int = 0) -> Case:
+    draw = torch.Generator().manual_seed(seed)
     kind = torch.float64 if real else torch.complex128
     A = -torch.rand(channels, states, generator=draw, dtype=torch.float64) - 0.1
     if not real:
@@ -23,9 +39,9 @@ def _diagonal(channels: int = 3, states: int = 4, *, real: bool = False) -> Case
     return {"A": A, "B": B, "C": C, "dt": torch.tensor([0.3, 0.02, 0.001][:channels], dtype=torch.float64)}
 
 
-def _low_rank(channels: int = 3, states: int = 4, rank: int = 1) -> Case:
-    draw = torch.Generator().manual_seed(1)
-    case = _diagonal(channels, states)
+def _low_rank(channels: int = 3, states: int = 4, rank: int = 1, seed: int = 0) -> Case:
+    draw = torch.Generator().manual_seed(1 + seed)
+    case = _diagonal(channels, states, seed=seed)
     P = torch.randn(channels, states, rank, generator=draw, dtype=torch.complex128)
     return {"Lambda": case["A"], "P": P if rank > 1 else P[..., 0], "B": case["B"], "C": case["C"], "dt": case["dt"]}
 
@@ -135,8 +151,6 @@ def test_s4d_gradients(real: bool, method: str) -> None:
 
 
 def test_pieces_of_the_cauchy_product_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from statescan.ops.ssm_kernel import cauchy
-
     results = []
     for elements in (cauchy._CHUNK_ELEMENTS, 3 * 4 * 5):
         monkeypatch.setattr(cauchy, "_CHUNK_ELEMENTS", elements)
@@ -289,3 +303,233 @@ def test_bad_input_and_explain() -> None:
     with pytest.raises(DTypeError, match=r"s4_response: P must be a torch.Tensor, got str"):
         s4_response(**{**case, "P": "x"}, u=torch.zeros(1, 2, 3), state=torch.zeros(1, 3, 4, dtype=torch.complex128))
     assert explain("s4_kernel").backend == "torch"
+
+
+# ------------------------------------------------------------------------------- the products' kernels, in float32
+
+
+def _single(case: Case) -> Case:
+    return {k: v.to(torch.complex64 if v.is_complex() else torch.float32) for k, v in case.items()}
+
+
+def _extremes(channels: int = 3, states: int = 9, seed: int = 0) -> Case:
+    """dt Re(A) from -1e-8 to -50, whole circles of phase."""
+    draw = torch.Generator().manual_seed(3 + seed)
+    case = _diagonal(channels, states, seed=seed)
+    fade = -torch.logspace(-8, 1.69897, states, dtype=torch.float64).expand(channels, states)
+    phase = 6 * torch.rand(channels, states, generator=draw, dtype=torch.float64) - 3
+    return {**case, "A": torch.complex(fade, phase) / case["dt"][:, None]}
+
+
+S4D_CASES: dict[str, Callable[[int], Case]] = {
+    "pairs": lambda seed: _diagonal(3, 7, seed=seed),
+    "many pairs": lambda seed: _diagonal(3, 33, seed=seed),
+    "real": lambda seed: _diagonal(3, 5, real=True, seed=seed),
+    "one real state": lambda seed: _diagonal(3, 1, real=True, seed=seed),
+    "extremes": lambda seed: _extremes(seed=seed),
+    "real extremes": lambda seed: {**_diagonal(3, 9, real=True, seed=seed), "A": _extremes(seed=seed)["A"].real},
+}
+
+
+def _hold_to_budget(
+    run: Callable[..., Any], reference: Callable[..., Any], exact: Callable[..., Any], make: Callable[[int], Case]
+) -> None:
+    """Result and every gradient in float32, with a budget of twice the error that plain PyTorch makes; eight draws."""
+    draws = [
+        [
+            derivatives(lambda f=function, **x: (f(**x),), _single(make(seed)), ("K",), exact=last, seed=seed)
+            for function, last in ((run, False), (exact, True), (reference, False))
+        ]
+        for seed in range(1, 9)
+    ]
+    for name in draws[0][0]:
+        assert_within_budget(*([draw[i][name] for draw in draws] for i in range(3)), name)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", S4D_CASES)
+@pytest.mark.parametrize("length", [1, 2, 63, 1000, 16384])
+def test_vandermonde_product_in_cpp(require_backend: Any, name: str, length: int) -> None:
+    require_backend("s4d_kernel", "cpu")
+    run, plain = (functools.partial(s4d_kernel, length=length, backend=b) for b in ("cpu", "torch"))
+    _hold_to_budget(run, plain, functools.partial(s4d_kernel, length=length, backend="torch"), S4D_CASES[name])
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("method", ["bilinear", "forward_euler", "backward_euler"])
+@pytest.mark.parametrize("length", [1, 2, 70])
+def test_vandermonde_product_in_cpp_with_other_rules(
+    require_backend: Any, real: bool, method: str, length: int
+) -> None:
+    """One state of each channel has A dt = -2, which the bilinear rule makes 0: it has no logarithm."""
+    require_backend("s4d_kernel", "cpu")
+
+    def make(seed: int) -> Case:
+        case = _diagonal(3, 4, real=real, seed=seed)
+        dt = torch.tensor([0.25, 0.03125, 0.0078125], dtype=torch.float64)
+        A = torch.where(torch.arange(4) == 1, -2 / dt[:, None], case["A"] / 32)
+        return {**case, "dt": dt, "A": A / 4 if method == "forward_euler" else A}
+
+    run, plain = (
+        functools.partial(s4d_kernel, length=length, discretization=method, backend=b) for b in ("cpu", "torch")
+    )
+    exact = functools.partial(s4d_kernel, length=length, discretization=method, backend="torch")
+    _hold_to_budget(run, plain, exact, make)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("length", [1, 2, 63, 1000, 16384])
+def test_cauchy_kernel_in_cpp(require_backend: Any, rank: int, length: int) -> None:
+    require_backend("s4_kernel", "cauchy_cpu")
+
+    def make(seed: int) -> Case:
+        case = _low_rank(3, 7, rank, seed)
+        return {**case, "P": case["P"] / 4}  # a larger one makes the Woodbury identity's small system nearly singular
+
+    run, plain = (functools.partial(s4_kernel, length=length, backend=b) for b in ("cauchy_cpu", "cauchy"))
+    _hold_to_budget(run, plain, functools.partial(s4_kernel, length=length, backend="torch"), make)
+
+
+def _cauchy_problem(sums: int, states: int, points: int, seed: int = 0) -> Case:
+    draw = torch.Generator().manual_seed(6 + seed)
+    complex_ = functools.partial(torch.randn, generator=draw, dtype=torch.complex128)
+    theta = torch.linspace(0, torch.pi / 2, points, dtype=torch.float64)
+    Lambda = complex_(2, states)
+    Lambda = torch.complex(-Lambda.real.abs() - 1e-3, Lambda.imag)
+    return {"Lambda": Lambda, "v": complex_(2, sums, states), "y": 2 * theta.sin(), "c": theta.cos()}
+
+
+@pytest.mark.parametrize(("sums", "states", "points"), [(1, 1, 1), (3, 5, 2), (4, 32, 17), (5, 3, 70), (9, 7, 1500)])
+def test_cauchy_product_in_cpp(require_backend: Any, sums: int, states: int, points: int) -> None:
+    require_backend("s4_kernel", "cauchy_cpu")
+    problem = _single(_cauchy_problem(sums, states, points))
+    y, c = problem["y"], problem["c"]
+
+    def exact(Lambda: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        Lambda = Lambda.unsqueeze(1)
+        return sum(  # pyright: ignore[reportReturnType]
+            (w.unsqueeze(-1) / (1j * y.double() - c.double() * pole.unsqueeze(-1))).sum(2)
+            for w, pole in ((v, Lambda), (v.conj(), Lambda.conj()))
+        )
+
+    def make(seed: int) -> Case:
+        problem = _cauchy_problem(sums, states, points, seed)
+        return {"Lambda": problem["Lambda"], "v": problem["v"]}
+
+    run = lambda Lambda, v: products.cauchy(Lambda, v, y, c, "cpu")
+    _hold_to_budget(run, lambda Lambda, v: cauchy._sums(Lambda, v, y, c), exact, make)
+
+
+def _both(channels: int, length: int) -> Iterator[tuple[str, Callable[..., Any], Case]]:
+    yield "s4d_kernel", functools.partial(s4d_kernel, length=length, backend="cpu"), _diagonal(3, 9)
+    yield "s4_kernel", functools.partial(s4_kernel, length=length, backend="cauchy_cpu"), _low_rank(3, 9, 2)
+
+
+@pytest.mark.parametrize("length", [37, 3000])
+def test_kernels_in_cpp_give_the_same_bits_always(require_backend: Any, length: int) -> None:
+    """Two runs, memory full of NaN, and another number of threads."""
+    require_backend("s4d_kernel", "cpu")
+    threads = torch.get_num_threads()
+    for op, run, case in _both(3, length):
+        wide = {k: v.repeat(8, *[1] * (v.dim() - 1)) for k, v in _single(case).items()}
+        call = functools.partial(derivatives, lambda run=run, **x: (run(**x),), wide, ("K",))
+        try:
+            torch.set_num_threads(1)
+            first = call()
+            with poisoned_memory():
+                again = call()
+            torch.set_num_threads(3)
+            others = call()
+        finally:
+            torch.set_num_threads(threads)
+        for name, value in first.items():
+            assert torch.isfinite(torch.view_as_real(value) if value.is_complex() else value).all(), (op, name)
+            assert torch.equal(again[name], value), (op, name)
+            if op == "s4d_kernel":  # S4's has torch's own products around it
+                assert torch.equal(others[name], value), (op, name)
+
+
+def test_cauchy_product_is_the_same_whatever_the_threads(require_backend: Any) -> None:
+    require_backend("s4_kernel", "cauchy_cpu")
+    problem = _single(_cauchy_problem(4, 9, 3000))
+    y, c = problem.pop("y"), problem.pop("c")
+    wide = {k: v.repeat(8, *[1] * (v.dim() - 1)) for k, v in problem.items()}
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(derivatives(lambda **x: (products.cauchy(**x, y=y, c=c, backend="cpu"),), wide, ("sums",)))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
+def test_what_is_registered(require_backend: Any) -> None:
+    require_backend("s4d_kernel", "cpu")
+    with recorded_calls() as calls:
+        for _, run, case in _both(3, 20):
+            derivatives(lambda run=run, **x: (run(**x),), _single(case), ("K",))
+    assert {str(func) for func, _, _ in calls} == {
+        f"statescan.{product}_product_cpu{way}.default"
+        for product in ("vandermonde", "cauchy")
+        for way in ("", "_backward")
+    }
+    check_registration(calls)
+
+
+@pytest.mark.parametrize("op", ["s4d_kernel", "s4_kernel"])
+def test_compiles_and_exports(require_backend: Any, op: str) -> None:
+    require_backend("s4d_kernel", "cpu")
+    _, run, case = next(x for x in _both(3, 40) if x[0] == op)
+    single = _single(case)
+    torch.compiler.reset()
+    call = lambda *x: run(**dict(zip(single, x, strict=True)))  # "Lambda", made lower case by the tracer, is a keyword
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    eager, traced = (derivatives(lambda f=f, **x: (f(*x.values()),), single, ("K",)) for f in (call, compiled))
+    for name, value in eager.items():
+        assert torch.allclose(traced[name], value, rtol=1e-6, atol=1e-6), name
+
+    class Kernel(torch.nn.Module):
+        def forward(self, *x: torch.Tensor) -> torch.Tensor:
+            return call(*x)
+
+    exported = torch.export.export(Kernel(), tuple(single.values())).module()
+    assert torch.equal(exported(*single.values()), run(**single))
+
+
+@pytest.mark.parametrize("op", ["s4d_kernel", "s4_kernel"])
+def test_second_derivatives_are_refused_not_wrong(require_backend: Any, op: str) -> None:
+    require_backend("s4d_kernel", "cpu")
+    _, run, case = next(x for x in _both(3, 8) if x[0] == op)
+    leaves = {k: v.requires_grad_() for k, v in _single(case).items()}
+    with pytest.raises(BackendUnavailableError, match=f"{op}: backend 'cpu' has no second derivatives; use backend"):
+        torch.autograd.grad(run(**leaves).sum(), leaves["C"], create_graph=True)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+def test_lower_instruction_sets(require_backend: Any, isa: str) -> None:
+    require_backend("s4d_kernel", "cpu")
+    if os.environ.get("STATESCAN_CPU_ISA") == isa:
+        pytest.skip("this is the run that the test starts")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__, "-k", "in_cpp"],
+        env={**os.environ, "STATESCAN_CPU_ISA": isa, "STATESCAN_TEST_REQUIRE": "cpu,cauchy_cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_which_backend_runs(require_backend: Any) -> None:
+    for op, named in (("s4d_kernel", "cpu"), ("s4_kernel", "cauchy_cpu")):
+        assert "backend='torch'" in str(refusal(op, named, device="cpu", dtype=torch.float64))
+        assert "it runs on the CPU, the inputs are on cuda" in str(refusal(op, named, device="cuda"))
+        assert explain(op, dtype=torch.float64).backend == "torch"
+        for name in ("torch", "cauchy_cpu")[: 1 if op == "s4d_kernel" else 2]:
+            assert refusal(op, name, device="mps") is not None
+    with pytest.raises(BackendUnavailableError, match="A is in double precision; use backend='torch'"):
+        s4d_kernel(**_diagonal(), length=4, backend="cpu")
+    with pytest.raises(ConfigError, match="discretization must be 'bilinear' with backend 'cauchy_cpu', got 'zoh'"):
+        s4_kernel(**_single(_low_rank()), length=4, discretization="zoh", backend="cauchy_cpu")
+    require_backend("s4d_kernel", "cpu")
+    assert explain("s4d_kernel", complex_A=True).backend == "cpu"

@@ -64,7 +64,7 @@ BACKENDS: dict[str, dict[str, str]] = {
     "decode_attention": {"cuda": "cuda", "torch": "torch_attention", "reference": "reference"},
     "fft_conv": {"torch": "torch_fft", "reference": "reference"},
     "s4d_kernel": {"cpu": "cpu", "torch": "vandermonde", "reference": "reference"},
-    "s4_kernel": {"torch": "doubling", "cauchy": "cauchy", "reference": "reference"},
+    "s4_kernel": {"torch": "doubling", "cauchy_cpu": "cauchy_cpu", "cauchy": "cauchy", "reference": "reference"},
 }
 
 # op -> folder, where it isn't the op's own name.

@@ -151,19 +151,21 @@ def s4_kernel(
         raise DTypeError(
             f"{op}: Lambda must be complex, got {Lambda.dtype}; pass one eigenvalue of each conjugate pair"
         )
-    name = choose(op, backend, Lambda.device.type, Lambda.dtype, True, Lambda.shape[1])
+    name = choose(op, backend, Lambda.device.type, kernel_dtype(Lambda), True, Lambda.shape[1])
     if name == "torch":
         from statescan.ops.ssm_kernel import doubling as module
-    elif name == "cauchy":
-        from statescan.ops.ssm_kernel import cauchy as module
-
+    elif name == "reference":
+        from statescan.ops.ssm_kernel import reference as module
+    else:
         if discretization != "bilinear":
             raise ConfigError(
-                f"{op}: discretization must be 'bilinear' with backend 'cauchy', got {discretization!r}; "
+                f"{op}: discretization must be 'bilinear' with backend '{name}', got {discretization!r}; "
                 "its formula holds for that rule alone: use backend='torch'"
             )
-    else:
-        from statescan.ops.ssm_kernel import reference as module
+        if name == "cauchy_cpu":
+            from statescan.ops.ssm_kernel import cauchy_cpu as module
+        else:
+            from statescan.ops.ssm_kernel import cauchy as module
     with without_autocast(Lambda.device.type):
         return module.s4_kernel(Lambda, columns, B, C, dt, length, discretization)
 

@@ -1,7 +1,7 @@
 """S4's kernel as the paper makes it, the Cauchy product in plain PyTorch, in pieces of bounded memory.
 
-``v / (iy - c Lambda)`` and its conjugate pair's have the denominators ``p + i (y -+ c Im(Lambda))``, ``p = -c Re(Lambda)``:
-two quotients for each state and frequency, the same for all sums, which are one real matrix product.
+``v / (iy - c Lambda)`` and its conjugate pair's have the denominators ``p + i (y -+ c Im(Lambda))`` with
+``p = -c Re(Lambda)``: two quotients for each state and frequency, the same for all sums, which are one matrix product.
 """
 
 from __future__ import annotations

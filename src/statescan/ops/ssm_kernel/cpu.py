@@ -1,123 +1,21 @@
-"""The Vandermonde and the Cauchy product on the C++ library: a channel at a time, tables of powers in the cache."""
+"""S4D's kernel on the C++ library: the Vandermonde product in one pass, forward and backward."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
-import torch
 from torch import Tensor
 
-from statescan.ops import _native
 from statescan.ops._dispatch import Facts
 from statescan.ops.ssm_kernel import products
+from statescan.ops.ssm_kernel.cpu_products import refuses_products
 
-__all__ = [
-    "cauchy_backward",
-    "cauchy_forward",
-    "refuses",
-    "s4_kernel",
-    "s4d_kernel",
-    "vandermonde_backward",
-    "vandermonde_forward",
-]
+__all__ = ["refuses", "s4d_kernel"]
 
 
 def refuses(facts: Facts) -> str | None:
     """Why the C++ kernels do not take this call, with the cure; None if they do."""
-    if facts.device == "cpu" and facts.dtype == torch.float64:
-        return "its products are taken in float32, A is in double precision; use backend='torch'"
-    return _native.refusal(facts.device, "ss_vandermonde")
-
-
-def _struct(name: str, numbers: str, pointers: str) -> type[ctypes.Structure]:
-    fields = [(field, ctypes.c_int64) for field in numbers.split()]
-    fields += [(field, ctypes.c_void_p) for field in pointers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})
-
-
-# As in csrc/ssm_kernel.h.
-_VandermondeArgs = _struct(
-    "_VandermondeArgs", "channels states length", "log_re log_im w_re w_im kernel grad s0_re s0_im s1_re s1_im"
-)
-_CauchyArgs = _struct(
-    "_CauchyArgs",
-    "channels sums states points",
-    "lam_re lam_im v_re v_im y c out_re out_im grad_re grad_im dlam_re dlam_im dv_re dv_im",
-)
-
-
-def _call(function: str, args: ctypes.Structure, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        setattr(args, name, tensor.data_ptr())
-    code = getattr(_native.library().lib, function)(ctypes.byref(args))
-    if code == -3:
-        raise MemoryError("s4_kernel, s4d_kernel: no memory left for the kernel's scratch; take fewer states")
-    assert code == 0, f"{function} returned {code}"
-
-
-def vandermonde_forward(log_re: Tensor, log_im: Tensor, w_re: Tensor, w_im: Tensor, length: int) -> Tensor:
-    """See `products`."""
-    channels, states = log_re.shape
-    kernel = w_re.new_empty(channels, length)
-    args = _VandermondeArgs(channels, states, length)
-    _call("ss_vandermonde", args, log_re=log_re, log_im=log_im, w_re=w_re, w_im=w_im, kernel=kernel)
-    return kernel
-
-
-def vandermonde_backward(log_re: Tensor, log_im: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `products`."""
-    (channels, states), length = log_re.shape, g.shape[1]
-    s0_re, s0_im, s1_re, s1_im = sums = tuple(g.new_empty(channels, states) for _ in range(4))
-    args = _VandermondeArgs(channels, states, length)
-    _call(
-        "ss_vandermonde_backward",
-        args,
-        **{"log_re": log_re, "log_im": log_im, "grad": g},
-        **{"s0_re": s0_re, "s0_im": s0_im, "s1_re": s1_re, "s1_im": s1_im},
-    )
-    return sums  # pyright: ignore[reportReturnType]
-
-
-def cauchy_forward(
-    lam_re: Tensor, lam_im: Tensor, v_re: Tensor, v_im: Tensor, y: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See `products`."""
-    (channels, sums, states), points = v_re.shape, y.shape[0]
-    out_re, out_im = (v_re.new_empty(channels, sums, points) for _ in range(2))
-    _call(
-        "ss_cauchy",
-        _CauchyArgs(channels, sums, states, points),
-        **{"lam_re": lam_re, "lam_im": lam_im, "v_re": v_re, "v_im": v_im, "y": y, "c": c},
-        **{"out_re": out_re, "out_im": out_im},
-    )
-    return out_re, out_im
-
-
-def cauchy_backward(
-    lam_re: Tensor, lam_im: Tensor, v_re: Tensor, v_im: Tensor, y: Tensor, c: Tensor, g_re: Tensor, g_im: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `products`."""
-    (channels, sums, states), points = v_re.shape, y.shape[0]
-    dlam_re, dlam_im, dv_re, dv_im = found = tuple(torch.empty_like(x) for x in (lam_re, lam_im, v_re, v_im))
-    _call(
-        "ss_cauchy_backward",
-        _CauchyArgs(channels, sums, states, points),
-        **{"lam_re": lam_re, "lam_im": lam_im, "v_re": v_re, "v_im": v_im, "y": y, "c": c},
-        **{"grad_re": g_re, "grad_im": g_im},
-        **{"dlam_re": dlam_re, "dlam_im": dlam_im, "dv_re": dv_re, "dv_im": dv_im},
-    )
-    return found  # pyright: ignore[reportReturnType]
-
-
-products.register("cpu", ("CPU",), sys.modules[__name__])  # pyright: ignore[reportArgumentType]
+    return refuses_products(facts)
 
 
 def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     """See the public function."""
     return products.s4d_kernel(A, B, C, dt, length, discretization, "cpu")
-
-
-def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
-    """See the public function; the bilinear rule alone."""
-    return products.s4_kernel(Lambda, P, B, C, dt, length, discretization, "cpu")

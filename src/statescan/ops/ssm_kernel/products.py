@@ -30,8 +30,6 @@ from statescan.ops.ssm_kernel.decay import diagonal_system
 
 __all__ = ["cauchy", "register", "s4_kernel", "s4d_kernel", "vandermonde"]
 
-_PIECE = 1 << 20  # frequencies at a time: all of them, short of kernels of two million lags
-
 
 class _Implementation(Protocol):
     """A module with the four functions."""
@@ -203,8 +201,9 @@ def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discret
 
 
 def s4_kernel(
-    Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str, backend: str
+    Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, backend: str, sums: int
 ) -> Tensor:
-    """See the public function; the bilinear rule alone."""
+    """See the public function; the bilinear rule alone, in pieces of about so many sums."""
     product = lambda Lambda, v, y, c: cauchy(Lambda, v, y, c, backend)
-    return generating_function.s4_kernel(product, Lambda, P, B, C, dt, length, _PIECE)
+    piece = max(1, sums // (Lambda.shape[0] * (1 + P.shape[2]) ** 2))
+    return generating_function.s4_kernel(product, Lambda, P, B, C, dt, length, piece)
