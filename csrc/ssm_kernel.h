@@ -1,4 +1,4 @@
-// Arguments of the Vandermonde and the Cauchy product; mirrored in src/statescan/ops/ssm_kernel/cpu_products.py. All contiguous.
+// Arguments of the Vandermonde and the Cauchy product and of the powers of dense matrices; mirrored in src/statescan/ops/ssm_kernel/cpu_products.py. All contiguous.
 #pragma once
 #include <cstdint>
 
@@ -22,4 +22,14 @@ struct ss_cauchy_args {
   float *out_re, *out_im;                       // (channels, sums, points), forward
   const float *grad_re, *grad_im;               // (channels, sums, points), backward
   float *dlam_re, *dlam_im, *dv_re, *dv_im;     // as lam and v, backward
+};
+
+// K[d, l] = C[d] A[d]^l B[d], l = a T + b; backwards the derivatives of sum(grad K).
+struct ss_powers_args {
+  int64_t channels, states, length;
+  int64_t bits;                    // T = 1 << bits
+  const double *A, *B, *C;         // (channels, states, states), (channels, states), (channels, states)
+  float* kernel;                   // (channels, length), forward
+  const float* grad;               // (channels, length), backward
+  double *dA, *dB, *dC;            // as A, B, C, backward
 };

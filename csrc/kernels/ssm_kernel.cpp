@@ -19,14 +19,8 @@
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
+#include "tile.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#define SS_UNROLL _Pragma("GCC unroll 8")
-#elif defined(__clang__)
-#define SS_UNROLL _Pragma("unroll")
-#else
-#define SS_UNROLL
-#endif
 #if defined(__GNUC__)
 #define SS_LAMBDA_INLINE __attribute__((always_inline))
 #else
@@ -37,9 +31,7 @@ namespace {
 using namespace ss;
 
 constexpr int64_t kLags = 64;  // T; a multiple of every panel
-constexpr int kRows = 4;       // rows a at a time
-constexpr int64_t kStretch = 16;
-constexpr int kVectors = SS_VECTOR_REGISTERS == 32 ? 4 : 2;  // of a panel
+constexpr int64_t kStretch = 16;  // products that are summed one after the other
 constexpr int kWidth = kVectors * F32::W;
 static_assert(kLags % kWidth == 0, "a row of lags is whole panels");
 
@@ -48,35 +40,6 @@ int64_t grain(int64_t work) { return 1 + 65536 / work; }
 
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// c = a b, or c += a b: kRows rows of a, `depth` long and lda apart; b depth x (V vectors), ldb apart; c rows ldc apart.
-template <int V>
-SS_INLINE void tile(const float* SS_RESTRICT a, int64_t lda, const float* SS_RESTRICT b, int64_t ldb, int64_t depth,
-                    float* SS_RESTRICT c, int64_t ldc, bool add) {
-  F32 sum[kRows][V];
-  SS_UNROLL
-  for (int i = 0; i < kRows; ++i)
-    SS_UNROLL
-    for (int v = 0; v < V; ++v) sum[i][v] = F32::zero();
-  for (int64_t k = 0; k < depth; ++k) {
-    F32 row[V];
-    SS_UNROLL
-    for (int v = 0; v < V; ++v) row[v] = F32::load(b + k * ldb + v * F32::W);
-    SS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const F32 x = F32::set(a[i * lda + k]);
-      SS_UNROLL
-      for (int v = 0; v < V; ++v) sum[i][v] = fma(x, row[v], sum[i][v]);
-    }
-  }
-  SS_UNROLL
-  for (int i = 0; i < kRows; ++i)
-    SS_UNROLL
-    for (int v = 0; v < V; ++v) {
-      float* to = c + i * ldc + v * F32::W;
-      (add ? F32::load(to) + sum[i][v] : sum[i][v]).store(to);
-    }
-}
-
 // c = a b over all `width` columns (a multiple of F32::W); b in panels of kWidth columns, the last one as wide as is left.
 // At most `stretch` products are summed one after the other, then these sums: fewer roundings on the way to each result.
 void product(const float* a, int64_t lda, const float* b, int64_t depth, int64_t stretch, float* c, int64_t ldc, int64_t width) {
@@ -84,10 +47,10 @@ void product(const float* a, int64_t lda, const float* b, int64_t depth, int64_t
     const int64_t most = depth - k < stretch ? depth - k : stretch;
     int64_t at = 0;
     for (; at + kWidth <= width; at += kWidth)
-      tile<kVectors>(a + k, lda, b + at * depth + k * kWidth, kWidth, most, c + at, ldc, k > 0);
+      tile<F32, kVectors>(a + k, lda, b + at * depth + k * kWidth, kWidth, most, c + at, ldc, k > 0);
     const int64_t left = width - at;
     for (int64_t v = 0; v < left; v += F32::W)
-      tile<1>(a + k, lda, b + at * depth + k * left + v, left, most, c + at + v, ldc, k > 0);
+      tile<F32, 1>(a + k, lda, b + at * depth + k * left + v, left, most, c + at + v, ldc, k > 0);
   }
 }
 
@@ -322,7 +285,7 @@ int32_t cauchy(const ss_cauchy_args& p) {
         }
         const int64_t held = p.points - k < kPoints ? p.points - k : kPoints;
         for (int64_t s = 0; s < p.sums; s += kRows) {
-          tile<kVectors>(v + s * depth, depth, table, kWidth, depth, found, kWidth, false);
+          tile<F32, kVectors>(v + s * depth, depth, table, kWidth, depth, found, kWidth, false);
           for (int64_t i = 0; i < kRows && s + i < p.sums; ++i) {
             const int64_t at = (d * p.sums + s + i) * p.points + k;
             for (int64_t j = 0; j < held; ++j) {

@@ -63,8 +63,15 @@ BACKENDS: dict[str, dict[str, str]] = {
     "mamba_step": {"cpu": "cpu", "cuda": "cuda", "torch": "torch_step", "reference": "reference"},
     "decode_attention": {"cuda": "cuda", "torch": "torch_attention", "reference": "reference"},
     "fft_conv": {"torch": "torch_fft", "reference": "reference"},
-    "s4d_kernel": {"cpu": "cpu", "torch": "vandermonde", "reference": "reference"},
-    "s4_kernel": {"torch": "doubling", "cauchy_cpu": "cauchy_cpu", "cauchy": "cauchy", "reference": "reference"},
+    "s4d_kernel": {"cpu": "cpu", "triton": "triton_vandermonde", "torch": "vandermonde", "reference": "reference"},
+    "s4_kernel": {
+        "cpu": "cpu",
+        "torch": "doubling",
+        "cauchy_cpu": "cauchy_cpu",
+        "cauchy_triton": "cauchy_triton",
+        "cauchy": "cauchy",
+        "reference": "reference",
+    },
 }
 
 # op -> folder, where it isn't the op's own name.
@@ -145,7 +152,7 @@ def _refusal(op: str, backend: str, facts: Facts) -> str | None:
 
 def _only_if_named(backend: str, facts: Facts) -> bool:
     """On the CPU Triton's kernels are interpreted, for tests: "auto" never takes them there."""
-    return backend == "triton" and facts.device == "cpu"
+    return backend in ("triton", "cauchy_triton") and facts.device == "cpu"
 
 
 def _meant_for(backend: str, facts: Facts) -> bool:

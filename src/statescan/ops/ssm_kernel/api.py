@@ -100,6 +100,8 @@ def s4d_kernel(
     name = choose(op, backend, A.device.type, kernel_dtype(A), A.is_complex(), A.shape[1])
     if name == "cpu":
         from statescan.ops.ssm_kernel import cpu as module
+    elif name == "triton":
+        from statescan.ops.ssm_kernel import triton_vandermonde as module
     elif name == "torch":
         from statescan.ops.ssm_kernel import vandermonde as module
     else:
@@ -152,7 +154,9 @@ def s4_kernel(
             f"{op}: Lambda must be complex, got {Lambda.dtype}; pass one eigenvalue of each conjugate pair"
         )
     name = choose(op, backend, Lambda.device.type, kernel_dtype(Lambda), True, Lambda.shape[1])
-    if name == "torch":
+    if name == "cpu":
+        from statescan.ops.ssm_kernel import cpu as module
+    elif name == "torch":
         from statescan.ops.ssm_kernel import doubling as module
     elif name == "reference":
         from statescan.ops.ssm_kernel import reference as module
@@ -164,6 +168,8 @@ def s4_kernel(
             )
         if name == "cauchy_cpu":
             from statescan.ops.ssm_kernel import cauchy_cpu as module
+        elif name == "cauchy_triton":
+            from statescan.ops.ssm_kernel import cauchy_triton as module
         else:
             from statescan.ops.ssm_kernel import cauchy as module
     with without_autocast(Lambda.device.type):

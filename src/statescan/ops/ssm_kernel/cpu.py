@@ -1,4 +1,4 @@
-"""S4D's kernel on the C++ library: the Vandermonde product in one pass, forward and backward."""
+"""S4D's and S4's kernels on the C++ library: the Vandermonde product, and powers of the small matrix by squaring."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from statescan.ops._dispatch import Facts
 from statescan.ops.ssm_kernel import products
 from statescan.ops.ssm_kernel.cpu_products import refuses_products
+from statescan.ops.ssm_kernel.real_form import discrete_real_form
 
-__all__ = ["refuses", "s4d_kernel"]
+__all__ = ["refuses", "s4_kernel", "s4d_kernel"]
 
 
 def refuses(facts: Facts) -> str | None:
@@ -19,3 +20,9 @@ def refuses(facts: Facts) -> str | None:
 def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     """See the public function."""
     return products.s4d_kernel(A, B, C, dt, length, discretization, "cpu")
+
+
+def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
+    """See the public function."""
+    (A_bar, B_bar), rows = discrete_real_form(Lambda, P, B, C, dt, discretization)
+    return products.powers(A_bar, B_bar, rows, length, "cpu")

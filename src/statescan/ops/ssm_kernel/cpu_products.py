@@ -1,4 +1,4 @@
-"""The Vandermonde and the Cauchy product on the C++ library: a channel at a time, tables of powers in the cache."""
+"""The products of S4D's and S4's kernels on the C++ library: a channel at a time, tables of powers in the cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from statescan.ops.ssm_kernel import products
 __all__ = [
     "cauchy_backward",
     "cauchy_forward",
+    "powers_backward",
+    "powers_forward",
     "refuses_products",
     "vandermonde_backward",
     "vandermonde_forward",
@@ -43,6 +45,9 @@ _CauchyArgs = _struct(
     "channels sums states points",
     "lam_re lam_im v_re v_im y c out_re out_im grad_re grad_im dlam_re dlam_im dv_re dv_im",
 )
+
+
+_PowersArgs = _struct("_PowersArgs", "channels states length bits", "A B C kernel grad dA dB dC")
 
 
 def _call(function: str, args: ctypes.Structure, tensors: dict[str, Tensor]) -> None:
@@ -99,4 +104,27 @@ def cauchy_backward(
     return found  # pyright: ignore[reportReturnType]
 
 
-products.register("cpu", ("CPU",), sys.modules[__name__])  # pyright: ignore[reportArgumentType]
+def powers_forward(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
+    """See `products`."""
+    channels, states = B.shape
+    kernel = B.new_empty(channels, length, dtype=torch.float32)
+    args = _PowersArgs(channels, states, length, _inner_bits(length))
+    _call("ss_powers", args, {"A": A, "B": B, "C": C, "kernel": kernel})
+    return kernel
+
+
+def powers_backward(A: Tensor, B: Tensor, C: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `products`."""
+    (channels, states), length = B.shape, g.shape[1]
+    dA, dB, dC = (torch.empty_like(x) for x in (A, B, C))
+    args = _PowersArgs(channels, states, length, _inner_bits(length))
+    _call("ss_powers_backward", args, {"A": A, "B": B, "C": C, "grad": g, "dA": dA, "dB": dB, "dC": dC})
+    return dA, dB, dC
+
+
+def _inner_bits(length: int) -> int:
+    """Of T in l = a T + b: as many a as b, or half as many."""
+    return (max(length - 1, 0).bit_length() + 1) // 2
+
+
+products.register("cpu", ("CPU",), sys.modules[__name__])

@@ -1,6 +1,6 @@
-"""The Vandermonde and the Cauchy product on the fast backends: fused kernels behind one autograd function each.
+"""The products that kernels are made of, on the fast backends: fused kernels behind one autograd function each.
 
-A backend is four functions, of contiguous real tensors (complex ones come as their parts) on its devices:
+A backend is a pair of functions for each product it has, of contiguous real tensors (complex ones come as their parts):
 
 ``vandermonde_forward(log_re, log_im, w_re, w_im, length) -> K`` and
 ``vandermonde_backward(log_re, log_im, g) -> (s0_re, s0_im, s1_re, s1_im)``:
@@ -13,13 +13,17 @@ A backend is four functions, of contiguous real tensors (complex ones come as th
 ``out[d, s, k] = sum_n v / (i y - c lam) + conj(v) / (i y - c conj(lam))`` with ``v[d, s, n]``, ``lam[d, n]``, ``y[k]``,
 ``c[k]``, and the derivatives of ``sum(g_re out_re + g_im out_im)``; all in float32, any number of sums s.
 
+``powers_forward(A, B, C, length) -> K`` and ``powers_backward(A, B, C, g) -> (dA, dB, dC)``: ``K[d, l] = C A^l B`` of
+real matrices ``(d_model, n, n)`` and vectors ``(d_model, n)`` in float64, and the derivatives of ``sum(g K)``; K and g
+in float32.
+
 None of them holds an array of states x length; each sums in an order that the shapes alone fix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +32,7 @@ from statescan.errors import BackendUnavailableError
 from statescan.ops.ssm_kernel import generating_function
 from statescan.ops.ssm_kernel.decay import diagonal_system
 
-__all__ = ["cauchy", "register", "s4_kernel", "s4d_kernel", "vandermonde"]
-
-
-class _Implementation(Protocol):
-    """A module with the four functions."""
-
-    vandermonde_forward: Callable[..., Any]
-    vandermonde_backward: Callable[..., Any]
-    cauchy_forward: Callable[..., Any]
-    cauchy_backward: Callable[..., Any]
+__all__ = ["cauchy", "powers", "register", "s4_kernel", "s4d_kernel", "vandermonde"]
 
 
 def _vandermonde_fake(log_re: Tensor, log_im: Tensor, w_re: Tensor, w_im: Tensor, length: int) -> Tensor:
@@ -60,6 +55,14 @@ def _cauchy_backward_fake(
     return tuple(torch.empty_like(part) for part in (lam_re, lam_im, v_re, v_im))  # pyright: ignore[reportReturnType]
 
 
+def _powers_fake(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
+    return A.new_empty(A.shape[0], length, dtype=torch.float32)
+
+
+def _powers_backward_fake(A: Tensor, B: Tensor, C: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(A), torch.empty_like(B), torch.empty_like(C)
+
+
 _STATES, _POINTS = "Tensor lam_re, Tensor lam_im, Tensor v_re, Tensor v_im", "Tensor y, Tensor c"
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 _SCHEMAS: dict[str, tuple[str, str, Callable[..., Any]]] = {
@@ -79,18 +82,26 @@ _SCHEMAS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         f"({_STATES}, {_POINTS}, Tensor g_re, Tensor g_im) -> {_FOUR}",
         _cauchy_backward_fake,
     ),
+    "powers": ("powers_forward", "(Tensor A, Tensor B, Tensor C, SymInt length) -> Tensor", _powers_fake),
+    "powers_backward": (
+        "powers_backward",
+        "(Tensor A, Tensor B, Tensor C, Tensor g) -> (Tensor, Tensor, Tensor)",
+        _powers_backward_fake,
+    ),
 }
 
 
-def register(backend: str, devices: Sequence[str], implementation: _Implementation) -> None:
-    """Makes a module's four functions the operators ``statescan::<product>_<backend>`` and ``..._<backend>_backward``.
+def register(backend: str, devices: Sequence[str], implementation: Any) -> None:
+    """Makes a backend's functions the operators ``statescan::<product>_product_<backend>`` and ``..._backward``.
 
     Args:
-        backend: its name in the table of backends.
+        backend: its name.
         devices: torch's dispatch keys, ``"CPU"``, ``"CUDA"``, ``"XPU"``.
-        implementation: the module; its functions get contiguous tensors.
+        implementation: a module with the functions, which get contiguous tensors.
     """
     for product, (function, schema, fake) in _SCHEMAS.items():
+        if not hasattr(implementation, function):
+            continue
         name = f"statescan::{_name(product, backend)}"
         torch.library.define(name, schema)
         for device in devices:
@@ -156,6 +167,19 @@ class _Cauchy(torch.autograd.Function):
         return (*_run("cauchy_backward", ctx.backend, *ctx.saved_tensors, g_re, g_im), None, None, None)
 
 
+class _Powers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, C: Tensor, length: int, backend: str) -> Tensor:
+        ctx.save_for_backward(A, B, C)
+        ctx.backend = backend
+        return _run("powers", backend, A, B, C, length)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _refuse_second_derivative("s4_kernel", ctx.backend)
+        return (*_run("powers_backward", ctx.backend, *ctx.saved_tensors, g), None, None)
+
+
 def vandermonde(log: Tensor, weight: Tensor, length: int, backend: str) -> Tensor:
     """``K[d, l] = Re(sum_n weight[d, n] exp(l log[d, n]))``, float32 ``(d_model, length)``.
 
@@ -185,6 +209,20 @@ def cauchy(Lambda: Tensor, v: Tensor, y: Tensor, c: Tensor, backend: str) -> Ten
     if torch.is_grad_enabled() and (Lambda.requires_grad or v.requires_grad):
         return torch.complex(*_Cauchy.apply(*inputs, backend))  # pyright: ignore[reportGeneralTypeIssues]
     return torch.complex(*_run("cauchy", backend, *inputs))
+
+
+def powers(A: Tensor, B: Tensor, C: Tensor, length: int, backend: str) -> Tensor:
+    """``K[d, l] = C[d] A[d]^l B[d]``, float32 ``(d_model, length)``.
+
+    Args:
+        A: ``(d_model, n, n)``, float64.
+        B, C: ``(d_model, n)``, float64.
+        length: number of lags.
+        backend: one that has registered the product.
+    """
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (A, B, C)):
+        return _Powers.apply(A, B, C, length, backend)  # pyright: ignore[reportReturnType]
+    return _run("powers", backend, A, B, C, length)
 
 
 def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str, backend: str) -> Tensor:
