@@ -11,6 +11,7 @@ import torch
 from statescan.bench.s4_kernels import least_cost, naive_s4_kernel, published_c, run_s4_kernels, s4_problem
 from statescan.errors import ConfigError
 from statescan.ops import s4_kernel
+from statescan.testing import refusal
 
 
 @pytest.mark.parametrize("length", [33, 64])
@@ -32,9 +33,14 @@ def test_a_quick_run_reports_every_implementation(tmp_path: Path) -> None:
     report = run_s4_kernels(device="cpu", threads=1, quick=True, out=out)
     assert json.loads(out.read_text()) == report
     modes = ("forward", "forward+backward")
-    names = ("statescan", "statescan cauchy", "statescan s4d_kernel", "statescan fft_conv", "naive Cauchy")
+    names = ("statescan", *(f"statescan {backend}" for backend in ("torch", "cauchy", "cauchy_cpu")))
+    names += ("statescan s4d_kernel", "statescan s4d_kernel torch", "statescan fft_conv", "naive Cauchy")
     assert [(row["implementation"], row["mode"]) for row in report["rows"]] == [(n, m) for n in names for m in modes]
+    unavailable = refusal("s4_kernel", "cauchy_cpu")
     for row in report["rows"]:
+        if unavailable is not None and row["implementation"] == "statescan cauchy_cpu":
+            assert unavailable[:80] in row["failure"]
+            continue
         assert row["failure"] is None
         assert row["milliseconds"] > 0
         assert 0 < row["relative_error"] < 1e-4
@@ -56,11 +62,12 @@ def test_the_floor_counts_every_input_and_output_once() -> None:
     size = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)
     kernel = s4_kernel(**problem, length=length)
     shape = (d_model, d_state, length, batch)
-    for name in ("statescan", "statescan cauchy", "naive Cauchy", "state-spaces/s4"):
+    for name in ("statescan", "statescan torch", "statescan cauchy_cpu", "naive Cauchy", "state-spaces/s4"):
         assert least_cost(name, "forward", *shape).bytes == size(*problem.values(), kernel)
         assert least_cost(name, "forward+backward", *shape).bytes == 2 * size(*problem.values(), kernel)
     del problem["P"]
     diagonal = least_cost("statescan s4d_kernel", "forward", *shape)
+    assert diagonal == least_cost("statescan s4d_kernel torch", "forward", *shape)
     assert diagonal.bytes == size(*problem.values(), kernel)
     assert diagonal.flops == 2 * d_model * length * d_state
     u = torch.zeros(batch, length, d_model)
@@ -71,7 +78,7 @@ def test_the_floor_counts_every_input_and_output_once() -> None:
 
 def test_only_some_are_measured() -> None:
     report = run_s4_kernels(device="cpu", threads=1, quick=True, only="s4d")
-    assert {row["implementation"] for row in report["rows"]} == {"statescan s4d_kernel"}
+    assert {row["implementation"] for row in report["rows"]} == {"statescan s4d_kernel", "statescan s4d_kernel torch"}
     with pytest.raises(ConfigError, match=r"--only must be part of one of statescan, .*got 's5'"):
         run_s4_kernels(device="cpu", only="s5")
 

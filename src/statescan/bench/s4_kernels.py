@@ -14,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,26 @@ from statescan.ops.hippo import hippo_nplr
 __all__ = ["IMPLEMENTATIONS", "least_cost", "naive_s4_kernel", "published_c", "run_s4_kernels", "s4_problem"]
 
 S4D, CONVOLUTION = "statescan s4d_kernel", "statescan fft_conv"
-IMPLEMENTATIONS = ("statescan", "statescan cauchy", S4D, CONVOLUTION, "naive Cauchy", "state-spaces/s4")
+# Ours, with the backend they name; then the plain ways.
+_BACKENDS = {
+    "statescan": "auto",
+    "statescan torch": "torch",
+    "statescan cauchy": "cauchy",
+    "statescan cauchy_cpu": "cauchy_cpu",
+    "statescan cauchy_triton": "cauchy_triton",
+    S4D: "auto",
+    f"{S4D} triton": "triton",
+    f"{S4D} torch": "torch",
+    CONVOLUTION: "auto",
+}
+_ONLY_ON = {"statescan cauchy_cpu": "cpu", "statescan cauchy_triton": "cuda", f"{S4D} triton": "cuda"}
+IMPLEMENTATIONS = (*_BACKENDS, "naive Cauchy", "state-spaces/s4")
 _BATCH = {"cuda": 8, "cpu": 2}  # sequences of the convolution
 _NAMES = ("Lambda", "P", "B", "C", "dt")
 _CHANNELS_CHECKED = 4
-# With a backward pass the plain way holds 42 GiB at width 512: on a CPU it is measured at a quarter of that.
-_D_MODEL = {
-    "cuda": {"forward": 512, "forward+backward": 512},
-    "cpu": {"forward": 512, "forward+backward": 128},
-}
+_D_MODEL = 512
+# With a backward pass the plain way holds 42 GiB at that width: beside it, on a CPU, all are measured at a quarter.
+_D_MODEL_BESIDE_PEERS = 128
 # In the 2-norm, of a kernel in float32 against float64: what a frequency near -1 costs the generating function too.
 _MAY_DIFFER = 2e-3
 
@@ -148,7 +159,7 @@ def least_cost(implementation: str, mode: str, d_model: int, d_state: int, lengt
     passes = 2 if mode == "forward+backward" else 1
     if implementation == CONVOLUTION:
         return Cost(bytes=2 * sequences + kernel + (passes - 1) * (3 * sequences + 2 * kernel))
-    if implementation == S4D:  # 2 x states real numbers for each lag; backward once for each factor
+    if implementation.startswith(S4D):  # 2 x states real numbers for each lag; backward once for each factor
         product = 2.0 * d_model * length * d_state
         return Cost(bytes=passes * (kernel + d_model * (3 * 4 * d_state + 4)), flops=product * (1 + 2 * (passes - 1)))
     return Cost(bytes=passes * (kernel + d_model * (4 * 4 * d_state + 4)))
@@ -159,8 +170,8 @@ def _subject(job: dict[str, Any], problem: dict[str, Tensor]) -> Callable[[], Te
     if name == "state-spaces/s4":
         return _published(job["peer"], problem, length)
     leaves = {key: value.clone().requires_grad_() for key, value in problem.items()}
-    if name == S4D:
-        return lambda: _s4d(leaves, length)
+    if name.startswith(S4D):
+        return lambda: _s4d(leaves, length, _BACKENDS[name])
     if name == CONVOLUTION:
         u = _sequences(job).to(problem["dt"].device).requires_grad_()
         kernel = _s4d(problem, length).requires_grad_()
@@ -168,7 +179,7 @@ def _subject(job: dict[str, Any], problem: dict[str, Tensor]) -> Callable[[], Te
     if name == "naive Cauchy":
         C_end = published_c(problem, length).requires_grad_()
         return lambda: naive_s4_kernel(leaves["Lambda"], leaves["P"], leaves["B"], C_end, leaves["dt"], length)
-    return lambda: _ours(leaves, length, "cauchy" if name == "statescan cauchy" else "auto")
+    return lambda: _ours(leaves, length, _BACKENDS[name])
 
 
 def _ours(problem: dict[str, Tensor], length: int, backend: str) -> Tensor:
@@ -195,7 +206,7 @@ def _error(found: Tensor, problem: dict[str, Tensor], job: dict[str, Any]) -> fl
         truth = fft_conv(_sequences(job)[:1, :, some].double(), kernel, backend="reference")[0].T
         found = found[0].T
     else:
-        truth = _s4d(wide, length, "reference") if name == S4D else _ours(wide, length, "reference")
+        truth = _s4d(wide, length, "reference") if name.startswith(S4D) else _ours(wide, length, "reference")
     return float(torch.linalg.norm(found.cpu()[some].double() - truth) / torch.linalg.norm(truth))
 
 
@@ -265,7 +276,7 @@ def run_s4_kernels(
         device: "cuda" or "cpu"; default: the GPU where there is one.
         threads: of the CPU, for all alike.
         quick: a tiny kernel, to see that it runs.
-        peers: measure the naive way, and `peer`, too.
+        peers: measure the naive way, and `peer`, too; on a CPU the backward passes then are of a quarter of the width.
         peer: the file models/s4/s4.py of the state-spaces/s4 repository, which is then measured as it is.
         only: implementations whose name contains this. Default: all.
         out: a JSON file for the report.
@@ -286,7 +297,8 @@ def run_s4_kernels(
         raise ConfigError(f"bench s4-kernels: --peer must be the repository's models/s4/s4.py, got no file '{peer}'")
     threads = threads or torch.get_num_threads()
     shape = {"d_state": 16, "length": 500} if quick else {"d_state": 64, "length": 16384}
-    names: Sequence[str] = IMPLEMENTATIONS[: (6 if peer else 5) if peers else 4]
+    names = [name for name in IMPLEMENTATIONS if _ONLY_ON.get(name, device) == device]
+    names = [name for name in names if name in _BACKENDS or (peers and (peer or name != "state-spaces/s4"))]
     names = [name for name in names if (only or "") in name]
     if not names:
         raise ConfigError(f"bench s4-kernels: --only must be part of one of {', '.join(IMPLEMENTATIONS)}, got {only!r}")
@@ -296,7 +308,9 @@ def run_s4_kernels(
     rows = []
     for name in names:
         for mode in ("forward", "forward+backward"):
-            width = 16 if quick else _D_MODEL[device][mode]
+            width = 16 if quick else _D_MODEL
+            if not quick and device == "cpu" and mode == "forward+backward" and peers:
+                width = _D_MODEL_BESIDE_PEERS
             job = shared | {"implementation": name, "mode": mode, "d_model": width}
             job |= {"peer": str(peer), "seconds": 0.1 if quick else 15.0 if device == "cpu" else 1.0}
             found = measure(job)

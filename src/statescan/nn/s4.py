@@ -396,7 +396,7 @@ class S4(_StateSpaceLayer):
         d_model: number of channels.
         d_state: size of the state of a channel, even; d_state / 2 of its conjugate pairs are kept.
         measure: HiPPO measure of the initial A and B: ``"legs"``, ``"legt"``, ``"lagt"``, ``"fourier"``.
-        discretization: ``"bilinear"``, as published, or another rule (not on the ``"cauchy"`` backend).
+        discretization: ``"bilinear"``, as published, or another rule (not on the backends named cauchy).
         dt_min, dt_max, bidirectional, mix, dropout, device, dtype: as in `S4D`.
         backend: as in `statescan.ops.s4_kernel`.
 

@@ -82,16 +82,17 @@ def s4d_kernel(
         dt: ``(d_model,)``, step, positive.
         length: number of lags.
         discretization: ``"zoh"``, ``"bilinear"``, ``"forward_euler"`` or ``"backward_euler"``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` or ``"reference"``; see `statescan.explain`.
 
     Returns:
         ``(d_model, length)``, float32; float64 for A in double precision.
 
     Raises:
         ShapeError, DTypeError, ConfigError: an argument doesn't fit.
+        BackendUnavailableError: the named backend can't run this call.
 
-    Numerics: the logarithm of A_bar and its multiples are taken in float64 and their phases turned back into one circle
-    before the float32 sine, so long kernels don't lose the phase.
+    Numerics: size and phase of A_bar's powers are carried in float64 over the whole length and rounded to float32 at
+    the start of every stretch of lags, so long kernels don't lose the phase; sums over the states are taken in float32.
 
     Source: S4D, arXiv:2206.11893, equations 4 to 6.
     """
@@ -132,16 +133,22 @@ def s4_kernel(
         C: ``(d_model, states)``, complex.
         dt: ``(d_model,)``, step, positive.
         length: number of lags.
-        discretization: as for `s4d_kernel`; the ``"cauchy"`` backend has the bilinear rule alone.
-        backend: ``"auto"``; ``"torch"``: powers of the small dense matrix by squaring, in float64, and a product;
-            ``"cauchy"``: the paper's way, its generating function at the roots of unity by the Woodbury identity and a
-            Cauchy product, in pieces of bounded memory; ``"reference"``: one power after the other.
+        discretization: as for `s4d_kernel`; the backends named cauchy have the bilinear rule alone.
+        backend: ``"auto"``; ``"cpu"`` in C++ and ``"torch"``: powers of the small dense matrix by squaring, in float64,
+            and a product; ``"cauchy"``: the paper's way, its generating function at the roots of unity by the Woodbury
+            identity and a Cauchy product, in pieces of bounded memory, ``"cauchy_cpu"`` and ``"cauchy_triton"`` with
+            that product in one pass; ``"reference"``: one power after the other.
 
     Returns:
         ``(d_model, length)``, float32; float64 for Lambda in double precision.
 
     Raises:
         ShapeError, DTypeError, ConfigError: an argument doesn't fit.
+        BackendUnavailableError: the named backend can't run this call.
+
+    Numerics: by squaring within 2e-7 of float64 in the 2-norm over 16,384 lags, by a Cauchy product in float32 2e-6 and
+    the gradient for dt up to 1e-4: near a frequency of A the quotient loses what float32 has lost of both. "auto" takes
+    the former.
 
     Source: S4, arXiv:2111.00396, section 3 and appendix C.3; here C itself is the parameter, not ``C (I - A_bar^L)``:
     the same parameters serve every length and, by dt, every sampling rate.
