@@ -79,6 +79,8 @@ def test_the_floor_counts_every_input_and_output_once() -> None:
 def test_only_some_are_measured() -> None:
     report = run_s4_kernels(device="cpu", threads=1, quick=True, only="s4d")
     assert {row["implementation"] for row in report["rows"]} == {"statescan s4d_kernel", "statescan s4d_kernel torch"}
+    report = run_s4_kernels(device="cpu", threads=1, quick=True, peers=False, only="statescan,_kernel torch")
+    assert {row["implementation"] for row in report["rows"]} == {"statescan", "statescan s4d_kernel torch"}
     with pytest.raises(ConfigError, match=r"--only must be part of one of statescan, .*got 's5'"):
         run_s4_kernels(device="cpu", only="s5")
 

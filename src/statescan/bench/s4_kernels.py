@@ -278,7 +278,8 @@ def run_s4_kernels(
         quick: a tiny kernel, to see that it runs.
         peers: measure the naive way, and `peer`, too; on a CPU the backward passes then are of a quarter of the width.
         peer: the file models/s4/s4.py of the state-spaces/s4 repository, which is then measured as it is.
-        only: implementations whose name contains this. Default: all.
+        only: names of implementations, or parts of names, separated by commas. A whole name means that one alone.
+            Default: all.
         out: a JSON file for the report.
         progress: called with a line for each measurement.
 
@@ -299,7 +300,8 @@ def run_s4_kernels(
     shape = {"d_state": 16, "length": 500} if quick else {"d_state": 64, "length": 16384}
     names = [name for name in IMPLEMENTATIONS if _ONLY_ON.get(name, device) == device]
     names = [name for name in names if name in _BACKENDS or (peers and (peer or name != "state-spaces/s4"))]
-    names = [name for name in names if (only or "") in name]
+    if only is not None:
+        names = [name for name in names if any(_picks(part, name) for part in only.split(","))]
     if not names:
         raise ConfigError(f"bench s4-kernels: --only must be part of one of {', '.join(IMPLEMENTATIONS)}, got {only!r}")
     shared = {"device": device, "threads": threads, "batch": 2 if quick else _BATCH[device], **shape}
@@ -328,6 +330,10 @@ def run_s4_kernels(
         with atomic_file(out) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _picks(part: str, name: str) -> bool:
+    return part == name if part in IMPLEMENTATIONS else part in name
 
 
 def _try(job: dict[str, Any]) -> dict[str, Any]:
