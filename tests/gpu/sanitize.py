@@ -32,7 +32,7 @@ TOOLS = ("memcheck", "racecheck")
 # it changes a tensor's layout: one instruction against itself, one value. Racecheck calls that a race; in our own CUDA
 # it is one.
 RACE = re.compile(r"Race reported between (Write access at \S+) .*\n=+\s+and (\w+ access at \S+) ")
-GPU_BACKENDS = ("cuda", "triton")
+GPU_BACKENDS = ("cuda", "triton", "cauchy_triton")
 LOW = (torch.float32, torch.bfloat16)
 
 EVERY: dict[str, Any] = {"D": True, "z": True, "dt_bias": True, "initial_state": True, "dt_softplus": True}
@@ -175,6 +175,31 @@ def packed_linear(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{dtype}, {rows} rows", run
 
 
+def s4d_kernel(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for states, length in ((1, 1), (7, 45), (33, 1001), (40, 20_001)):
+
+        def run(states: int = states, length: int = length) -> None:
+            A = torch.complex(-torch.rand(3, states), torch.randn(3, states)).cuda().requires_grad_()
+            B, C = (torch.randn(3, states, device="cuda", dtype=torch.complex64, requires_grad=True) for _ in range(2))
+            dt = torch.full((3,), 0.1, device="cuda", requires_grad=True)
+            differentiate(ops.s4d_kernel(A, B, C, dt, length, backend=backend), [A, B, C, dt])
+
+        yield f"{states} states, {length} lags", run
+
+
+def s4_kernel(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for states, rank, length in ((1, 1, 1), (7, 2, 45), (33, 1, 5000)):
+
+        def run(states: int = states, rank: int = rank, length: int = length) -> None:
+            Lambda = torch.complex(-torch.rand(3, states), torch.randn(3, states)).cuda().requires_grad_()
+            P = (torch.randn(3, states, rank, device="cuda", dtype=torch.complex64) / 4).requires_grad_()
+            B, C = (torch.randn(3, states, device="cuda", dtype=torch.complex64, requires_grad=True) for _ in range(2))
+            dt = torch.full((3,), 0.1, device="cuda", requires_grad=True)
+            differentiate(ops.s4_kernel(Lambda, P, B, C, dt, length, backend=backend), [Lambda, P, B, C, dt])
+
+        yield f"{states} states, rank {rank}, {length} lags", run
+
+
 def model(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Whole passes, as training and inference put the kernels together."""
     from statescan.generate.packed import PackedModel
@@ -212,6 +237,8 @@ RUNS: dict[str, Callable[[str], Iterator[tuple[str, Callable[[], None]]]]] = {
     "linear_cross_entropy": linear_cross_entropy,
     "mamba_step": mamba_step,
     "packed_linear": packed_linear,
+    "s4d_kernel": s4d_kernel,
+    "s4_kernel": s4_kernel,
 }
 
 
@@ -257,7 +284,7 @@ def check(tool: str, op: str, backend: str, seconds: float) -> str | None:
         return None
     text = done.stdout + done.stderr
     races = RACE.findall(text)
-    if backend == "triton" and "\nall " in done.stdout and races and all(a == b for a, b in races):
+    if backend.endswith("triton") and "\nall " in done.stdout and races and all(a == b for a, b in races):
         return None
     said = text.strip().splitlines()
     reports = [line for line in said if line.startswith("=========") and len(line) > 12]
