@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from statescan.ops import explain, s4_kernel, s4d_kernel
-from statescan.ops.ssm_kernel import cauchy, products
+from statescan.ops.ssm_kernel import cauchy, products, vandermonde
+from statescan.ops.ssm_kernel.decay import Decay
 from statescan.testing import (
     assert_within_budget,
     check_registration,
@@ -86,8 +87,16 @@ def _s4d(length: int) -> tuple[Any, Any]:
     [(3, 7, 1), (3, 33, 2), (5, 64, 63), (3, 70, 1000), (3, 4, 20_001), (5, 9, 8192), (4, 16, 70_001), (2, 300, 999)],
 )
 def test_vandermonde_product(channels: int, states: int, length: int, real: bool) -> None:
-    run, plain = _s4d(length)
-    _hold(run, plain, plain, lambda seed: _diagonal(channels, states, real=real, seed=seed))
+    def plain(log: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        log = log.to(torch.complex128)
+        return vandermonde._vandermonde(Decay(log, torch.exp(log), None), weight, length, dtype)
+
+    def make(seed: int) -> Case:
+        case = _diagonal(channels, states, real=real, seed=seed)
+        return {"log": case["A"] * case["dt"][:, None] + 0j, "weight": case["C"] + 0j}
+
+    run = lambda log, weight: products.vandermonde(log.to(torch.complex128), weight, length, "triton")
+    _hold(run, plain, functools.partial(plain, dtype=torch.float64), make)
 
 
 def test_vandermonde_product_at_full_size() -> None:

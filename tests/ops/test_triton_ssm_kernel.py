@@ -22,7 +22,8 @@ from torch import Tensor
 from statescan.errors import BackendUnavailableError
 from statescan.ops import explain, s4_kernel, s4d_kernel
 from statescan.ops._dispatch import BACKENDS
-from statescan.ops.ssm_kernel import cauchy, products, triton_products
+from statescan.ops.ssm_kernel import cauchy, products, triton_products, vandermonde
+from statescan.ops.ssm_kernel.decay import Decay
 from statescan.testing import check_registration, derivatives, poisoned_memory, recorded_calls, refusal
 
 NAMES = {"s4d_kernel": "triton", "s4_kernel": "cauchy_triton"}
@@ -44,13 +45,28 @@ def _both(length: int) -> Iterator[tuple[str, Any, kernels.Case]]:
     yield "s4_kernel", functools.partial(s4_kernel, length=length, backend="cauchy_triton"), kernels._low_rank(3, 9, 2)
 
 
-# Tiles that are cut, one and three of them.
-@pytest.mark.parametrize("length", [1, 63, 1000, 20000])
+@pytest.mark.parametrize("length", [1, 63, 1000])
 @pytest.mark.parametrize("name", kernels.S4D_CASES)
-def test_vandermonde_product(name: str, length: int) -> None:
+def test_diagonal_kernel(name: str, length: int) -> None:
     run, plain = (functools.partial(s4d_kernel, length=length, backend=b) for b in ("triton", "torch"))
     with poisoned_memory():
         kernels._hold_to_budget(run, plain, plain, kernels.S4D_CASES[name])
+
+
+@pytest.mark.parametrize("length", [8192, 20000])
+@pytest.mark.parametrize("name", ["many pairs", "real", "extremes"])
+def test_vandermonde_product_of_several_tiles(name: str, length: int) -> None:
+    def plain(log: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        log = log.to(torch.complex128)
+        return vandermonde._vandermonde(Decay(log, torch.exp(log), None), weight, length, dtype)
+
+    def make(seed: int) -> kernels.Case:
+        case = kernels.S4D_CASES[name](seed)
+        return {"log": (case["A"] * case["dt"][:, None]).to(torch.complex128), "weight": case["C"] + 0j}
+
+    run = lambda log, weight: products.vandermonde(log.to(torch.complex128), weight, length, "triton")
+    with poisoned_memory():
+        kernels._hold_to_budget(run, plain, functools.partial(plain, dtype=torch.float64), make)
 
 
 def test_vandermonde_product_of_more_states_than_a_block() -> None:

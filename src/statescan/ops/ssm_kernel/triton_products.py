@@ -48,13 +48,15 @@ def _tile(length: int, states: int, near: int, wide: int, like: Tensor) -> dict[
     }
 
 
-def _steps(log_re: Tensor, log_im: Tensor) -> tuple[Tensor, Tensor]:
-    """(turns of a step, the log2 of its size), as the kernels take them."""
+def _steps(log_re: Tensor, log_im: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(turns of a step, the log2 of its size, what that leaves out), as the kernels take them."""
     turns = torch.empty(log_re.shape, dtype=torch.int64, device=log_re.device)
-    rate = torch.empty(log_re.shape, dtype=torch.float32, device=log_re.device)
+    high, low = (torch.empty(log_re.shape, dtype=torch.float32, device=log_re.device) for _ in range(2))
     count = log_re.numel()
-    _triton.kernels("ssm_kernel").vandermonde_states[(-(-count // 256),)](log_re, log_im, turns, rate, count, BLOCK=256)
-    return turns, rate
+    _triton.kernels("ssm_kernel").vandermonde_states[(-(-count // 256),)](
+        log_re, log_im, turns, high, low, count, BLOCK=256
+    )
+    return turns, high, low
 
 
 def vandermonde_forward(log_re: Tensor, log_im: Tensor, w_re: Tensor, w_im: Tensor, length: int) -> Tensor:
@@ -81,7 +83,7 @@ def vandermonde_backward(log_re: Tensor, log_im: Tensor, g: Tensor) -> tuple[Ten
         _triton.kernels("ssm_kernel").vandermonde_backward[(channels * blocks * tiles,)](
             *(*_steps(log_re, log_im), g, *shares, states, length, tiles, blocks, channels * states),
             **options,
-            BB=min(32, options["BT"]),
+            BB=16,
             num_stages=2,
         )
     plain_re, plain_im, moved_re, moved_im = (_added(share) for share in shares)
