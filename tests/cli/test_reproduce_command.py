@@ -150,7 +150,9 @@ def test_seconds_leave_a_run_unfinished(run: Run, tmp_path: Path, short: None, m
     arguments = ("--out", tmp_path / "heads", "--seeds", 1, "--examples", 1, "--device", "cpu", "--json")
     code, out, err = run("reproduce", "induction-heads", *arguments, "--seconds", 0)
     assert code == 0
-    assert json.loads(out)["runs"] == []
+    told = json.loads(out)
+    assert told["runs"] == []
+    assert told["unfinished"] == [{"row": "mamba", "seed": 0, "steps": 20, "of": 60}]
     assert "step 20 of 60" in err
     assert (tmp_path / "heads" / "mamba-seed0" / "checkpoint.pt").exists()
 
@@ -245,6 +247,11 @@ def test_a_device_that_is_not_there_is_named(run: Run, tmp_path: Path, recipe: s
         ("induction-heads", ("--evaluate-only", "--seconds", "3"), "--seconds is of training"),
         ("selective-copying", ("--evaluate-only", "--share", "1"), "--share is of training"),
         ("selective-copying", ("--evaluate-only", "--row", "lstm"), "--row is of training"),
+        (
+            "induction-heads",
+            ("--row", "all", "--row", "mamba"),
+            "must be 'all' alone, or names of rows, got 'all' beside 'm",
+        ),
         ("selective-copying", ("--evaluate-only", "--length", "0"), "length must be from tokens = 16"),
         ("selective-copying", ("--length", "0"), "length must be one of 128, "),
         ("selective-copying", ("--share", "0"), "share of updates must be in (0, 1], got 0"),

@@ -82,6 +82,22 @@ def test_a_run_leaves_models_scores_table_and_figure(small: None, tmp_path: Path
     assert again["runs"] == results["runs"]
 
 
+def test_an_unfinished_run_is_told_from_one_that_was_not_begun(small: None, tmp_path: Path) -> None:
+    given = {"examples": lambda length: 4, "longest": 64, "say": lambda line: None}
+    recipe.induction_heads(tmp_path, rows=["mamba"], seeds=(0,), **given)
+    recipe.induction_heads(tmp_path, rows=["mamba", "lstm"], seeds=(1,), seconds=0, **given)
+    results = recipe.induction_heads(tmp_path, rows=["mamba", "lstm"], seeds=(1,), seconds=0, **given)
+    assert [(one["row"], one["seed"], one["steps"], one["of"]) for one in results["unfinished"]] == [
+        ("lstm", 1, 20, 40),
+        ("mamba", 1, 20, 40),
+    ]
+    rows = _table((tmp_path / "results.md").read_text())
+    assert rows["Mamba"][1] == "1"
+    assert rows["Mamba, seed 1"][2] == rows["LSTM, seed 1"][2] == "unfinished (step 20 of 40)"
+    assert "LSTM" not in rows
+    assert set(rows["MHA, xPos"][2:]) == {"not run"}
+
+
 def test_the_figure_is_drawn_and_is_the_same_again(small: None, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     recipe.induction_heads(

@@ -158,6 +158,11 @@ def test_each_seed_is_told_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pytest.importorskip("matplotlib")
     runs = [_scored("mamba-s6", seed, right) for seed, right in enumerate((160, 40, 100))]
     assert "| Mamba, S6 | 99.8 | **62.5** | 33.29 to 84.77 | 100, 25.0, 62.5 | 1 | 2 |" in recipe.table(runs)
+    begun = [{"row": "mamba-s6", "seed": 3, "steps": 20, "of": 40}, {"row": "h3-s6", "seed": 0, "steps": 40, "of": 40}]
+    told = recipe.table(runs, begun)
+    assert " | 100, 25.0, 62.5, seed 3: unfinished (step 20 of 40) | 1 | 2 |" in told
+    assert "| H3, S6 | 99.7 | seed 0: trained, not judged | | | | |" in told
+    assert "| no gate, S6 | 97 | not run | | | | |" in told
     drawn = []
     monkeypatch.setattr(recipe, "save_figure", lambda made, path: drawn.append(made))
     recipe.draw(runs, tmp_path / "x")

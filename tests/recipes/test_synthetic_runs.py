@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ import torch.nn.functional as F
 
 from statescan.data import InductionHeads, SelectiveCopying
 from statescan.errors import CheckpointError, ConfigError
-from statescan.models import CausalLM, MambaConfig
-from statescan.recipes import synthetic
+from statescan.models import CausalLM, MambaConfig, config_from_dict
+from statescan.recipes import induction_heads, selective_copying, synthetic
 from statescan.recipes.synthetic import (
     Pooled,
     Score,
@@ -29,6 +32,7 @@ from statescan.recipes.synthetic import (
     TrainedRun,
     _steps_seen,
     gather_runs,
+    how_far,
     judge,
     judge_further,
     judge_pieces,
@@ -38,11 +42,13 @@ from statescan.recipes.synthetic import (
     read_scores,
     score_row,
     train_runs,
+    unfinished_runs,
     wilson,
     write_scores,
 )
 
 MODEL = MambaConfig(16, 1, 16, d_state=4)
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "reproduce"
 
 
 def _run(seed: int = 0, row: str = "tiny", **fields: object) -> SyntheticRun:
@@ -87,6 +93,36 @@ def test_broken_off_is_as_in_one_go(tmp_path: Path, alone: TrainedRun) -> None:
     assert _same(trained, alone)
     assert [row[:2] for row in trained.log] == [row[:2] for row in alone.log]
     assert not (tmp_path / "tiny-seed0" / "checkpoint.pt").exists()
+
+
+def test_the_time_is_looked_at_between_the_runs(tmp_path: Path, alone: TrainedRun) -> None:
+    """One run makes twenty steps, the one that is furthest behind; nothing is kept of what made none."""
+    runs, told = [_run(), _run(1)], []
+    train_runs(runs, tmp_path, seconds=0, say=told.append)
+    assert [line.split("s  ")[1] for line in told if "loss" not in line] == ["tiny-seed1  step 0 of 80"]
+    assert not (tmp_path / "tiny-seed1" / "checkpoint.pt").exists()
+    calls = [train_runs(runs, tmp_path, seconds=0, say=_silent)]
+    while not all(run.finished for run in calls[-1]):
+        calls.append(train_runs(runs, tmp_path, seconds=0, say=_silent))
+    assert [[run.steps for run in trained] for trained in calls] == [
+        [20, 20], [30, 20], [30, 30], [50, 30], [50, 50], [70, 50], [70, 70], [80, 70], [80, 80],
+    ]  # fmt: skip
+    assert _same(calls[-1][0], alone)
+    assert _same(calls[-1][1], train_runs([_run(1)], tmp_path / "other", say=_silent)[0])
+
+
+def test_what_is_not_in_the_report_yet_tells_how_far_it_is(tmp_path: Path) -> None:
+    train_runs([_run(2)], tmp_path, say=_silent)
+    train_runs([_run(3)], tmp_path, say=_silent)
+    write_scores(tmp_path / "tiny-seed3", {12: score_row(Score(4, 4, 4), 0.5)})
+    train_runs([_run(1)], tmp_path, seconds=0, say=_silent)
+    (tmp_path / "tiny-seed0").mkdir()
+    found = [(run["row"], run["seed"], how_far(run)) for run in unfinished_runs(tmp_path)]
+    assert found == [("tiny", 1, "unfinished (step 20 of 80)"), ("tiny", 2, "trained, not judged")]
+    assert [run["seed"] for run in gather_runs(tmp_path)] == [3]
+    (tmp_path / "tiny-seed1" / "checkpoint.pt").write_text("{")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt' can't be read .* delete it, and the run begins anew"):
+        unfinished_runs(tmp_path)
 
 
 def test_an_interrupt_keeps_what_was_trained(tmp_path: Path, alone: TrainedRun) -> None:
@@ -509,6 +545,47 @@ def test_squares_are_kept_where_all_parts_have_them(tmp_path: Path) -> None:
     assert read_scores(tmp_path) == {9: whole, 12: old}
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"correct": 9},
+        {"correct": -1, "squares": 1},
+        {"asked": -8, "correct": -8},
+        {"examples": 0},
+        {"examples": 3},
+        {"correct": 7.0},
+        {"correct": True, "squares": 1},
+        {"examples": "4"},
+        {"squares": 0},
+        # Seven of eight, two an example: 4 + 4 + 4 + 1 and nothing else.
+        {"squares": 12},
+        {"squares": 14},
+        {"squares": None},
+        {"seconds": float("nan")},
+        {"seconds": -1},
+        {"length": 0},
+    ],
+    ids=str,
+)
+def test_impossible_counts_are_a_damaged_file(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    whole = score_row(Score(7, 8, 4, 13), 1.0)
+    row = {**whole, **wrong}
+    text = json.dumps({row.pop("length", 9): row})
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(
+        CheckpointError, match=r"scores\.json' can't be read .* delete it, and the model is judged anew"
+    ):
+        read_scores(tmp_path)
+
+
+def test_all_counts_that_can_be_are_read(tmp_path: Path) -> None:
+    """Every way in which three sequences of two answers can be answered."""
+    for right in itertools.product(range(3), repeat=3):
+        held = {9: score_row(Score(sum(right), 6, 3, sum(count * count for count in right)), 1.0)}
+        write_scores(tmp_path, held)
+        assert read_scores(tmp_path) == held
+
+
 def test_parts_are_kept_as_they_are_judged(tmp_path: Path, alone: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "_JUDGED_AT_A_TIME", 100)
     asked: list[tuple[int, int]] = []
@@ -537,7 +614,7 @@ def test_scores_are_kept_and_pooled(tmp_path: Path) -> None:
     for seed, right in ((0, 3), (1, 4)):
         folder = tmp_path / f"tiny-seed{seed}"
         score = judge(CausalLM.from_pretrained(folder).eval(), InductionHeads(12), 4, seed=1)._replace(
-            correct=right, squares=2
+            correct=right, squares=right
         )
         write_scores(folder, {12: score_row(score, 0.5)})
     runs = gather_runs(tmp_path)
@@ -546,7 +623,7 @@ def test_scores_are_kept_and_pooled(tmp_path: Path) -> None:
         ("tiny", 1, 80, 2),
     ]
     assert read_scores(tmp_path / "tiny-seed1")[12]["correct"] == 4
-    assert pooled(runs, 12) == Pooled((Score(3, 4, 4, 2), Score(4, 4, 4, 2)))
+    assert pooled(runs, 12) == Pooled((Score(3, 4, 4, 3), Score(4, 4, 4, 4)))
     assert pooled(runs, 13) is None
 
 
@@ -612,6 +689,50 @@ def test_the_quiet_term_is_a_mean_over_layers(tmp_path: Path, layers: int) -> No
     assert above > 1
     assert logged[0] == 1
     assert logged[1] == pytest.approx(float(wrong.detach()) + 0.5 * above, rel=1e-5)
+
+
+def _recorded(fields: dict[str, Any]) -> SyntheticRun:
+    """The run that a file of results tells; a field that it doesn't know has its default."""
+    model = {name: value for name, value in fields["model"].items() if name != "kind"}
+    stages = []
+    for stage in fields["stages"]:
+        kind = {"InductionHeads": InductionHeads, "SelectiveCopying": SelectiveCopying}[stage["task"].pop("kind")]
+        stages.append(Stage(**{**stage, "task": kind(**stage["task"])}))
+    return SyntheticRun(**{**fields, "model": config_from_dict(model), "stages": tuple(stages)})
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "rows"),
+    [
+        ("induction-heads", induction_heads.induction_run, {*induction_heads.ROWS}),
+        ("selective-copying", selective_copying.selective_copying_run, {"mamba-s6"}),
+        (
+            "selective-copying-rows",
+            partial(selective_copying.selective_copying_run, share=0.25),
+            {*selective_copying.ROWS},
+        ),
+        (
+            "selective-copying-ablation",
+            partial(selective_copying.selective_copying_run, share=0.25),
+            {"mamba-s6", *selective_copying.ABLATION},
+        ),
+        (
+            "selective-copying-ablation-128",
+            partial(selective_copying.selective_copying_run, length=128, share=0.25),
+            {"mamba-s6", *(row for row in selective_copying.ABLATION if row.startswith("selective-"))},
+        ),
+    ],
+)
+def test_the_recipes_are_those_of_the_runs_on_record(
+    name: str, recipe: Callable[[str, int], SyntheticRun], rows: set[str]
+) -> None:
+    """Every setting of every row of the tables in docs/reproduction.md."""
+    runs = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))["runs"]
+    assert {run["row"] for run in runs} == rows
+    for run in runs:
+        wanted = recipe(run["row"], run["seed"])
+        assert run["steps"] == wanted.steps
+        assert _recorded(run["run"]) == wanted
 
 
 @pytest.mark.parametrize(

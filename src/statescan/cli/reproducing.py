@@ -60,13 +60,20 @@ def default_device(name: str | None) -> str:
 
 
 def chosen_rows(asked: Sequence[str] | None, known: Mapping[str, Any], headline: str | None = None) -> list[str]:
-    """The rows that were asked for, each once: all for "all"; where none was, the headline, or all without one."""
+    """The rows that were asked for, each once: all for "all"; where none was, the headline, or all without one.
+
+    Raises:
+        ConfigError: there is no such row, or "all" stands beside others.
+    """
     from statescan.errors import ConfigError
 
     if not asked and headline is not None:
         return [headline]
-    if not asked or list(asked) == ["all"]:
+    if not asked or set(asked) == {"all"}:
         return list(known)
+    if "all" in asked:
+        others = ", ".join(f"'{name}'" for name in dict.fromkeys(asked) if name != "all")
+        raise ConfigError(f"reproduce: --row must be 'all' alone, or names of rows, got 'all' beside {others}")
     for name in asked:
         if name not in known:
             raise ConfigError(f"reproduce: --row must be one of {', '.join(known)}, or 'all', got '{name}'")

@@ -30,6 +30,7 @@ from statescan.recipes.synthetic import (
     SyntheticRun,
     figure,
     gather_runs,
+    how_far,
     interval,
     judge,
     judge_further,
@@ -40,6 +41,7 @@ from statescan.recipes.synthetic import (
     save_figure,
     seed_of_tests,
     train_runs,
+    unfinished_runs,
     wilson,
 )
 
@@ -227,18 +229,22 @@ def report(out: str | os.PathLike[str], *, machine: Mapping[str, Any] | None = N
         machine: where this was called.
 
     Returns:
-        What results.json holds: the runs with their scores, and the paper's numbers.
+        What results.json holds: the runs with their scores, how far the unfinished ones are, and the paper's numbers.
     """
     out = Path(out)
-    runs = gather_runs(out)
+    runs, unfinished = gather_runs(out), unfinished_runs(out)
     results = {
         "recipe": "induction-heads",
         "machine": dict(machine or {}),
         "trained_length": TRAINED_LENGTH,
         "paper": {row: dict(zip(map(str, LENGTHS), values, strict=True)) for row, (_, values) in PAPER.items()},
         "runs": [{**run, "scores": {str(k): v for k, v in run["scores"].items()}} for run in runs],
+        "unfinished": unfinished,
     }
-    for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", table(runs))):
+    for name, text in (
+        ("results.json", json.dumps(results, indent=1) + "\n"),
+        ("results.md", table(runs, unfinished)),
+    ):
         with atomic_file(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     with contextlib.suppress(MissingExtraError):
@@ -246,8 +252,8 @@ def report(out: str | os.PathLike[str], *, machine: Mapping[str, Any] | None = N
     return results
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The table as Markdown: ours with their 95 % intervals, each seed, and the paper's."""
+def table(runs: Sequence[Mapping[str, Any]], unfinished: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The table as Markdown: ours with their 95 % intervals, each seed, and the paper's; how far `unfinished` are."""
     lines = [
         "# Induction heads",
         "",
@@ -261,6 +267,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row, known in ROWS.items():
         mine = [run for run in runs if run["row"] == row]
+        begun = [run for run in unfinished if run["row"] == row]
         if row in PAPER:
             title, values = PAPER[row]
             cells = ["out of memory" if value is None else f"{value:g}" for value in values]
@@ -274,8 +281,11 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
                     for length in LENGTHS
                 ]
                 lines.append(f"| {known.title}, seed {run['seed']} | | | " + " | ".join(cells) + " |")
-        else:
+        elif not begun:
             lines.append(f"| **{known.title}** | | | " + " | ".join(["not run"] * len(LENGTHS)) + " |")
+        for run in begun:
+            cells = [how_far(run), *[""] * (len(LENGTHS) - 1)]
+            lines.append(f"| {known.title}, seed {run['seed']} | | | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Each run:",

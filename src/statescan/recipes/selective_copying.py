@@ -28,6 +28,7 @@ from statescan.recipes.synthetic import (
     SyntheticRun,
     figure,
     gather_runs,
+    how_far,
     interval,
     judge,
     judge_further,
@@ -37,6 +38,7 @@ from statescan.recipes.synthetic import (
     save_figure,
     seed_of_tests,
     train_runs,
+    unfinished_runs,
 )
 
 __all__ = ["ABLATION", "PAPER", "ROWS", "report", "selective_copying", "selective_copying_run"]
@@ -189,18 +191,22 @@ def report(out: str | os.PathLike[str], *, machine: Mapping[str, Any] | None = N
         machine: where this was called.
 
     Returns:
-        What results.json holds: the runs with their scores, and the paper's numbers.
+        What results.json holds: the runs with their scores, how far the unfinished ones are, and the paper's numbers.
     """
     out = Path(out)
-    runs = gather_runs(out)
+    runs, unfinished = gather_runs(out), unfinished_runs(out)
     results = {
         "recipe": "selective-copying",
         "machine": dict(machine or {}),
         "length": _longest(runs),
         "paper": PAPER,
         "runs": [{**run, "scores": {str(k): v for k, v in run["scores"].items()}} for run in runs],
+        "unfinished": unfinished,
     }
-    for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", table(runs))):
+    for name, text in (
+        ("results.json", json.dumps(results, indent=1) + "\n"),
+        ("results.md", table(runs, unfinished)),
+    ):
         with atomic_file(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     with contextlib.suppress(MissingExtraError):
@@ -218,8 +224,8 @@ def _accuracies(runs: Sequence[Mapping[str, Any]], row: str, length: int) -> lis
     return [score["correct"] / score["asked"] for score in scores]
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The tables as Markdown, each row beside the paper's."""
+def table(runs: Sequence[Mapping[str, Any]], unfinished: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The tables as Markdown, each row beside the paper's; of `unfinished` how far they are."""
     longest = _longest(runs)
     lines = [
         "# Selective copying",
@@ -239,10 +245,11 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
             length = min(known.length, longest)
             title = known.title if length == longest else f"{known.title} (at length {length:,})"
             score = pooled(mine, length)
+            begun = [f"seed {run['seed']}: {how_far(run)}" for run in unfinished if run["row"] == row]
             if score is None:
-                lines.append(f"| {title} | {paper} | not run | | | | |")
+                lines.append(f"| {title} | {paper} | {', '.join(begun) or 'not run'} | | | | |")
                 continue
-            each = ", ".join(percent(one) for one in _accuracies(runs, row, length))
+            each = ", ".join([*(percent(one) for one in _accuracies(runs, row, length)), *begun])
             between = " to ".join(interval(*score.trials))
             lines.append(
                 f"| {title} | {paper} | **{percent(score.accuracy)}** | {between} | {each} | "

@@ -315,7 +315,7 @@ class _Course:
         self._waiting: list[Tensor] = []
         self._ahead: deque[torch.cuda.Event] = deque()
         self._losses: list[float] = []
-        self._last = math.nan
+        self._last: float | None = None
         self._stage, self._quiet = -1, ""
         self._optimizer_state: dict[str, Any] | None = None
         self._load()
@@ -349,8 +349,8 @@ class _Course:
         if len(self._ahead) > _AHEAD:
             self._ahead.popleft().synchronize()
 
-    def look(self) -> float:
-        """Waits for the steps that were started, and logs; gives the last loss."""
+    def look(self) -> float | None:
+        """Waits for the steps that were started, and logs; gives the last loss, None where this call made no step."""
         if self._waiting:
             with self._here():
                 self._losses += torch.cat(self._waiting).tolist()
@@ -535,7 +535,8 @@ def train_runs(
         runs: with distinct names.
         out: folder of their folders.
         device: where all of them run, on a stream each where that is a GPU.
-        seconds: stop after so many, between two steps. Default: when all are done.
+        seconds: stop after so many; looked at whenever a run has made twenty steps, so that one makes them in any case,
+            the one that is furthest behind. Default: when all are done.
         say: called with lines of progress.
 
     Returns:
@@ -565,7 +566,10 @@ def train_runs(
     begun = time.perf_counter()
     before = {course.run.name: course.seconds for course in going}
     looked = saved = begun
-    under_way = [course for course in going if not course.finished]
+    # Those that are behind come first: a call that ends within a round left them there.
+    under_way = sorted(
+        (course for course in going if not course.finished), key=lambda course: course.steps / course.run.steps
+    )
     for course in under_way:
         course.together = max(course.together, len(under_way))
 
@@ -575,21 +579,24 @@ def train_runs(
     with Interruption() as interruption:
         try:
             while under_way:
+                late = False
                 for course in under_way:
                     if interruption.wished():
                         raise KeyboardInterrupt
                     course.advance()
+                    if late := seconds is not None and time.perf_counter() - begun >= seconds:
+                        break
                 now = time.perf_counter()
                 ended = [course for course in under_way if course.finished]
-                late = seconds is not None and now - begun >= seconds
                 if not (ended or late or now - looked >= _LOOK_EVERY):
                     continue
                 losses = [(course, course.look()) for course in under_way]
                 looked = time.perf_counter()
                 for course, loss in losses:
+                    told = "" if loss is None else f"  loss {loss:.5f}"
                     say(
-                        f"{elapsed(course):7.1f} s  {course.run.name}  step {course.steps:,} of {course.run.steps:,}  "
-                        f"loss {loss:.5f}"
+                        f"{elapsed(course):7.1f} s  {course.run.name}  step {course.steps:,} of {course.run.steps:,}"
+                        + told
                     )
                 for course in ended:
                     course.finish(elapsed(course))
@@ -602,7 +609,7 @@ def train_runs(
                     saved = looked
         finally:
             for course in under_way:
-                if course.whole:
+                if course.whole and course.steps:
                     course.look()
                     course.save(elapsed(course))
     if interruption.wished():
@@ -786,10 +793,31 @@ def read_scores(folder: Path) -> dict[int, dict[str, float]]:
         return {}
     with _readable(path, "the model is judged anew"):
         held = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            int(length): {name: score[name] + 0 for name in _COUNTS if name in score or name != "squares"}
-            for length, score in held.items()
-        }
+        return {int(length): _counted(length, score) for length, score in held.items()}
+
+
+def _counted(length: str, score: Mapping[str, Any]) -> dict[str, float]:
+    """A score as a file has it.
+
+    Raises:
+        ValueError: no examples can be counted so.
+    """
+    row = {name: score[name] for name in _COUNTS if name in score or name != "squares"}
+    seconds = row["seconds"]
+    correct, asked, examples = counts = [row[name] for name in ("correct", "asked", "examples")]
+    squares = row.get("squares", 0)
+    possible = int(length) > 0 and all(type(count) is int and count >= 0 for count in (*counts, squares))
+    possible = possible and type(seconds) in (int, float) and 0 <= seconds < math.inf
+    possible = possible and correct <= asked and examples > 0 and asked > 0 and asked % examples == 0
+    if possible and "squares" in row:
+        # Least where right answers lie as evenly as can be, most where as many examples as can be are all right.
+        each, more = divmod(correct, examples)
+        whole, rest = divmod(correct, asked // examples)
+        most = whole * (asked // examples) ** 2 + rest**2
+        possible = examples * each**2 + more * (2 * each + 1) <= squares <= most
+    if not possible:
+        raise ValueError(f"impossible counts at length {length}: {json.dumps(row)}")
+    return row
 
 
 def write_scores(folder: Path, scores: Mapping[int, Mapping[str, float]]) -> None:
@@ -868,6 +896,34 @@ def gather_runs(out: Path) -> list[dict[str, Any]]:
             run = trained.pop("run")
             found.append({"row": run["row"], "seed": run["seed"], "run": run, **trained, "scores": scores})
     return found
+
+
+def unfinished_runs(out: Path) -> list[dict[str, Any]]:
+    """The runs in a folder that `gather_runs` leaves out, by name: row, seed, steps done, and `of` how many; those that
+    are trained and not yet judged have done all."""
+    found = []
+    for folder in sorted(path for path in out.glob("*") if path.is_dir()):
+        if (path := folder / _TRAINED).exists():
+            with _readable(path, "the run is trained anew"):
+                held = None if read_scores(folder) else json.loads(path.read_text(encoding="utf-8"))
+        elif (path := folder / _CHECKPOINT).exists():
+            with _readable(path, "the run begins anew"):
+                held = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            continue
+        if held is not None:
+            with _readable(path, "the run begins anew"):
+                run = held["run"]
+                of = sum(stage["steps"] for stage in run["stages"])
+                found.append({"row": run["row"], "seed": run["seed"], "steps": held["steps"], "of": of})
+    return found
+
+
+def how_far(run: Mapping[str, Any]) -> str:
+    """How far one of `unfinished_runs` is, for the tables."""
+    if run["steps"] >= run["of"]:
+        return "trained, not judged"
+    return f"unfinished (step {run['steps']:,} of {run['of']:,})"
 
 
 def pooled(runs: Iterable[Mapping[str, Any]], length: int) -> Pooled | None:
