@@ -1,14 +1,20 @@
-"""Boundaries that were looked at once are not looked at again, unless something changed them."""
+"""Boundaries that were looked at once are not looked at again, unless something changed them; transforms of torch.func
+and forward-mode AD, which kernels don't take part in, lose no derivative."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from statescan.errors import ShapeError
-from statescan.ops._checks import check_cu_seqlens, mark_checked
+from statescan import ops
+from statescan.errors import BackendUnavailableError, ShapeError
+from statescan.ops._checks import check_cu_seqlens, mark_checked, transformed, transforms_active
+from statescan.ops._dispatch import BACKENDS
 from statescan.ops.selective_scan.cuda import _marks
 
 
@@ -90,3 +96,148 @@ def test_marks_of_packed_sequences_are_made_once_for_the_same_boundaries(monkeyp
     assert made(tensor) == wanted(values, 9)
     tensor[2] = 3
     assert made(tensor) == wanted([0, 0, 3, 4, 4, 9], 9)
+
+
+def _calls() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]]:
+    """Every differentiable op as a function of some of its inputs."""
+    draw = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=dtype)
+
+    poles = torch.complex(-torch.rand(3, 4, generator=draw) - 0.1, randn(3, 4))
+    B, C, P = (randn(3, 4, dtype=torch.complex64) for _ in range(3))
+    u, step, by_position, A = (
+        randn(2, 9, 3),
+        torch.rand(3, generator=draw) * 0.1 + 0.01,
+        randn(2, 9, 4),
+        -(randn(3, 4) ** 2),
+    )
+    window, targets, packed = randn(2, 3, 3), torch.randint(0, 5, (2, 9), generator=draw), ops.pack_weight(randn(7, 3))
+    return {
+        "s4d_kernel": (lambda dt, **b: ops.s4d_kernel(poles, B, C, dt, 50, **b), (step,)),
+        "s4_kernel": (lambda dt, **b: ops.s4_kernel(poles, P, B, C, dt, 50, **b), (step,)),
+        "selective_scan": (
+            lambda u, dt, **b: ops.selective_scan(u, dt, A, by_position, by_position, **b).y,
+            (u, u.abs()),
+        ),
+        "selective_state_update": (
+            lambda h, u, **b: ops.selective_state_update(h, u, u.abs(), A, by_position[:, 0], by_position[:, 1], **b).y,
+            (randn(2, 3, 4), u[:, 0]),
+        ),
+        "causal_conv1d": (lambda x, w, **b: ops.causal_conv1d(x, w, activation="silu", **b).y, (u, randn(3, 4))),
+        "causal_conv1d_update": (
+            lambda x, w, **b: ops.causal_conv1d_update(x, window, w, **b).y,
+            (u[:, 0], randn(3, 4)),
+        ),
+        "add_rms_norm": (lambda x, w, **b: ops.add_rms_norm(x, w, residual=u, **b).output, (u, randn(3))),
+        "packed_linear": (lambda x, **b: ops.packed_linear(x, packed, **b), (u,)),
+        "linear_cross_entropy": (lambda h, w, **b: ops.linear_cross_entropy(h, w, targets, **b), (u, randn(5, 3))),
+        "fft_conv": (lambda u, k, **b: ops.fft_conv(u, k, reverse_kernel=2 * k, **b), (u, randn(3, 9))),
+    }
+
+
+CALLS = _calls()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_forward_mode_and_torch_func_lose_no_derivative(op: str) -> None:
+    """<g, J v> = <J^T g, v>, with J^T g from the kernels' own backward pass; a missing tangent was 0 without a word."""
+    call, inputs = CALLS[op]
+    v = tuple(torch.sin(1 + 3 * x) for x in inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    plain = call(*leaves)
+    g = torch.cos(torch.arange(plain.numel()) * 1.0).reshape(plain.shape)
+    wanted = torch.autograd.grad(plain, leaves, g)
+    y, tangent = torch.func.jvp(call, inputs, v)  # pyright: ignore[reportAssignmentType]
+    torch.testing.assert_close(y, plain.detach(), rtol=1e-4, atol=1e-5)
+    products = torch.cat([(a.double() * b.double()).flatten() for a, b in zip(wanted, v, strict=True)])
+    across, scale = products.sum(), products.abs().sum()
+    assert abs((g.double() * tangent.double()).sum() - across) <= 1e-5 * scale
+    assert across.abs() > 1e-3 * scale
+
+    with forward_ad.dual_level():
+        duals = call(*(forward_ad.make_dual(x, t) for x, t in zip(inputs, v, strict=True)))
+        torch.testing.assert_close(forward_ad.unpack_dual(duals).tangent, tangent)
+    for found in (
+        torch.func.grad(lambda *x: (call(*x) * g).sum(), argnums=tuple(range(len(inputs))))(*inputs),
+        torch.func.vjp(call, *inputs)[1](g),
+    ):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    many = call(*inputs[:-1], inputs[-1] + v[-1])
+    rows = torch.func.vmap(lambda x: call(*inputs[:-1], x))(torch.stack([inputs[-1], inputs[-1] + v[-1]]))
+    torch.testing.assert_close(rows, torch.stack([plain.detach(), many]), rtol=1e-4, atol=1e-5)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        J = jacobian(lambda x: call(*inputs[:-1], x))(inputs[-1]).reshape(plain.numel(), -1)
+        torch.testing.assert_close((g.reshape(1, -1) @ J).view_as(inputs[-1]), wanted[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if "cpu" in BACKENDS[op]])
+def test_a_named_backend_of_kernels_refuses_a_transform(require_backend: Any, op: str) -> None:
+    require_backend(op, "cpu")
+    call, inputs = CALLS[op]
+    cure = "reference" if op == "selective_scan" else "torch"
+    refused = rf"^{op}: backend 'cpu' can't run this call: it has reverse-mode .* at work; use backend='{cure}'$"
+
+    def named(*x: Any) -> torch.Tensor:
+        return call(*x, backend="cpu")
+
+    with pytest.raises(BackendUnavailableError, match=refused):
+        torch.func.jvp(named, inputs, inputs)
+    with pytest.raises(BackendUnavailableError, match=refused):
+        torch.func.grad(lambda *x: named(*x).sum())(*inputs)
+    with forward_ad.dual_level(), pytest.raises(BackendUnavailableError, match=refused):
+        named(*(forward_ad.make_dual(x, x) for x in inputs))
+    # a trained weight that the transform doesn't see, inside it
+    leaf = inputs[0].clone().requires_grad_()
+    with pytest.raises(BackendUnavailableError, match=refused):
+        torch.func.vmap(lambda s: named(leaf, *inputs[1:]) * s)(torch.ones(2))
+    assert torch.equal(named(*inputs), call(*inputs, backend="cpu"))
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "linear_cross_entropy"])
+def test_a_function_with_its_own_backward_refuses_too(op: str) -> None:
+    call, inputs = CALLS[op]
+    with pytest.raises(BackendUnavailableError, match=r"use backend='reference'$"):
+        torch.func.grad(lambda *x: call(*x, backend="torch").sum())(*inputs)
+
+
+def test_what_takes_part_in_a_transform() -> None:
+    x = torch.ones(3)
+    leaf = torch.ones(3, requires_grad=True)
+    assert not transforms_active()
+    assert not transformed(x, leaf, None)
+    with forward_ad.dual_level():
+        assert transforms_active()
+        dual = forward_ad.make_dual(x, x)
+        assert transformed(None, dual)
+        assert not transformed(x, leaf, dual.detach())
+        with torch.no_grad():
+            assert transformed(dual)
+        torch.func.vmap(lambda row: torch.ones(1) * transformed(row))(dual)
+    seen: list[bool] = []
+
+    def look(value: torch.Tensor) -> torch.Tensor:
+        seen.append(transformed(value))
+        return value.sum()
+
+    torch.func.vmap(look)(x)
+    torch.func.vmap(torch.func.grad(look))(x)
+    torch.func.grad(lambda v: torch.func.vmap(look)(v).sum())(x)
+    torch.func.jvp(torch.func.vmap(look), (x,), (x,))
+    torch.func.vmap(lambda s: look(leaf) * s)(x)  # not wrapped, and yet no autograd.Function may run here
+    torch.func.vmap(lambda s: look(x) * s)(x)
+    assert seen == [False, True, True, True, True, False]
+
+
+def test_compiled_ops_lose_no_tangent() -> None:
+    call, (step,) = CALLS["s4d_kernel"]
+    traced = torch.compile(call, fullgraph=True, backend="eager")
+    wanted = torch.func.jvp(call, (step,), (step,))[1]
+    torch.testing.assert_close(traced(step), call(step))
+    with forward_ad.dual_level():  # after a trace without one
+        found = forward_ad.unpack_dual(traced(forward_ad.make_dual(step, step))).tangent
+    torch.testing.assert_close(found, wanted)
+    inside = torch.compile(lambda dt: torch.func.jvp(call, (dt,), (dt,))[1], backend="eager")
+    torch.testing.assert_close(inside(step), wanted)

@@ -210,3 +210,11 @@ def test_errors(change: dict[str, Any], error: type[Exception], text: str) -> No
     with pytest.raises(error, match=text) as caught:
         mamba_step(**{**GOOD, **moved})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_forward_mode_is_refused() -> None:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return mamba_step(**{**GOOD, "x": x}).output  # type: ignore[arg-type]
+
+    with pytest.raises(errors.ConfigError, match=r"no forward-mode AD and no .* torch\.func.*nn\.Mamba"):
+        torch.func.jvp(step, (GOOD["x"],), (GOOD["x"],))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from statescan.ops._checks import transforms_active
+
 __all__ = ["Embedding"]
 
 # A table of few rows (bytes, nucleotides) gets its gradient as a product with ones and zeros: a row is there used by
@@ -61,6 +63,7 @@ class Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table: (...,) integer ids to (..., embedding_dim)."""
         plain = self.padding_idx is None and self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
-        if plain and input.device.type == "cuda" and torch.is_grad_enabled() and self.weight.requires_grad:
+        trained = torch.is_grad_enabled() and self.weight.requires_grad and not transforms_active()
+        if plain and input.device.type == "cuda" and trained:
             return _Lookup.apply(input, self.weight)  # pyright: ignore[reportReturnType]
         return super().forward(input)

@@ -32,6 +32,7 @@ from statescan.ops import (
     selective_scan,
     selective_state_update,
 )
+from statescan.ops._checks import transforms_active
 from statescan.ops.mamba_inner import LayerWeights, Normed, mamba_inner, mamba_inner_or_none, unavailable_reason
 
 __all__ = ["CausalConv1d", "LayerOutput", "Mamba", "MambaState", "StepProjection", "is_plain", "over_its_rms"]
@@ -466,7 +467,7 @@ class Mamba(nn.Module):
         """Whether `forward` runs as one function (`statescan.ops.mamba_inner`) instead of op by op: where gradients are
         on, convolution and scan run on their cuda backends, no state goes in, and no adapter, hook or sharding stands
         between a parameter and its use."""
-        if state is not None or x.device.type != "cuda" or not torch.is_grad_enabled():
+        if state is not None or x.device.type != "cuda" or not torch.is_grad_enabled() or transforms_active():
             return False
         if self.mixer_rms_eps is not None or not self._is_published:
             return False

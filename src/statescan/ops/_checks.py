@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
 from statescan.errors import DTypeError, ShapeError
 
@@ -31,6 +33,8 @@ __all__ = [
     "is_checked",
     "mark_checked",
     "state_dtypes",
+    "transformed",
+    "transforms_active",
     "values_readable",
     "without_autocast",
 ]
@@ -220,10 +224,51 @@ def check_state(op: str, name: str, state: Tensor, u: Tensor, A: Tensor, rows: i
 
 
 def values_readable(value: Tensor) -> bool:
-    """Whether a check may read values: not while a graph is traced or captured."""
+    """Whether a check may read values: not while a graph is traced or captured, nor inside vmap."""
     if torch.compiler.is_compiling():
         return False
+    while _functorch.is_functorch_wrapped_tensor(value):
+        if _functorch.is_batchedtensor(value):
+            return False
+        value = _functorch.get_unwrapped(value)
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def transforms_active() -> bool:
+    """Whether forward-mode AD is on, or the call stands inside a transform of torch.func."""
+    # The level is read where torch.compile sees it, which so compiles anew for dual tensors; for torch.func it does so
+    # by itself.
+    return forward_ad._current_level >= 0 or _in_torch_func()
+
+
+def _in_torch_func() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+_in_torch_func._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # as `_dispatch.choose`
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD or a transform of torch.func wants a derivative by any of these tensors, which kernels
+    with a backward pass of their own do not give: a tangent would be lost without a word, and
+    ``torch.autograd.Function`` raises. While torch.compile traces inside one, always."""
+    if not transforms_active():
+        return False
+    return torch.compiler.is_compiling() or any(t is not None and _takes_part(t) for t in tensors)
+
+
+def _takes_part(value: Tensor) -> bool:
+    if value.requires_grad and torch.is_grad_enabled():
+        return _in_torch_func() or forward_ad.unpack_dual(value).tangent is not None
+    if not _functorch.is_functorch_wrapped_tensor(value):
+        return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+    if forward_ad._current_level >= 0:
+        return True  # what vmap wraps does not tell whether a tangent lies inside
+    while _functorch.is_functorch_wrapped_tensor(value):
+        if _functorch.is_gradtrackingtensor(value):
+            return True
+        value = _functorch.get_unwrapped(value)
+    return False
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

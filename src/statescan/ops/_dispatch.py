@@ -74,6 +74,11 @@ BACKENDS: dict[str, dict[str, str]] = {
     },
 }
 
+# Made of PyTorch's own operators alone, so that forward-mode AD and torch.func's transforms go through them. The others
+# are kernels, or an autograd.Function, with a backward pass of their own and nothing else.
+_PLAIN = ("torch", "cauchy", "reference")
+_NOT_PLAIN = {("selective_scan", "torch"), ("linear_cross_entropy", "torch")}
+
 # op -> folder, where it isn't the op's own name.
 _FOLDER = {
     "causal_conv1d_update": "causal_conv1d",
@@ -95,6 +100,7 @@ class Facts:
         d_state: state size, 0 for ops without one.
         width: convolution width, 0 for ops without one.
         batch_invariant: a row's result must have the same bits whatever the batch it is in.
+        transformed: forward-mode AD or a transform of torch.func (jvp, grad, jacrev, ...) wants a derivative.
     """
 
     device: str
@@ -103,6 +109,7 @@ class Facts:
     d_state: int = 0
     width: int = 0
     batch_invariant: bool = False
+    transformed: bool = False
 
 
 # Backends whose kernel for such a call could not be made when it was asked for, and why: "auto" passes them over from
@@ -147,7 +154,18 @@ def _refusal(op: str, backend: str, facts: Facts) -> str | None:
         if missing.name != name:
             raise
         return f"this installation has no module {name}; reinstall statescan"
-    return module.refuses(facts)
+    refusal = module.refuses(facts)
+    if refusal is None and facts.transformed and not _is_plain(op, backend):
+        plain = next(name for name in BACKENDS[op] if _is_plain(op, name))
+        return (
+            "it has reverse-mode derivatives alone, and forward-mode AD or a transform of torch.func is at work; "
+            f"use backend='{plain}'"
+        )
+    return refusal
+
+
+def _is_plain(op: str, backend: str) -> bool:
+    return backend in _PLAIN and (op, backend) not in _NOT_PLAIN
 
 
 def _only_if_named(backend: str, facts: Facts) -> bool:
@@ -169,6 +187,7 @@ def choose(
     d_state: int = 0,
     width: int = 0,
     batch_invariant: bool = False,
+    transformed: bool = False,
 ) -> str:
     """Name of the backend that runs this call; see `Facts` for the arguments.
 
@@ -176,7 +195,7 @@ def choose(
         ConfigError: `backend` is not a backend of this op.
         BackendUnavailableError: the named backend can't run this call; the text says why and what helps.
     """
-    facts = Facts(device, dtype, complex_A, d_state, width, batch_invariant)
+    facts = Facts(device, dtype, complex_A, d_state, width, batch_invariant, transformed)
     names = BACKENDS[op]
     if backend == "auto":
         for name in names:
@@ -204,7 +223,9 @@ def attempt(op: str, backend: str, facts: Facts, run: Callable[[str], _Result]) 
         ConfigError: `backend` is not a backend of this op.
         BackendUnavailableError: the named backend can't run this call; in a graph that torch.compile made, also "auto".
     """
-    asked = (facts.device, facts.dtype, facts.complex_A, facts.d_state, facts.width, facts.batch_invariant)
+    asked = (
+        facts.device, facts.dtype, facts.complex_A, facts.d_state, facts.width, facts.batch_invariant, facts.transformed
+    )  # fmt: skip
     name = choose(op, backend, *asked)
     if backend != "auto" or torch.compiler.is_compiling():
         return run(name)

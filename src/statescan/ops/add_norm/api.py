@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from statescan.ops._checks import transformed
 from statescan.ops._dispatch import choose
 from statescan.ops.add_norm.validation import check_add_rms_norm
 
@@ -65,7 +66,7 @@ def add_rms_norm(
     """
     stream = check_add_rms_norm(x, weight, residual, eps, residual_dtype)
     widest = torch.float64 if torch.float64 in (x.dtype, stream) else x.dtype
-    name = choose("add_rms_norm", backend, x.device.type, widest)
+    name = choose("add_rms_norm", backend, x.device.type, widest, transformed=transformed(x, weight, residual))
     if name == "cpu":
         from statescan.ops.add_norm.cpu import add_rms_norm as run
     elif name == "triton":

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from statescan.ops._checks import transformed
 from statescan.ops._dispatch import choose
 from statescan.ops.causal_conv1d.validation import check_conv, check_update
 
@@ -78,7 +79,9 @@ def causal_conv1d(
     that its state can be carried.
     """
     check_conv(x, weight, bias, activation, initial_state, cu_seqlens)
-    name = choose("causal_conv1d", backend, x.device.type, x.dtype, width=weight.shape[1])
+    by_transform = transformed(x, weight, bias, initial_state)
+    asked = {"width": weight.shape[1], "transformed": by_transform}
+    name = choose("causal_conv1d", backend, x.device.type, x.dtype, **asked)
     if name == "cpu":
         from statescan.ops.causal_conv1d.cpu import causal_conv1d as run
     elif name == "triton":
@@ -133,7 +136,8 @@ def causal_conv1d_update(
     Source: as `causal_conv1d`, of which this is the case of length 1.
     """
     check_update(x, state, weight, bias, activation, inplace)
-    name = choose("causal_conv1d_update", backend, x.device.type, x.dtype, width=weight.shape[1])
+    asked = {"width": weight.shape[1], "transformed": transformed(x, state, weight, bias)}
+    name = choose("causal_conv1d_update", backend, x.device.type, x.dtype, **asked)
     if name == "cpu":
         from statescan.ops.causal_conv1d.cpu import causal_conv1d_update as run
     elif name == "triton":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from statescan.ops._checks import transforms_active
 from statescan.ops._dispatch import choose
 from statescan.ops.cross_entropy.validation import check_linear_cross_entropy, compute_dtype
 
@@ -59,7 +60,7 @@ def linear_cross_entropy(
     """
     check_linear_cross_entropy(hidden, weight, targets, bias, ignore_index, reduction, chunk_size)
     compute = compute_dtype(hidden, weight)
-    name = choose("linear_cross_entropy", backend, hidden.device.type, compute)
+    name = choose("linear_cross_entropy", backend, hidden.device.type, compute, transformed=transforms_active())
     if name == "cuda":
         from statescan.ops.cross_entropy.cuda import linear_cross_entropy as run
     elif name == "torch":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from statescan.ops._checks import without_autocast
+from statescan.ops._checks import transformed, without_autocast
 from statescan.ops._dispatch import choose
 from statescan.ops.decode_attention.validation import validate
 
@@ -59,7 +59,8 @@ def decode_attention(
     are put together at the end, as in Dao et al. (2023), "Flash-Decoding".
     """
     validate(q, k, v, keys, values, lengths, rotary)
-    name = choose("decode_attention", backend, q.device.type, q.dtype, d_state=q.shape[2])
+    by_transform = transformed(q, k, v, keys, values)
+    name = choose("decode_attention", backend, q.device.type, q.dtype, d_state=q.shape[2], transformed=by_transform)
     with without_autocast(q.device.type):
         if name == "cuda":
             from statescan.ops.decode_attention.cuda import decode_attention as run

@@ -67,6 +67,8 @@ class _Convolution(torch.autograd.Function):
     by a complex one of the whole circle, and keeps the spectra; here u is kept and transformed again.
     """
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
     def forward(u: Tensor, kernel: Tensor, reverse_kernel: Tensor | None) -> Tensor:
         circle = _circle(u.shape[1], kernel, reverse_kernel)
@@ -76,6 +78,15 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, du: Tensor, dkernel: Tensor, dreverse: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        u, kernel, reverse_kernel = ctx.saved_tensors
+        circle = _circle(u.shape[1], kernel, reverse_kernel)
+        product = _input_spectrum(du, circle) * _kernel_spectrum(kernel, reverse_kernel, circle)
+        product = product + _input_spectrum(u, circle) * _kernel_spectrum(dkernel, dreverse, circle)
+        return torch.fft.irfft(product, n=circle)[..., : u.shape[1]].transpose(1, 2)  # laid out as the output is
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

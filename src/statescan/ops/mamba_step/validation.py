@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statescan.errors import ConfigError, ShapeError
-from statescan.ops._checks import check_device, check_dtype, check_shape, check_tensor
+from statescan.ops._checks import check_device, check_dtype, check_shape, check_tensor, transformed
 from statescan.ops.packed_linear.validation import PackedWeight
 
 __all__ = ["BlockWeights", "check_step"]
@@ -135,3 +135,8 @@ def check_step(
                     f"{op}: updates its states in place and is not differentiable: wanted no argument that requires a "
                     f"gradient, got {name} with requires_grad; call it under torch.no_grad(), or use nn.Mamba.step"
                 )
+    if transformed(x, residual, conv_state, ssm_state):
+        raise ConfigError(
+            f"{op}: updates its states in place and is not differentiable: wanted no forward-mode AD and no "
+            "transform of torch.func, got an argument that takes part in one; use nn.Mamba.step"
+        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from statescan.errors import ConfigError
+from statescan.ops._checks import transformed
 from statescan.ops._dispatch import choose
 from statescan.ops.packed_linear.validation import PACKED_DTYPES, PackedDType, PackedWeight, check_linear, check_weight
 
@@ -80,7 +81,7 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
         One scale a row: the symmetric case of Jacob et al. 2018, equation 1 (zero point 0).
     """
     check_linear(x, packed, bias)
-    name = choose("packed_linear", backend, x.device.type, x.dtype)
+    name = choose("packed_linear", backend, x.device.type, x.dtype, transformed=transformed(x, bias))
     if name == "cpu":
         from statescan.ops.packed_linear import cpu
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from statescan.ops._checks import without_autocast
+from statescan.ops._checks import transforms_active, without_autocast
 from statescan.ops._dispatch import Facts, attempt
 from statescan.ops.selective_scan.validation import settle, validate
 
@@ -87,7 +87,7 @@ def selective_scan(
     complex A the output is twice the real part. Layout differs: batch, length, features.
     """
     validate(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
-    facts = Facts(u.device.type, u.dtype, A.is_complex(), A.shape[1], batch_invariant=batch_invariant)
+    facts = Facts(u.device.type, u.dtype, A.is_complex(), A.shape[1], 0, batch_invariant, transforms_active())
     with without_autocast(u.device.type):
         tensors = settle(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from statescan.ops._checks import without_autocast
+from statescan.ops._checks import transformed, without_autocast
 from statescan.ops._dispatch import choose
 from statescan.ops.selective_state_update.validation import settle, validate
 
@@ -76,7 +76,9 @@ def selective_state_update(
     Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, equation 2a.
     """
     validate(state, u, dt, A, B, C, D, z, dt_bias, inplace)
-    name = choose("selective_state_update", backend, u.device.type, u.dtype, A.is_complex(), A.shape[1])
+    by_transform = transformed(state, u, dt, A, B, C, D, z, dt_bias)
+    asked = (u.device.type, u.dtype, A.is_complex(), A.shape[1])
+    name = choose("selective_state_update", backend, *asked, transformed=by_transform)
     with without_autocast(u.device.type):
         u, dt, A, B, C, D, z, dt_bias = settle(u, dt, A, B, C, D, z, dt_bias)
         if name == "cpu":

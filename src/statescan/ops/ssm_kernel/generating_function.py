@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from statescan.ops._checks import transforms_active
 from statescan.ops.ssm_kernel.real_form import discrete_real_form, kernel_dtype
 
 __all__ = ["CauchyProduct", "s4_kernel"]
@@ -81,7 +82,7 @@ def s4_kernel(
     theta = torch.arange(frequencies, dtype=torch.float64, device=Lambda.device) * (math.pi / length)
     parts = [
         checkpoint(_piece, product, Lambda, P, B, last, dt, part, use_reentrant=False)
-        if torch.is_grad_enabled() and frequencies > piece
+        if torch.is_grad_enabled() and frequencies > piece and not transforms_active()
         else _piece(product, Lambda, P, B, last, dt, part)
         for part in theta.split(piece)
     ]
