@@ -70,6 +70,15 @@ def test_any_batch_and_any_length(fields: dict) -> None:
         check(model, programs, batch, length)
 
 
+@pytest.mark.parametrize("inner", ["s4", "s4d", "s4d-real"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_time_invariant_maps_at_any_batch_and_any_length(inner: str, backend: str) -> None:
+    model = make(backend, inner=inner)
+    programs = export(model, logits="all")
+    for batch, length in ((1, 1), (3, 7), (32, 3), (2, 64), (1, 100), (2, 1000)):
+        check(model, programs, batch, length, "all")
+
+
 def test_fixed_sizes_and_all_logits() -> None:
     model = make().train()
     programs = export(model, batch=2, length=5, logits="all")
@@ -100,18 +109,23 @@ assert "statescan" not in sys.modules
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_saved_program_of_our_kernels_runs_in_another_process(tmp_path: Path) -> None:
-    model = make()
-    torch.export.save(export(model).step, tmp_path / "step.pt2")
+@pytest.mark.parametrize("inner", ["s6", "s4", "s4d"])
+def test_a_saved_program_of_our_kernels_runs_in_another_process(tmp_path: Path, inner: str) -> None:
+    model = make(inner=inner)
+    programs = export(model)
+    torch.export.save(programs.prefill, tmp_path / "prefill.pt2")
+    torch.export.save(programs.step, tmp_path / "step.pt2")
     with torch.no_grad():
         wanted = model.step(ids(3), model.init_state(3)).logits
-    torch.save((ids(3), flat_state(model, 3), wanted), tmp_path / "wanted.pt")
+        prompted = model(ids(3, 9)).logits[:, -1]
+    torch.save((ids(3), ids(3, 9), flat_state(model, 3), wanted, prompted), tmp_path / "wanted.pt")
     code = f"""
 import torch
 from statescan.models import load_program
-token, state, wanted = torch.load({str(tmp_path / "wanted.pt")!r})
+token, prompt, state, wanted, prompted = torch.load({str(tmp_path / "wanted.pt")!r})
 with torch.no_grad():
     torch.testing.assert_close(load_program({str(tmp_path / "step.pt2")!r}).module()(token, state)[0], wanted)
+    torch.testing.assert_close(load_program({str(tmp_path / "prefill.pt2")!r}).module()(prompt, state)[0], prompted)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

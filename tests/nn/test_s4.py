@@ -223,6 +223,70 @@ def test_bad_input() -> None:
         S4(6, 8, dt_min=0.1, dt_max=0.01)
 
 
+class _Whole(nn.Module):
+    """A layer as tensors in, tensors out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, u: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        return tuple(part for part in self.layer(u, state) if part is not None)
+
+
+def _exported(layer: nn.Module, *example: torch.Tensor) -> nn.Module:
+    length = torch.export.Dim("length", max=2**20)
+    sizes = ({1: length}, *({} for _ in example[1:]))
+    return torch.export.export(_Whole(layer), example, dynamic_shapes=sizes).module()
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [(kind, backend) for kind in LAYERS for backend in ("auto", "torch")]
+    + [("s4", "cauchy"), ("s4d inv", "reference")],
+)
+def test_exported_at_any_length_it_is_the_layer_itself(kind: str, backend: str) -> None:
+    layer = _layer(kind, mix=False, backend=backend).float()
+    state = layer.init_state(2)
+    with torch.no_grad():
+        from_zero, from_state = _exported(layer, _input(9).float()), _exported(layer, _input(9).float(), state)
+        state = torch.randn(state.shape, generator=torch.Generator().manual_seed(2), dtype=state.dtype)
+        for length in (1, 7, 64, 100, 1000):
+            u = _input(length).float()
+            assert torch.equal(from_zero(u)[0], layer(u).output)
+            for got, wanted in zip(from_state(u, state), layer(u, state), strict=True):
+                assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["s4", "s4d lin, bilinear"])
+def test_exported_both_ways_and_its_gradients(kind: str) -> None:
+    layer = _layer(kind, bidirectional=True)
+    program = _exported(layer, _input(9))
+    for length in (1, 7, 100):
+        u, v = _input(length).requires_grad_(), _input(length).requires_grad_()
+        layer(u).output.square().sum().backward()
+        program(v)[0].square().sum().backward()
+        assert (u.grad - v.grad).abs().max() < 1e-12 * u.grad.abs().max()
+    wanted, got = dict(layer.named_parameters()), dict(program.named_parameters())
+    for name, value in wanted.items():
+        assert (got[f"layer.{name}"].grad - value.grad).abs().max() < 1e-11 * value.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("kind", ["s4", "s4d legs"])
+def test_compiled_with_dynamic_lengths_in_one_graph(kind: str) -> None:
+    torch._dynamo.reset()
+    layer = _layer(kind).float()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    for length in (5, 64, 100):
+        u, v = _input(length).float().requires_grad_(), _input(length).float().requires_grad_()
+        y, wanted = compiled(u).output, layer(v).output
+        assert (y - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        y.sum().backward()
+        wanted.sum().backward()
+        assert (u.grad - v.grad).abs().max() < 1e-5 * v.grad.abs().max()
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_kernels_made_together_are_those_made_alone(kind: str, bidirectional: bool) -> None:
@@ -237,6 +301,20 @@ def test_kernels_made_together_are_those_made_alone(kind: str, bidirectional: bo
         for direction, kernel in enumerate(kernels):
             assert (kernel - layer.kernel(21, direction=direction)).abs().max() < 1e-12
         assert (layer(u, kernels=kernels).output - layer(u).output).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", [S4, S4D])
+def test_forward_euler_that_grows_is_refused(kind: type[S4] | type[S4D]) -> None:
+    """At the default steps every number of the kernel was NaN from some position on, without a word."""
+    torch.manual_seed(0)
+    u = torch.randn(1, 300, 8)
+    with pytest.raises(
+        ConfigError, match=r"'forward_euler' no eigenvalue of A_bar may be larger than 1, .* smaller dt"
+    ):
+        kind(8, discretization="forward_euler")(u)
+    assert kind(8, discretization="forward_euler", dt_min=1e-7, dt_max=1e-6)(u).output.isfinite().all()
+    with pytest.raises(ConfigError, match=r"discretization must be one of .*, got \['zoh'\]"):
+        kind(8, discretization=["zoh"])  # type: ignore[arg-type]
 
 
 def test_joint_kernels_wants_layers_that_are_alike() -> None:

@@ -26,6 +26,8 @@ _OPS = {
     "causal_conv1d": ("cpu", "cuda", "triton_conv"),
     "selective_scan": ("cpu", "cuda", "triton_scan"),
     "selective_state_update": ("cpu", "cuda", "triton_update"),
+    "ssm_kernel": ("any_length", "cpu", "triton_products"),
+    "fft_conv": ("any_length",),
 }
 
 

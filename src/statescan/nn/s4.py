@@ -281,7 +281,7 @@ class _StateSpaceLayer(nn.Module):
         self._check_rate(caller, rate)
 
     def _check_rate(self, caller: str, rate: float) -> None:
-        if not (math.isfinite(rate) and rate > 0):
+        if not 0 < rate < math.inf:
             raise ConfigError(f"{caller}: rate must be positive, got {rate!r}; 2 means half the sampling rate")
 
     def _discrete(self, rate: float, make: Any) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from statescan.errors import ShapeError
+from statescan.ops._any_length import is_symbol
 from statescan.ops._checks import (
     ACTIVATION_DTYPES,
     check_device,
@@ -69,6 +70,10 @@ def fft_conv(
         check_device(op, "D", D, u, "u")
         check_shape(op, "D", D, (d_model,), "(d_model,)")
     name = choose(op, backend, u.device.type, u.dtype)
+    if is_symbol(u.shape[1]):
+        from statescan.ops.fft_conv import any_length  # noqa: F401, registers the operator
+
+        return torch.ops.statescan.fft_conv(u, kernel, reverse_kernel, D, name)
     if name == "torch":
         from statescan.ops.fft_conv import torch_fft as module
     else:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statescan.ops._checks import transforms_active
 from statescan.ops._dispatch import Facts
 
 __all__ = ["fast_length", "fft_conv", "refuses"]
@@ -37,7 +38,8 @@ def fft_conv(u: Tensor, kernel: Tensor, reverse_kernel: Tensor | None) -> Tensor
     """See the public function; u ``(batch, length, d_model)``, kernels ``(d_model, <= length)``, of one float dtype."""
     if reverse_kernel is not None:
         reverse_kernel = reverse_kernel[:, : max(u.shape[1] - 1, 1)]
-    return _Convolution.apply(u, kernel, reverse_kernel)  # pyright: ignore[reportReturnType]
+    function = _Transformed if transforms_active() else _Convolution
+    return function.apply(u, kernel, reverse_kernel)  # pyright: ignore[reportReturnType]
 
 
 def _circle(length: int, kernel: Tensor, reverse_kernel: Tensor | None) -> int:
@@ -67,8 +69,6 @@ class _Convolution(torch.autograd.Function):
     by a complex one of the whole circle, and keeps the spectra; here u is kept and transformed again.
     """
 
-    generate_vmap_rule = True  # for torch.func
-
     @staticmethod
     def forward(u: Tensor, kernel: Tensor, reverse_kernel: Tensor | None) -> Tensor:
         circle = _circle(u.shape[1], kernel, reverse_kernel)
@@ -78,15 +78,6 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, du: Tensor, dkernel: Tensor, dreverse: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        u, kernel, reverse_kernel = ctx.saved_tensors
-        circle = _circle(u.shape[1], kernel, reverse_kernel)
-        product = _input_spectrum(du, circle) * _kernel_spectrum(kernel, reverse_kernel, circle)
-        product = product + _input_spectrum(u, circle) * _kernel_spectrum(dkernel, dreverse, circle)
-        return torch.fft.irfft(product, n=circle)[..., : u.shape[1]].transpose(1, 2)  # laid out as the output is
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,3 +95,22 @@ class _Convolution(torch.autograd.Function):
             if reverse_kernel is not None:
                 dreverse = by_lag[:, circle - reverse_kernel.shape[1] :].flip(1)
         return du, dkernel, dreverse
+
+
+class _Transformed(_Convolution):
+    """The same for forward-mode AD and torch.func. torch.compile takes no function that has a `jvp` into a graph."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, du: Tensor, dkernel: Tensor, dreverse: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        u, kernel, reverse_kernel = ctx.saved_tensors
+        circle = _circle(u.shape[1], kernel, reverse_kernel)
+        product = _input_spectrum(du, circle) * _kernel_spectrum(kernel, reverse_kernel, circle)
+        product = product + _input_spectrum(u, circle) * _kernel_spectrum(dkernel, dreverse, circle)
+        return torch.fft.irfft(product, n=circle)[..., : u.shape[1]].transpose(1, 2)  # laid out as the output is

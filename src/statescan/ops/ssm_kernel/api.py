@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
+from statescan.ops._any_length import is_symbol
 from statescan.ops._checks import check_device, check_shape, check_tensor, values_readable, without_autocast
 from statescan.ops._dispatch import choose
 from statescan.ops.discretization import DISCRETIZATIONS, check_finite, check_stable
@@ -45,7 +46,7 @@ def _check(op: str, A_name: str, A: Tensor, others: dict[str, Tensor], dt: Tenso
     check_shape(op, "dt", dt, (A.shape[0],), "(d_model,)")
     if dt.is_complex() or not dt.is_floating_point():
         raise DTypeError(f"{op}: dt must be real, got {dt.dtype}; pass exp(log_dt) in float32")
-    if not isinstance(length, int) or length < 1:
+    if not isinstance(length, (int, torch.SymInt)) or length < 1:
         raise ConfigError(f"{op}: length must be an integer >= 1, got {length!r}; pass the length of the sequence")
     if values_readable(dt) and not bool((torch.isfinite(dt) & (dt > 0)).all()):
         raise ConfigError(
@@ -99,6 +100,10 @@ def s4d_kernel(
     op = "s4d_kernel"
     _check(op, "A", A, {"B": B, "C": C}, dt, length, discretization)
     name = choose(op, backend, A.device.type, kernel_dtype(A), A.is_complex(), A.shape[1])
+    if is_symbol(length):
+        from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
+
+        return torch.ops.statescan.s4d_kernel(A, B, C, dt, length, discretization, name)
     if name == "cpu":
         from statescan.ops.ssm_kernel import cpu as module
     elif name == "triton":
@@ -179,6 +184,10 @@ def s4_kernel(
             from statescan.ops.ssm_kernel import cauchy_triton as module
         else:
             from statescan.ops.ssm_kernel import cauchy as module
+    if is_symbol(length):
+        from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
+
+        return torch.ops.statescan.s4_kernel(Lambda, columns, B, C, dt, length, discretization, name)
     with without_autocast(Lambda.device.type):
         return module.s4_kernel(Lambda, columns, B, C, dt, length, discretization)
 
@@ -222,6 +231,10 @@ def s4d_response(
     """
     _check("s4d_response", "A", A, {"B": B, "C": C}, dt, 1, discretization)
     _check_run("s4d_response", u, state, A, "A")
+    if is_symbol(u.shape[1]):
+        from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
+
+        return StateResponse(*torch.ops.statescan.s4d_response(A, B, C, dt, u, state, discretization))
     from statescan.ops.ssm_kernel import vandermonde
 
     with without_autocast(A.device.type):
@@ -255,6 +268,10 @@ def s4_response(
     columns = _columns("s4_response", P)
     _check("s4_response", "Lambda", Lambda, {"P": columns[..., 0], "B": B, "C": C}, dt, 1, discretization)
     _check_run("s4_response", u, state, Lambda, "Lambda")
+    if is_symbol(u.shape[1]):
+        from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
+
+        return StateResponse(*torch.ops.statescan.s4_response(Lambda, columns, B, C, dt, u, state, discretization))
     from statescan.ops.ssm_kernel import doubling
 
     with without_autocast(Lambda.device.type):
