@@ -143,6 +143,10 @@ def test_what_cannot_be_exported_is_named() -> None:
         export(CausalLM(TransformerConfig(16, 1, 32, n_head=2)))
     with pytest.raises(ConfigError, match="batch must be at least 1, or None for any, got 0"):
         export(make(), batch=0)
+    for model in (make("torch"), make("reference", inner="s4d")):
+        with pytest.raises(ConfigError, match=r"length must be a number for this model.* pass length=32") as e:
+            export(model)
+        assert "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="logits must be 'last' or 'all', got 'none'"):
         export(make(), logits="none")  # type: ignore[arg-type]
 

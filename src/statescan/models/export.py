@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 
 from statescan.errors import CheckpointError, ConfigError
 from statescan.models.causal_lm import CausalLM
@@ -110,14 +111,15 @@ def export(
     """Exports reading a prompt and taking one more token, for inference.
 
     The programs hold the weights and call the ops of the backend that the model has: a model made with
-    ``backend="torch"`` gives programs of PyTorch's own ops, which run where this package is not. `torch.export.save`
-    writes one to a file; `load_program` reads it with our kernels' ops at hand.
+    ``backend="torch"``, exported at one length, gives programs of PyTorch's own ops, which run where this package is
+    not; at any length S4's and S4D's kernels and convolutions stay ours. `torch.export.save` writes one to a file;
+    `load_program` reads it with our kernels' ops at hand.
 
     Args:
         model: a Mamba language model, in the dtype and on the device where the programs shall run.
         batch: rows. Default: any number.
-        length: tokens of a prompt. Default: any number up to max_length; with the torch backend, whose scan is unrolled
-            by the length, it must be given.
+        length: tokens of a prompt. Default: any number up to max_length. Where a backend unrolls by the length it must
+            be given: with ``"torch"`` for S6, whose scan that is, with ``"reference"`` for every inner map.
         logits: of the last position, (batch, vocabulary), or of all, (batch, length, vocabulary). Default "last".
         max_length: the most tokens of a prompt of any length. Default 2^20.
 
@@ -125,7 +127,7 @@ def export(
         ExportedModel(prefill, step).
 
     Raises:
-        ConfigError: another kind of model, or an argument out of range.
+        ConfigError: another kind of model, an argument out of range, or a model that has no programs of any length.
     """
     if not isinstance(model.config, MambaConfig):
         raise ConfigError(
@@ -150,9 +152,17 @@ def export(
     model.eval()
     try:
         with torch.no_grad():
-            prefill = torch.export.export(
-                _Prefill(model, logits == "last"), (ids, state), dynamic_shapes=(prompt or None, state_shapes)
-            )
+            try:
+                prefill = torch.export.export(
+                    _Prefill(model, logits == "last"), (ids, state), dynamic_shapes=(prompt or None, state_shapes)
+                )
+            except UserError as problem:
+                if length is not None:
+                    raise
+                raise ConfigError(
+                    "export: length must be a number for this model, got None; its backend unrolls a scan or a "
+                    "convolution by the length: pass length=32, or make the model with backend='auto'"
+                ) from problem
             step = torch.export.export(
                 _Step(model),
                 (ids[:, 0].clone(), state),
