@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from statescan.errors import BackendUnavailableError, ConfigError, DTypeError, ShapeError
-from statescan.ops import explain, fft_conv, s4_kernel, s4_response, s4d_kernel, s4d_response
+from statescan.ops import _native, explain, fft_conv, s4_kernel, s4_response, s4d_kernel, s4d_response
+from statescan.ops._dispatch import BACKENDS
 from statescan.ops.discretization import DISCRETIZATIONS, discretize
 from statescan.ops.hippo import hippo_legs, hippo_nplr
 from statescan.ops.ssm_kernel import cauchy, products
+from statescan.ops.ssm_kernel.real_form import real_form
 from statescan.testing import (
     assert_within_budget,
     check_registration,
@@ -300,8 +304,116 @@ def test_bad_input_and_explain() -> None:
                 s4_kernel(**broken, length=4, backend=backend)
     with pytest.raises(ConfigError, match="s4d_kernel: A must be finite"):
         s4d_kernel(**{**_diagonal(), "A": torch.full((3, 4), -float("inf"))}, length=4)
+    for name in ("B", "C"):
+        for given, kernel, response in ((case, s4_kernel, s4_response), (_diagonal(), s4d_kernel, s4d_response)):
+            broken = {**given, name: torch.where(torch.arange(4) == 1, float("nan"), given[name])}
+            with pytest.raises(ConfigError, match=rf"s4d?_kernel: {name} must be finite, got 3 of 12 numbers"):
+                kernel(**broken, length=4)
+            with pytest.raises(ConfigError, match=rf"s4d?_response: {name} must be finite, got 3 of 12 numbers"):
+                response(**broken, u=torch.zeros(1, 2, 3), state=torch.zeros(1, 3, 4, dtype=torch.complex128))
+    with pytest.raises(ShapeError, match=r"s4_kernel: P must have shape .*rank >= 1\), got \(3, 4, 0\); .*s4d_kernel"):
+        s4_kernel(**{**case, "P": torch.zeros(3, 4, 0, dtype=torch.complex128)}, length=4)
+    for wrong in (["zoh"], None, "euler"):
+        with pytest.raises(ConfigError, match=r"s4_kernel: discretization must be one of \['backward_euler'.*got "):
+            s4_kernel(**case, length=4, discretization=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="s4_kernel: length must be an integer >= 1, got True"):
+        s4_kernel(**case, length=True)
     with pytest.raises(DTypeError, match=r"s4_response: P must be a torch.Tensor, got str"):
         s4_response(**{**case, "P": "x"}, u=torch.zeros(1, 2, 3), state=torch.zeros(1, 3, 4, dtype=torch.complex128))
+
+
+@pytest.mark.parametrize("kernel", ["s4d", "s4d real", "s4", "s4 rank 2"])
+def test_forward_euler_is_refused_where_its_steps_grow(kernel: str) -> None:
+    """|A_bar| against the eigenvalues of a dense matrix; on both sides of the largest stable step."""
+    if kernel.startswith("s4d"):
+        case = _diagonal(real="real" in kernel)
+        dense = [torch.diag(row) for row in case["A"]]
+        op, respond = s4d_kernel, s4d_response
+    else:
+        case = _low_rank(rank=2 if "rank" in kernel else 1)
+        dense = list(real_form(case["Lambda"], case["P"].reshape(3, 4, -1), case["B"], case["C"])[0])
+        op, respond = s4_kernel, s4_response
+    poles = torch.stack([torch.linalg.eigvals(A) for A in dense])
+    largest = (-2 * poles.real / poles.abs() ** 2).amin(-1)  # |1 + dt pole| = 1
+    run = {"u": torch.zeros(1, 2, 3), "state": torch.zeros_like(case["B"]).unsqueeze(0)}
+    inside = op(**{**case, "dt": 0.999 * largest}, length=20000, discretization="forward_euler", backend="torch")
+    assert inside.abs().amax() < 1e3 * inside[:, :100].abs().amax()
+    assert inside[:, -100:].isfinite().all()
+    respond(**{**case, "dt": 0.999 * largest}, **run, discretization="forward_euler")
+    steps = torch.where(torch.arange(3) == 1, 1.001, 0.999) * largest
+    refused = (
+        rf"with discretization 'forward_euler' no eigenvalue of A_bar .* got one of 1\.\d+ at dt = {steps[1]:.4g}; "
+        "pass a smaller dt, or 'zoh' or 'bilinear'"
+    )
+    for backend in ("auto", "torch", "reference"):
+        with pytest.raises(ConfigError, match=refused):
+            op(**{**case, "dt": steps}, length=3, discretization="forward_euler", backend=backend)
+    with pytest.raises(ConfigError, match=refused):
+        respond(**{**case, "dt": steps}, **run, discretization="forward_euler")
+    for method in ("zoh", "bilinear", "backward_euler"):
+        assert op(**{**case, "dt": 1000 * largest}, length=300, discretization=method).isfinite().all()
+
+
+class _OnMPS(torch.Tensor):
+    """What a check sees of a tensor on Apple's GPU: no double precision."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.device.__get__:  # pyright: ignore[reportAttributeAccessIssue]
+            return torch.device("mps")
+        if func is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor)
+        if func in (torch.Tensor.to, torch.Tensor.double):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_on_mps_the_refusal_is_in_words() -> None:
+    run = {"u": torch.zeros(1, 2, 3), "state": torch.zeros(1, 3, 4, dtype=torch.complex64)}
+    run = {k: v.as_subclass(_OnMPS) for k, v in run.items()}
+    for kernel, respond, case in (
+        (s4d_kernel, s4d_response, _diagonal()),
+        (s4_kernel, s4_response, _low_rank()),
+    ):
+        case = {k: v.as_subclass(_OnMPS) for k, v in _single(case).items()}
+        for method in ("zoh", "forward_euler"):
+            with pytest.raises(BackendUnavailableError, match="reference: it needs float64, which this device has not"):
+                kernel(**case, length=4, discretization=method)
+            with pytest.raises(BackendUnavailableError, match="it needs float64, which this device has not"):
+                respond(**case, **run, discretization=method)
+
+
+def test_a_partly_old_library_is_refused(monkeypatch: pytest.MonkeyPatch, require_backend: Any) -> None:
+    """Each product asks for its own functions: with one missing, the other backends still run."""
+    require_backend("s4d_kernel", "cpu")
+    whole = _native.library()
+
+    class Old:
+        def __init__(self, missing: str) -> None:
+            self.missing = missing
+
+        def __getattr__(self, name: str) -> Any:
+            if name == self.missing:
+                raise AttributeError(name)
+            return getattr(whole.lib, name)
+
+    backends = {
+        "vandermonde": ("s4d_kernel", "cpu"),
+        "powers": ("s4_kernel", "cpu"),
+        "cauchy": ("s4_kernel", "cauchy_cpu"),
+    }
+    for missing, (op, backend) in backends.items():
+        for symbol in (f"ss_{missing}", f"ss_{missing}_backward"):
+            library = SimpleNamespace(path=whole.path, lib=Old(symbol))
+            monkeypatch.setattr(_native, "library", lambda library=library: library)
+            assert "is older than this package; reinstall statescan" in str(refusal(op, backend))
+            for other in backends.values():
+                assert other == (op, backend) or refusal(*other) is None
+    library = SimpleNamespace(path=whole.path, lib=Old("ss_powers"))
+    monkeypatch.setattr(_native, "library", lambda: library)
+    case = _single(_low_rank())
+    assert torch.equal(s4_kernel(**case, length=9), s4_kernel(**case, length=9, backend="torch"))
 
 
 # ------------------------------------------------------------------------------- the products' kernels, in float32
@@ -528,9 +640,9 @@ def test_second_derivatives_are_refused_not_wrong(require_backend: Any, product:
     require_backend("s4d_kernel", "cpu")
     _, run, case = next(x for x in _in_cpp(8) if x[0] == product)
     leaves = {k: v.requires_grad_() for k, v in _single(case).items()}
-    with pytest.raises(
-        BackendUnavailableError, match=r"s4d?_kernel: backend 'cpu' has no second derivatives; use backend"
-    ):
+    name = {"vandermonde": "s4d_kernel: backend 'cpu'", "powers": "s4_kernel: backend 'cpu'"}.get(product)
+    refused = f"^{name or 's4_kernel: backend .cauchy_cpu.'} has no second derivatives; use backend='torch'"
+    with pytest.raises(BackendUnavailableError, match=refused):
         torch.autograd.grad(run(**leaves).sum(), leaves["C"], create_graph=True)
 
 
@@ -553,7 +665,9 @@ def test_which_backend_runs(require_backend: Any) -> None:
         assert "backend='torch'" in str(refusal(op, named, device="cpu", dtype=torch.float64))
         assert "it runs on the CPU, the inputs are on cuda" in str(refusal(op, named, device="cuda"))
         assert explain(op, dtype=torch.float64).backend == "torch"
-        assert refusal(op, "torch", device="mps") is not None
+        for backend in BACKENDS[op]:  # complex128 is in every way of making a kernel
+            assert re.search("it needs float64|it runs on", str(refusal(op, backend, device="mps"))), backend
+        assert explain(op, device="mps").backend == "none"
     with pytest.raises(BackendUnavailableError, match="A is in double precision; use backend='torch'"):
         s4d_kernel(**_diagonal(), length=4, backend="cpu")
     require_backend("s4d_kernel", "cpu")

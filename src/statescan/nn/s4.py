@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.ops import fft_conv, s4_kernel, s4_response, s4d_kernel, s4d_response
-from statescan.ops._checks import check_device, check_shape, check_tensor
-from statescan.ops.discretization import DISCRETIZATIONS, discretize
+from statescan.ops._checks import check_device, check_shape, check_tensor, transforms_active
+from statescan.ops.discretization import check_method, discretize
 from statescan.ops.hippo import HIPPO_MEASURES, hippo_nplr
 from statescan.ops.ssm_kernel.real_form import real_form
 
@@ -112,10 +112,7 @@ class _StateSpaceLayer(nn.Module):
             raise ConfigError(f"{name}: d_model and d_state must be >= 1, got {d_model} and {d_state}")
         if not 0 < dt_min <= dt_max:
             raise ConfigError(f"{name}: step sizes must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
-        if discretization not in DISCRETIZATIONS:
-            raise ConfigError(
-                f"{name}: discretization must be one of {sorted(DISCRETIZATIONS)}, got {discretization!r}"
-            )
+        check_method(name, "discretization", discretization)
         if not 0 <= dropout < 1:
             raise ConfigError(f"{name}: dropout must be in [0, 1), got {dropout}")
         self.d_model, self.d_state, self.discretization = d_model, d_state, discretization
@@ -286,7 +283,7 @@ class _StateSpaceLayer(nn.Module):
 
     def _discrete(self, rate: float, make: Any) -> Any:
         """The discretised system, kept while no parameter changes: a step would spend its time on it."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active():
             return make()
         key = (rate, *((p.data_ptr(), p._version, p.device) for p in self.parameters(recurse=False)))
         if self._held is None or self._held[0] != key:

@@ -65,7 +65,7 @@ BACKENDS: dict[str, dict[str, str]] = {
     "fft_conv": {"torch": "torch_fft", "reference": "reference"},
     "s4d_kernel": {"cpu": "cpu", "triton": "triton_vandermonde", "torch": "vandermonde", "reference": "reference"},
     "s4_kernel": {
-        "cpu": "cpu",
+        "cpu": "cpu_powers",
         "torch": "doubling",
         "cauchy_cpu": "cauchy_cpu",
         "cauchy_triton": "cauchy_triton",

@@ -83,12 +83,12 @@ def unavailable_reason() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
-def refusal(device: str, symbol: str) -> str | None:
-    """Why the kernel `symbol` can't run on tensors of this device type, with the cure; None where it can."""
+def refusal(device: str, *symbols: str) -> str | None:
+    """Why the kernels `symbols` can't run on tensors of this device type, with the cure; None where all can."""
     if device != "cpu":
         return f"it runs on the CPU, the inputs are on {device}; use backend='torch'"
     reason = unavailable_reason()
-    if reason is None and not hasattr(library().lib, symbol):
+    if reason is None and not all(hasattr(library().lib, symbol) for symbol in symbols):
         reason = f"the C++ library {library().path} is older than this package; reinstall statescan"
     return reason
 

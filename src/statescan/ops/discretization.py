@@ -20,6 +20,8 @@ __all__ = [
     "DISCRETIZATIONS",
     "Discretized",
     "check_finite",
+    "check_forward_euler",
+    "check_method",
     "check_stable",
     "discretize",
     "discretize_backward_euler",
@@ -221,9 +223,53 @@ def discretize(A: Tensor, B: Tensor, dt: Tensor | float, method: str = "zoh", *,
     Raises:
         ConfigError: an unknown method.
     """
-    if method not in DISCRETIZATIONS:
-        raise ConfigError(f"discretize: method must be one of {sorted(DISCRETIZATIONS)}, got {method!r}")
+    check_method("discretize", "method", method)
     return DISCRETIZATIONS[method](A, B, dt, diagonal=diagonal)
+
+
+def check_method(op: str, argument: str, method: str) -> None:
+    """Raises ConfigError unless `method` names a rule."""
+    if not isinstance(method, str) or method not in DISCRETIZATIONS:
+        raise ConfigError(f"{op}: {argument} must be one of {sorted(DISCRETIZATIONS)}, got {method!r}; pass its name")
+
+
+def check_forward_euler(op: str, A: Tensor, dt: Tensor, *, diagonal: bool = False) -> None:
+    """Raises ConfigError where forward Euler, alone among the rules, makes a growing recurrence out of a stable system:
+    the powers of A_bar would leave their dtype. Nothing is read while a graph is traced or captured.
+
+    Args:
+        A: stable; ``(channels, d_state, d_state)``, or with `diagonal` ``(channels, d_state)``.
+        dt: ``(channels,)``, step.
+
+    Raises:
+        ConfigError: the largest eigenvalue of A_bar is beyond 1 by more than 1e-6, which is left for rounding.
+    """
+    if not (values_readable(A) and values_readable(dt)):
+        return
+    A, dt = A.detach(), dt.detach().double()
+    step = dt.view(-1, *[1] * (A.dim() - 1)) * A.to(torch.complex128 if A.is_complex() else torch.float64)
+    if diagonal:
+        size = (1 + step).abs().amax(-1)
+    else:
+        size = _spectral_radius(torch.eye(A.shape[-1], dtype=step.dtype, device=step.device) + step)
+    channel = int(size.argmax())
+    worst = size[channel].item()
+    if worst > 1 + 1e-6:
+        raise ConfigError(
+            f"{op}: with discretization 'forward_euler' no eigenvalue of A_bar may be larger than 1, got one of "
+            f"{worst:.8g} at dt = {dt[channel].item():.4g}; pass a smaller dt, or 'zoh' or 'bilinear', stable at any dt"
+        )
+
+
+def _spectral_radius(A: Tensor) -> Tensor:
+    """``||A^k||^(1/k)`` at k = 2^26, by squaring: too large by the logarithm of the eigenvectors' condition / k."""
+    log = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
+    for squarings in range(26):
+        size = torch.linalg.matrix_norm(A).clamp(min=torch.finfo(torch.float64).tiny)
+        log = log + torch.log(size) / 2**squarings
+        A = A / size[..., None, None]
+        A = A @ A
+    return torch.exp(log)
 
 
 def check_stable(op: str, A: Tensor, *, diagonal: bool = False) -> None:
@@ -241,9 +287,12 @@ def check_stable(op: str, A: Tensor, *, diagonal: bool = False) -> None:
         )
     if not values_readable(A):
         return
+    A = A.detach()
+    if A.device.type == "mps":
+        A = A.cpu()  # it has neither double precision nor eigenvalues
     if not diagonal:
         check_finite(op, "A", A)
-    wide = (A.detach() if diagonal else torch.linalg.eigvals(A.detach())).to(torch.complex128)
+    wide = (A if diagonal else torch.linalg.eigvals(A)).to(torch.complex128)
     worst, largest = wide.real.max().item(), wide.abs().max().item()
     if not math.isfinite(largest):
         check_finite(op, "A", A)

@@ -19,7 +19,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 
 def refuses(facts: Facts) -> str | None:
     """Why the C++ kernel does not take this call, with the cure; None if it does."""
-    return _native.refusal(facts.device, "ss_add_rms_norm")
+    return _native.refusal(facts.device, "ss_add_rms_norm", "ss_add_rms_norm_backward")
 
 
 class _Args(ctypes.Structure):

@@ -20,7 +20,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 
 def refuses(facts: Facts) -> str | None:
     """Why the C++ kernel does not take this call, with the cure; None if it does."""
-    return _native.refusal(facts.device, "ss_causal_conv1d")
+    return _native.refusal(facts.device, "ss_causal_conv1d", "ss_causal_conv1d_backward")
 
 
 class _Args(ctypes.Structure):

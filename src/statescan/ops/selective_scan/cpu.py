@@ -43,7 +43,7 @@ def refuses(facts: Facts) -> str | None:
     """Why the C++ kernel does not take this call, with the cure; None if it does."""
     if facts.device == "cpu" and facts.complex_A:
         return "its states are real, A is complex; use backend='torch'"
-    return _native.refusal(facts.device, "ss_selective_scan")
+    return _native.refusal(facts.device, "ss_selective_scan", "ss_selective_scan_backward")
 
 
 @functools.cache

@@ -9,10 +9,17 @@ from torch import Tensor
 
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.ops._any_length import is_symbol
-from statescan.ops._checks import check_device, check_shape, check_tensor, values_readable, without_autocast
+from statescan.ops._checks import (
+    check_device,
+    check_shape,
+    check_tensor,
+    transformed,
+    values_readable,
+    without_autocast,
+)
 from statescan.ops._dispatch import choose
-from statescan.ops.discretization import DISCRETIZATIONS, check_finite, check_stable
-from statescan.ops.ssm_kernel.real_form import kernel_dtype
+from statescan.ops.discretization import check_finite, check_forward_euler, check_method, check_stable
+from statescan.ops.ssm_kernel.real_form import kernel_dtype, real_form
 
 __all__ = ["StateResponse", "s4_kernel", "s4_response", "s4d_kernel", "s4d_response"]
 
@@ -52,19 +59,38 @@ def _check(op: str, A_name: str, A: Tensor, others: dict[str, Tensor], dt: Tenso
         raise ConfigError(
             f"{op}: dt must be positive and finite, got {dt.min().item():g} as its smallest; pass exp(log_dt)"
         )
+    if isinstance(length, bool):
+        raise ConfigError(f"{op}: length must be an integer >= 1, got {length!r}; pass the length of the sequence")
     check_stable(op, A, diagonal=True)
-    if method not in DISCRETIZATIONS:
-        raise ConfigError(f"{op}: discretization must be one of {sorted(DISCRETIZATIONS)}, got {method!r}")
+    check_method(op, "discretization", method)
+    # One look at all of them: each makes the host wait for a GPU.
+    given = [value.detach() for value in others.values()]
+    if all(map(values_readable, given)) and not bool(torch.stack([torch.isfinite(x).all() for x in given]).all()):
+        for name, value in others.items():
+            check_finite(op, name, value)
 
 
 def _columns(op: str, P: Tensor) -> Tensor:
     """P as ``(d_model, states, rank)``."""
     check_tensor(op, "P", P)
     columns = P.unsqueeze(-1) if P.dim() == 2 else P
-    if columns.dim() != 3:
-        raise ShapeError(f"{op}: P must have shape (d_model, states) or (d_model, states, rank), got {tuple(P.shape)}")
+    if columns.dim() != 3 or columns.shape[2] == 0:
+        raise ShapeError(
+            f"{op}: P must have shape (d_model, states) or (d_model, states, rank >= 1), got {tuple(P.shape)}; "
+            "without a low rank it is s4d_kernel"
+        )
     check_finite(op, "P", P)
     return columns
+
+
+def _check_steps(op: str, A: Tensor, dt: Tensor, method: str, P: Tensor | None = None) -> None:
+    """After the choice of a backend: a device without float64 has been refused by then."""
+    if method != "forward_euler":
+        return
+    if P is None:
+        check_forward_euler(op, A, dt, diagonal=True)
+    elif values_readable(A) and values_readable(P):
+        check_forward_euler(op, real_form(A.detach(), P.detach(), A, A)[0], dt)
 
 
 def s4d_kernel(
@@ -99,7 +125,10 @@ def s4d_kernel(
     """
     op = "s4d_kernel"
     _check(op, "A", A, {"B": B, "C": C}, dt, length, discretization)
-    name = choose(op, backend, A.device.type, kernel_dtype(A), A.is_complex(), A.shape[1])
+    by_transform = transformed(A, B, C, dt)
+    asked = (A.device.type, kernel_dtype(A), A.is_complex(), A.shape[1])
+    name = choose(op, backend, *asked, transformed=by_transform)
+    _check_steps(op, A, dt, discretization)
     if is_symbol(length):
         from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
 
@@ -165,9 +194,12 @@ def s4_kernel(
         raise DTypeError(
             f"{op}: Lambda must be complex, got {Lambda.dtype}; pass one eigenvalue of each conjugate pair"
         )
-    name = choose(op, backend, Lambda.device.type, kernel_dtype(Lambda), True, Lambda.shape[1])
+    by_transform = transformed(Lambda, P, B, C, dt)
+    asked = (Lambda.device.type, kernel_dtype(Lambda), True, Lambda.shape[1])
+    name = choose(op, backend, *asked, transformed=by_transform)
+    _check_steps(op, Lambda, dt, discretization, columns)
     if name == "cpu":
-        from statescan.ops.ssm_kernel import cpu as module
+        from statescan.ops.ssm_kernel import cpu_powers as module
     elif name == "torch":
         from statescan.ops.ssm_kernel import doubling as module
     elif name == "reference":
@@ -231,6 +263,8 @@ def s4d_response(
     """
     _check("s4d_response", "A", A, {"B": B, "C": C}, dt, 1, discretization)
     _check_run("s4d_response", u, state, A, "A")
+    choose("s4d_kernel", "torch", A.device.type, kernel_dtype(A))  # refuses where it would, in words
+    _check_steps("s4d_response", A, dt, discretization)
     if is_symbol(u.shape[1]):
         from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
 
@@ -268,6 +302,8 @@ def s4_response(
     columns = _columns("s4_response", P)
     _check("s4_response", "Lambda", Lambda, {"P": columns[..., 0], "B": B, "C": C}, dt, 1, discretization)
     _check_run("s4_response", u, state, Lambda, "Lambda")
+    choose("s4_kernel", "torch", Lambda.device.type, kernel_dtype(Lambda))  # refuses where it would, in words
+    _check_steps("s4_response", Lambda, dt, discretization, columns)
     if is_symbol(u.shape[1]):
         from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
 

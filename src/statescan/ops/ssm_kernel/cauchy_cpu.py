@@ -6,7 +6,7 @@ from torch import Tensor
 
 from statescan.ops._dispatch import Facts
 from statescan.ops.ssm_kernel import products
-from statescan.ops.ssm_kernel.cpu_products import refuses_products
+from statescan.ops.ssm_kernel.cpu_products import refuses_product
 
 __all__ = ["refuses", "s4_kernel"]
 
@@ -15,7 +15,7 @@ _SUMS = 1 << 20  # of a piece: its arrays fit the cache, and the heap, whose pag
 
 def refuses(facts: Facts) -> str | None:
     """Why the C++ kernels do not take this call, with the cure; None if they do."""
-    return refuses_products(facts)
+    return refuses_product("cauchy", facts)
 
 
 def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:

@@ -17,17 +17,17 @@ __all__ = [
     "cauchy_forward",
     "powers_backward",
     "powers_forward",
-    "refuses_products",
+    "refuses_product",
     "vandermonde_backward",
     "vandermonde_forward",
 ]
 
 
-def refuses_products(facts: Facts) -> str | None:
-    """Why the C++ kernels do not take this call, with the cure; None if they do."""
+def refuses_product(product: str, facts: Facts) -> str | None:
+    """Why the C++ kernels do not take this call of a product, with the cure; None if they do."""
     if facts.device == "cpu" and facts.dtype == torch.float64:
         return "its products are taken in float32, A is in double precision; use backend='torch'"
-    return _native.refusal(facts.device, "ss_vandermonde")
+    return _native.refusal(facts.device, f"ss_{product}", f"ss_{product}_backward")
 
 
 def _struct(name: str, numbers: str, pointers: str) -> type[ctypes.Structure]:

@@ -163,7 +163,7 @@ class _Cauchy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_re: Tensor, g_im: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _refuse_second_derivative("s4_kernel", ctx.backend)
+        _refuse_second_derivative("s4_kernel", f"cauchy_{ctx.backend}")
         return (*_run("cauchy_backward", ctx.backend, *ctx.saved_tensors, g_re, g_im), None, None, None)
 
 

@@ -13,8 +13,8 @@ __all__ = ["refuses", "s4_kernel", "s4d_kernel"]
 
 
 def refuses(facts: Facts) -> str | None:
-    """The reference runs everything."""
-    return None
+    """The reference runs everything, on any device that has float64."""
+    return "it needs float64, which this device has not; move the kernel to the CPU" if facts.device == "mps" else None
 
 
 def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
