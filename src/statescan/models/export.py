@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import UserError
 
 from statescan.errors import CheckpointError, ConfigError
 from statescan.models.causal_lm import CausalLM
@@ -150,6 +149,9 @@ def export(
     prompt |= {1: tokens} if length is None else {}
     training = model.training
     model.eval()
+    # Here, since it imports the compiler, which exporting needs and reading a model doesn't.
+    from torch._dynamo.exc import UserError
+
     try:
         with torch.no_grad():
             try:
