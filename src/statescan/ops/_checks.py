@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
-from statescan.errors import DTypeError, ShapeError
+from statescan.errors import BackendUnavailableError, DTypeError, ShapeError
 
 __all__ = [
     "ACTIVATION_DTYPES",
@@ -32,6 +32,7 @@ __all__ = [
     "check_tensor",
     "is_checked",
     "mark_checked",
+    "refuse_second_derivative",
     "state_dtypes",
     "transformed",
     "transforms_active",
@@ -269,6 +270,19 @@ def _takes_part(value: Tensor) -> bool:
             return True
         value = _functorch.get_unwrapped(value)
     return False
+
+
+def refuse_second_derivative(op: str, backend: str) -> None:
+    """For the first line of a kernel's backward pass, which autograd can't differentiate.
+
+    Raises:
+        BackendUnavailableError: the gradient shall be differentiated itself.
+    """
+    # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise BackendUnavailableError(
+            f"{op}: backend '{backend}' has no second derivatives; use backend='torch' with create_graph=True"
+        )
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError
+from statescan.ops._checks import refuse_second_derivative
 
 __all__ = ["run"]
 
@@ -29,12 +29,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise BackendUnavailableError(
-                f"add_rms_norm: backend '{ctx.backend}' has no second derivatives; use backend='torch' with "
-                "create_graph=True"
-            )
+        refuse_second_derivative("add_rms_norm", ctx.backend)
         total, rstd, weight = ctx.saved_tensors
         if grad_output is None:
             grad_output = torch.zeros_like(total, dtype=ctx.x_dtype)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError, ShapeError
+from statescan.errors import ShapeError
 from statescan.ops import _native
+from statescan.ops._checks import refuse_second_derivative
 from statescan.ops._dispatch import Facts
 from statescan.ops.causal_conv1d.validation import compute_dtype
 
@@ -211,11 +212,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise BackendUnavailableError(
-                "causal_conv1d: backend 'cpu' has no second derivatives; use backend='torch' with create_graph=True"
-            )
+        refuse_second_derivative("causal_conv1d", "cpu")
         _, _, bias, initial_state, _ = saved = ctx.saved_tensors
         grad_x, grad_weight, grad_bias, grad_initial = torch.ops.statescan.causal_conv1d_cpu_backward(
             grad_y, grad_final_state, *saved, ctx.silu

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError, ShapeError
+from statescan.errors import ShapeError
 from statescan.ops import _cuda
+from statescan.ops._checks import refuse_second_derivative
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 from statescan.ops.causal_conv1d.validation import compute_dtype
@@ -437,11 +438,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise BackendUnavailableError(
-                "causal_conv1d: backend 'cuda' has no second derivatives; use backend='torch' with create_graph=True"
-            )
+        refuse_second_derivative("causal_conv1d", "cuda")
         x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
         dx, dweight, dbias, dinitial = torch.ops.statescan.causal_conv1d_cuda_backward(
             *(torch.zeros_like(x) if dy is None else dy, dfinal if ctx.want_final else None),

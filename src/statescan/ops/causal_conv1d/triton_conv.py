@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError
 from statescan.ops import _triton
+from statescan.ops._checks import refuse_second_derivative
 from statescan.ops._dispatch import Facts
 
 __all__ = ["causal_conv1d", "causal_conv1d_update", "refuses"]
@@ -226,11 +226,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise BackendUnavailableError(
-                "causal_conv1d: backend 'triton' has no second derivatives; use backend='torch' with create_graph=True"
-            )
+        refuse_second_derivative("causal_conv1d", "triton")
         x, _, bias, initial_state, _ = saved = ctx.saved_tensors
         grad_y = torch.zeros_like(x) if grad_y is None else grad_y
         grad_x, grad_weight, grad_bias, grad_initial = torch.ops.statescan.causal_conv1d_triton_backward(

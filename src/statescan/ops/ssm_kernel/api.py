@@ -54,14 +54,12 @@ def _check(op: str, A_name: str, A: Tensor, others: dict[str, Tensor], dt: Tenso
     check_shape(op, "dt", dt, (A.shape[0],), "(d_model,)")
     if dt.is_complex() or not dt.is_floating_point():
         raise DTypeError(f"{op}: dt must be real, got {dt.dtype}; pass exp(log_dt) in float32")
-    if not isinstance(length, (int, torch.SymInt)) or length < 1:
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 1:
         raise ConfigError(f"{op}: length must be an integer >= 1, got {length!r}; pass the length of the sequence")
     if values_readable(dt) and not bool((torch.isfinite(dt) & (dt > 0)).all()):
         raise ConfigError(
             f"{op}: dt must be positive and finite, got {dt.min().item():g} as its smallest; pass exp(log_dt)"
         )
-    if isinstance(length, bool):
-        raise ConfigError(f"{op}: length must be an integer >= 1, got {length!r}; pass the length of the sequence")
     check_stable(op, A, diagonal=True)
     check_method(op, "discretization", method)
     # One look at all, since each makes the host wait for a GPU; a sum is not finite where one of its numbers is not.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from statescan.ops._dispatch import Facts
 from statescan.ops.ssm_kernel import generating_function
+from statescan.ops.ssm_kernel.real_form import without_float64
 
 __all__ = ["refuses", "s4_kernel"]
 
@@ -19,7 +20,7 @@ _CHUNK_ELEMENTS = 1 << 22  # d_model x states x frequencies of one piece: 16 MB 
 
 def refuses(facts: Facts) -> str | None:
     """Plain PyTorch, on any device that has float64."""
-    return "it needs float64, which this device has not; move the kernel to the CPU" if facts.device == "mps" else None
+    return without_float64(facts)
 
 
 def _sums(Lambda: Tensor, v: Tensor, y: Tensor, c: Tensor) -> Tensor:

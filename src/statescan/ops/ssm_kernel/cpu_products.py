@@ -45,8 +45,6 @@ _CauchyArgs = _struct(
     "channels sums states points",
     "lam_re lam_im v_re v_im y c out_re out_im grad_re grad_im dlam_re dlam_im dv_re dv_im",
 )
-
-
 _PowersArgs = _struct("_PowersArgs", "channels states length bits", "A B C kernel grad dA dB dC")
 
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statescan.ops._dispatch import Facts
-from statescan.ops.ssm_kernel.real_form import discrete_real_form, kernel_dtype
+from statescan.ops.ssm_kernel.real_form import discrete_real_form, kernel_dtype, without_float64
 
 __all__ = ["refuses", "s4_kernel", "s4_response"]
 
 
 def refuses(facts: Facts) -> str | None:
     """Plain PyTorch, on any device that has float64."""
-    return "it needs float64, which this device has not; move the kernel to the CPU" if facts.device == "mps" else None
+    return without_float64(facts)
 
 
 def _orbit(power: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:

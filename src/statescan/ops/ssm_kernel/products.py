@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError
+from statescan.ops._checks import refuse_second_derivative
 from statescan.ops.ssm_kernel import generating_function
 from statescan.ops.ssm_kernel.decay import diagonal_system
 
@@ -125,14 +125,6 @@ def _run(product: str, backend: str, *inputs: Any) -> Any:
     return getattr(torch.ops.statescan, _name(product, backend))(*inputs)
 
 
-def _refuse_second_derivative(op: str, backend: str) -> None:
-    # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise BackendUnavailableError(
-            f"{op}: backend '{backend}' has no second derivatives; use backend='torch' with create_graph=True"
-        )
-
-
 class _Vandermonde(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -144,7 +136,7 @@ class _Vandermonde(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _refuse_second_derivative("s4d_kernel", ctx.backend)
+        refuse_second_derivative("s4d_kernel", ctx.backend)
         log_re, log_im, w_re, w_im = ctx.saved_tensors
         s0_re, s0_im, s1_re, s1_im = _run("vandermonde_backward", ctx.backend, log_re, log_im, g)
         # K = Re(w z^l): by w conj(s0), by log conj(w s1)
@@ -163,7 +155,7 @@ class _Cauchy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_re: Tensor, g_im: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _refuse_second_derivative("s4_kernel", f"cauchy_{ctx.backend}")
+        refuse_second_derivative("s4_kernel", f"cauchy_{ctx.backend}")
         return (*_run("cauchy_backward", ctx.backend, *ctx.saved_tensors, g_re, g_im), None, None, None)
 
 
@@ -176,7 +168,7 @@ class _Powers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _refuse_second_derivative("s4_kernel", ctx.backend)
+        refuse_second_derivative("s4_kernel", ctx.backend)
         return (*_run("powers_backward", ctx.backend, *ctx.saved_tensors, g), None, None)
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from statescan.ops._dispatch import Facts
 from statescan.ops.discretization import Discretized, discretize
 
-__all__ = ["discrete_real_form", "kernel_dtype", "real_form"]
+__all__ = ["discrete_real_form", "kernel_dtype", "real_form", "without_float64"]
 
 # ``A_bar = (I - alpha dt A)^{-1} (I + (1 - alpha) dt A)`` by the name of the rule.
 _ALPHA = {"bilinear": 0.5, "backward_euler": 1.0}
+
+
+def without_float64(facts: Facts) -> str | None:
+    """Why plain PyTorch's kernels can't run on this device, with the cure; None where they can: it has float64."""
+    return "it needs float64, which this device has not; move the kernel to the CPU" if facts.device == "mps" else None
 
 
 def kernel_dtype(A: Tensor) -> torch.dtype:

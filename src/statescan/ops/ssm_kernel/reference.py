@@ -7,14 +7,14 @@ from torch import Tensor
 
 from statescan.ops._dispatch import Facts
 from statescan.ops.discretization import discretize
-from statescan.ops.ssm_kernel.real_form import kernel_dtype, real_form
+from statescan.ops.ssm_kernel.real_form import kernel_dtype, real_form, without_float64
 
 __all__ = ["refuses", "s4_kernel", "s4d_kernel"]
 
 
 def refuses(facts: Facts) -> str | None:
     """The reference runs everything, on any device that has float64."""
-    return "it needs float64, which this device has not; move the kernel to the CPU" if facts.device == "mps" else None
+    return without_float64(facts)
 
 
 def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from statescan.ops._dispatch import Facts
 from statescan.ops.ssm_kernel.decay import Decay, diagonal_system
-from statescan.ops.ssm_kernel.real_form import kernel_dtype
+from statescan.ops.ssm_kernel.real_form import kernel_dtype, without_float64
 
 __all__ = ["refuses", "s4d_kernel", "s4d_response"]
 
 
 def refuses(facts: Facts) -> str | None:
     """Plain PyTorch, on any device that has float64."""
-    return "it needs float64, which this device has not; move the kernel to the CPU" if facts.device == "mps" else None
+    return without_float64(facts)
 
 
 def _powers(decay: Decay, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
