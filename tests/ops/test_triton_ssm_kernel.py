@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import test_ssm_kernel as kernels
 import torch
+from test_triton import interpreted  # noqa: F401  (its fixture, of every test here too)
 from torch import Tensor
 
 from statescan.errors import BackendUnavailableError
@@ -27,17 +28,6 @@ from statescan.ops.ssm_kernel.decay import Decay
 from statescan.testing import check_registration, derivatives, poisoned_memory, recorded_calls, refusal
 
 NAMES = {"s4d_kernel": "triton", "s4_kernel": "cauchy_triton"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Iterator[None]:
-    """TRITON_INTERPRET=1 for this module alone: elsewhere the backends refuse tensors on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        reason = refusal("s4d_kernel", "triton", device="cpu")
-        if reason is not None:
-            pytest.skip(reason)
-        yield
 
 
 def _both(length: int) -> Iterator[tuple[str, Any, kernels.Case]]:
