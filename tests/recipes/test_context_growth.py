@@ -121,10 +121,12 @@ def test_rows_share_bytes_and_schedule_with_the_scaling_table(tmp_path: Path, mo
     plain = language_scaling.scaling_run("mamba-1m", tmp_path)
     read = plain.train.steps * plain.train.batch_size * plain.train.length
     assert recipe.growth_run("mamba-2k", tmp_path) == plain
+    plain_models = {name: language_scaling.ROWS[f"{name}-1m"] for name in ("mamba", "transformer++", "pythia")}
     for row, entry in recipe.ROWS.items():
         run = recipe.growth_run(row, tmp_path)
         settings = run.train
         assert all(getattr(settings, name) == value for name, value in entry.train.items())
+        assert run.model == plain_models[entry.family].replace(**entry.model)
         assert abs(settings.steps * settings.batch_size * settings.length / read - 1) < 0.05
         assert (settings.lr, run.data) == (language_scaling.learning_rate_of(f"{entry.family}-1m"), plain.data)
         assert abs(settings.warmup / settings.steps - 0.1) < 0.04
