@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from statescan.errors import DataError
-from statescan.evaluate.waveforms import frechet_distance, sound_scores
+from statescan.evaluate.waveforms import frechet_distance, paired_difference, sound_scores
 
 
 def test_scores_of_a_sure_and_balanced_classifier():
@@ -42,6 +42,25 @@ def test_modified_inception_is_the_mean_over_pairs():
     share = np.bincount(labels, minlength=5) / 50
     wanted = (share * np.log(share / mean)).sum() - np.mean((p * np.log(p)).sum(1))
     assert made.activation_maximization == pytest.approx(wanted)
+
+
+def test_paired_differences_and_how_sure_they_are():
+    rng = np.random.default_rng(3)
+    samples = rng.integers(2000, 6000, 300).astype(float)
+    hard = rng.normal(5, 1, 300) * samples  # what a recording costs any model
+    one = np.stack([hard + rng.normal(0.1, 0.2, 300) * samples, samples], 1)
+    other = np.stack([hard, samples], 1)
+    difference, error = paired_difference(one, other)
+    more = one[:, 0] - other[:, 0]
+    assert difference == pytest.approx(more.sum() / samples.sum())
+    assert paired_difference(other, one) == (pytest.approx(-difference), pytest.approx(error))
+    rows = rng.integers(300, size=(20_000, 300))
+    again = (more[rows].sum(1) / samples[rows].sum(1)).std()
+    assert error == pytest.approx(again, rel=0.03), "as drawing recordings anew has it"
+    assert paired_difference(other, other) == (0, 0)
+    for wrong in (other[:1], other + 1):
+        with pytest.raises(DataError, match="at least two recordings, the same for both"):
+            paired_difference(one[: len(wrong)], wrong)
 
 
 def test_frechet_of_known_normals():

@@ -18,6 +18,7 @@ from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.recipes import raw_audio, spoken_digits
 from statescan.recipes.spoken_digits import digit_parts, digit_run, read_digits, speaker_and_take
 from statescan.train import classify, waveform
+from statescan.train.finished import weights_digest
 
 
 def digit(number: int, speaker: int, take: int) -> np.ndarray:
@@ -74,6 +75,20 @@ def test_the_splits_share_nothing(data):
     )
     with pytest.raises(ConfigError, match="split must be official or one of"):
         digit_parts(recordings, "carl")
+
+
+def test_only_what_is_learnt_from_is_varied_and_sets_the_scale(data):
+    recordings, vary = read_digits(data), VaryWaveforms()
+    parts = digit_parts(recordings, "official")
+    splits = spoken_digits.digit_splits(recordings, "official", vary)
+    assert [split.vary for split in splits] == [vary, None, None]
+    spread = [np.sqrt(np.mean((part.codes / 255 - SILENCE / 255) ** 2)) for part in parts]
+    assert len(set(np.round(spread, 4))) == 3, "each part's own scale would be another"
+    for split, part in zip(splits, parts, strict=True):
+        assert split.deviation == pytest.approx(spread[0], rel=1e-6)
+        assert split.mean == SILENCE / 255
+        np.testing.assert_array_equal(split.labels, part.labels)
+        np.testing.assert_array_equal(split.values[0, : split.lengths[0]], part[0])
 
 
 def test_a_folder_is_read_as_the_file(data, tmp_path):
@@ -205,6 +220,32 @@ def test_music_is_learnt_by_time(data, tmp_path):
         raw_audio.raw_audio(tmp_path, tmp_path / "other.npz", **options)
 
 
+def test_rows_are_compared_recording_by_recording(data, tmp_path):
+    options = {"overrides": WAVEFORM, "contexts": (16, 164), "say": str}
+    alone = raw_audio.raw_audio(tmp_path, data, rows=("conv",), **options)
+    assert alone["runs"][0]["difference"] is None
+    first, other = raw_audio.raw_audio(tmp_path, data, rows=("conv", "s4-s4"), **options)["runs"]
+    assert (first["row"], other["row"]) == ("s4-s4", "conv")
+    test = digit_parts(read_digits(data), "official")[2]
+    for run in (first, other):
+        each = np.array(run["each"])
+        np.testing.assert_array_equal(each[:, 1], test.lengths)
+        assert each[:, 0].sum() / each[:, 1].sum() == pytest.approx(run["scores"]["all"]["bits"], rel=1e-5)
+        assert 5 < run["learnt_from"]["bits"] < 10
+        assert run["learnt_from"]["samples"] == len(digit_parts(read_digits(data), "official")[0].codes)
+    away = other["difference"]
+    assert first["difference"] is None
+    assert away["from"] == "s4-s4"
+    assert away["bits"] == pytest.approx(other["scores"]["all"]["bits"] - first["scores"]["all"]["bits"], abs=1e-4)
+    more = np.array(other["each"])[:, 0] - np.array(first["each"])[:, 0]
+    rest = more - away["bits"] * test.lengths
+    assert away["standard_error"] == pytest.approx(np.sqrt(40 / 39 * (rest**2).sum()) / test.lengths.sum())
+    table = (tmp_path / "results.md").read_text()
+    assert f"| {away['bits']:+.3f} ± {1.96 * away['standard_error']:.3f} |" in table
+    # Half of the test's recordings are 160 samples long, the others 168.
+    assert "| 6,560 of 40 | | | 5,840 of 40 | 80 of 20 |" in table
+
+
 def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     monkeypatch.setattr(raw_audio, "LONGEST", 64)
     monkeypatch.setattr(raw_audio, "CONTEXTS", (16, 64))
@@ -219,6 +260,20 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     assert 5 < runs[0]["scores"]["64"]["bits"] < 10
     # The conditioned model has learnt 64 samples from where a recording begins on, and is judged on them.
     assert runs[1]["scores"]["all"]["samples"] == 40 * 64
+    # Neither has learnt from the test, nor chosen by it.
+    learnt, valid, _ = digit_parts(read_digits(data), "official")
+    for row, longest in (("s4d-mamba", None), ("conditional", 64)):
+        facts = json.loads((out / row / "run.json").read_text())["data"]
+        for name, part in (("train", learnt), ("valid", valid)):
+            part = part if longest is None else part.cut(longest)
+            assert facts[name] == {"recordings": len(part), "samples": len(part.codes), "digest": part.digest}
+    # The weights that validation chose are those that count: here ones that know nothing.
+    assert [run["weights"] for run in runs] == ["last", "best"]
+    chosen = raw_audio.WaveformModel.from_pretrained(out / "conditional" / "best")
+    for parameter in chosen.head.parameters():
+        parameter.data.zero_()
+    chosen.save_pretrained(out / "conditional" / "best")
+    (out / "conditional" / "scores.json").unlink()
     assert list(runs[1]["scores"]) == ["all", "16"]
     folder = tmp_path / "digits"
     result = CliRunner().invoke(
@@ -232,7 +287,9 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, [*line, "--row", "conditional", *changes, *judging])
     assert result.exit_code == 0, result.stderr
     judged = json.loads((out / "results.json").read_text())["judged"]
-    assert judged["made"]["sounds"] == 20
+    assert [judged[name]["sounds"] for name in ("made", "test", "train")] == [20, 40, 80]
+    assert json.loads((out / "results.json").read_text())["runs"][1]["scores"]["all"]["bits"] == pytest.approx(8)
+    assert json.loads((out / "made.json").read_text())["model"] == weights_digest(out / "conditional" / "best")
     assert judged["train"]["frechet"] == pytest.approx(0, abs=1e-6)
     assert np.sum(judged["confused"]) == 20
     assert "| made (20) |" in (out / "results.md").read_text()
@@ -258,9 +315,10 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
         raw_audio.make_digits(tmp_path / "made.npz", out / "s4d-mamba")
     # Made once, and anew where something else is asked for.
     lines: list[str] = []
-    kept = raw_audio.make_digits(out / "made.npz", out / "conditional", each=2, say=lines.append)
+    best = out / "conditional" / "best"
+    kept = raw_audio.make_digits(out / "made.npz", best, each=2, say=lines.append)
     assert (len(kept), lines) == (20, [])
-    assert len(raw_audio.make_digits(out / "made.npz", out / "conditional", each=1, seed=3, say=lines.append)) == 10
+    assert len(raw_audio.make_digits(out / "made.npz", best, each=1, seed=3, say=lines.append)) == 10
     assert len(lines) == 1
 
 

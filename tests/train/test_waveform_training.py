@@ -124,6 +124,39 @@ def test_what_does_not_fit(tmp_path):
         train_waveform(dataclasses.replace(MODEL, d_model=4), TRAIN, data, tmp_path / "b", progress=False, resume=True)
 
 
+def test_the_best_weights_by_validation_are_kept(tmp_path, monkeypatch):
+    """Of bits that fall and rise again: the lowest evaluation's weights, through an interruption too."""
+    bits = iter((7.0, 5.0, 6.0, 5.5))
+    at_evaluation = {}
+    judge = waveform.bits_per_sample
+
+    def told(model, *rest, **options):
+        value = next(bits)
+        at_evaluation[value] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        return judge(model, *rest, **options)._replace(bits=value)
+
+    monkeypatch.setattr(waveform, "bits_per_sample", told)
+    train = dataclasses.replace(TRAIN, steps=8, evaluate_every=2, evaluate_windows=0, keep_best=True, lr=1e-2)
+    data = sounds().split(0.3)
+    evaluate = waveform._WaveformTrainer._evaluate
+
+    def interrupted_after_the_best(self, *, whole):
+        evaluate(self, whole=whole)
+        if self.done == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(waveform._WaveformTrainer, "_evaluate", interrupted_after_the_best)
+    assert train_waveform(MODEL, train, data, tmp_path, progress=False).interrupted
+    result = train_waveform(MODEL, train, data, tmp_path, progress=False, resume=True)
+    assert [(entry.step, entry.bits) for entry in result.evaluations] == [(2, 7.0), (4, 5.0), (6, 6.0), (8, 5.5)]
+    for folder, value in ((tmp_path / "best", 5.0), (tmp_path, 5.5)):
+        held = WaveformModel.from_pretrained(folder).state_dict()
+        assert all(torch.equal(tensor, held[name]) for name, tensor in at_evaluation[value].items()), folder
+    assert not torch.equal(at_evaluation[5.0]["head.weight"], at_evaluation[5.5]["head.weight"])
+    with pytest.raises(ConfigError, match=r"train\.evaluate_windows: wanted 0 with train\.keep_best, got 64"):
+        WaveformTraining(keep_best=True)
+
+
 @torch.no_grad()
 def test_bits_by_hand():
     made = sounds(3, True)
@@ -131,6 +164,7 @@ def test_bits_by_hand():
     assert made.labels is not None
     for longest in (7, 64, None):
         nats: list[list[float]] = [[] for _ in range(made.lengths.max())]
+        whole_bits = np.zeros(len(made))
         for number in range(len(made)):
             whole = torch.from_numpy(made[number].astype(np.int64))
             for piece in whole.split(longest or 1000):
@@ -139,16 +173,20 @@ def test_bits_by_hand():
                 each = -logits.log_softmax(-1).gather(1, piece[:, None])[:, 0] / np.log(2)
                 for before, bits in enumerate(each.tolist()):
                     nats[before].append(bits)
+                    whole_bits[number] += bits
         contexts = (0, 5, 40, 5000)
         judged = bits_per_sample(model, made, longest=longest, contexts=contexts, at_once=200)
         assert judged.samples == sum(map(len, nats)) == len(made.codes)
+        np.testing.assert_allclose(judged.each[:, 0], whole_bits, rtol=1e-12)
+        np.testing.assert_array_equal(judged.each[:, 1], made.lengths)
         assert judged.bits == pytest.approx(np.mean(np.concatenate(nats)), rel=1e-12)
         # A sample is of the range of how many came before it in its recording; of none, where no recording is so long.
         assert list(judged.by_context) == ([0, 5] if longest == 7 else [0, 5, 40])
         for low, high in ((0, 5), (5, 40), (40, 5000)):
             those = np.concatenate([*nats[low:high], []])
             if len(those):
-                assert judged.by_context[low] == (pytest.approx(np.mean(those), rel=1e-12), len(those))
+                of = len(nats[low])
+                assert judged.by_context[low] == (pytest.approx(np.mean(those), rel=1e-12), len(those), of)
     assert bits_per_sample(model, made, longest=7, limit=3).samples <= 21
     assert bits_per_sample(model, made).by_context == {}
     with pytest.raises(ConfigError, match="longest must be at least 1"):

@@ -16,7 +16,14 @@ from statescan.data.recordings import Recordings
 from statescan.errors import ConfigError, DataError
 from statescan.models.waveform import WaveformModel
 
-__all__ = ["BitsPerSample", "SoundScores", "bits_per_sample", "frechet_distance", "sound_scores"]
+__all__ = [
+    "BitsPerSample",
+    "SoundScores",
+    "bits_per_sample",
+    "frechet_distance",
+    "paired_difference",
+    "sound_scores",
+]
 
 
 class BitsPerSample(NamedTuple):
@@ -24,13 +31,15 @@ class BitsPerSample(NamedTuple):
 
     bits: of all samples.
     samples: how many were judged.
-    by_context: (bits, samples) of those that had so many samples before them, by where that range begins; without the
-        ranges in which there was none.
+    by_context: (bits, samples, pieces) of those that had so many samples before them, by where that range begins, and
+        of how many recordings or pieces of such they are; without the ranges in which there was none.
+    each: (recordings, 2) float64, the bits that each recording cost in all, and how many samples of it were judged.
     """
 
     bits: float
     samples: int
-    by_context: dict[int, tuple[float, int]]
+    by_context: dict[int, tuple[float, int, int]]
+    each: NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -80,6 +89,7 @@ def bits_per_sample(
     device, silence, at = model.head.weight.device, model.config.silence, 0
     # By the place in the piece, which is the number of samples before.
     nats = torch.zeros(pieces[-1][2], dtype=torch.float64)
+    per_recording = np.zeros((len(recordings), 2))
     was_training = model.training
     model.eval()
     try:
@@ -104,7 +114,12 @@ def bits_per_sample(
             each = F.cross_entropy(wide.transpose(1, 2), heard, reduction="none")
             real = torch.tensor([piece[2] for piece in chosen], device=device)
             counted = torch.arange(length, device=device) < real.unsqueeze(1)
-            nats[:length] += (each * counted).sum(0).cpu().double()
+            each = each * counted
+            nats[:length] += each.sum(0).cpu().double()
+            numbers = [piece[0] for piece in chosen]
+            # A recording may have several pieces among these.
+            np.add.at(per_recording, (numbers, 0), each.double().sum(1).cpu().numpy() / math.log(2))
+            np.add.at(per_recording, (numbers, 1), [piece[2] for piece in chosen])
             at += rows
     finally:
         model.train(was_training)
@@ -114,11 +129,37 @@ def bits_per_sample(
     there = np.cumsum(np.bincount(lengths)[:0:-1])[::-1]
     ranges = itertools.pairwise((*contexts, len(bits))) if contexts else ()
     by_context = {
-        low: (float(bits[low:high].sum() / there[low:high].sum()), int(there[low:high].sum()))
+        low: (float(bits[low:high].sum() / there[low:high].sum()), int(there[low:high].sum()), int(there[low]))
         for low, high in ranges
         if low < min(high, len(bits))
     }
-    return BitsPerSample(float(bits.sum() / there.sum()), int(there.sum()), by_context)
+    return BitsPerSample(float(bits.sum() / there.sum()), int(there.sum()), by_context, per_recording)
+
+
+def paired_difference(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
+    """How many bits a sample one model needs more than another one on the same recordings, and its standard error.
+
+    ``d = sum (b_i - c_i) / sum n_i``, and as of a ratio ``SE^2 = R / (R - 1) sum (b_i - c_i - d n_i)^2 / (sum n_i)^2``
+    over R recordings, each of which counts as drawn on its own. Of another seed's models it says nothing.
+
+    Args:
+        one, other: (recordings, 2) bits and samples of each recording, as `bits_per_sample` tells them.
+
+    Raises:
+        DataError: fewer than two recordings, or other ones.
+
+    Source: Cochran (1977), Sampling Techniques, equation 6.13, without the finite population's correction.
+    """
+    first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    if first.shape != second.shape or len(first) < 2 or (first[:, 1] != second[:, 1]).any():
+        raise DataError(
+            f"paired_difference: wanted at least two recordings, the same for both, got {first.shape} and "
+            f"{second.shape}; judge both on one set"
+        )
+    more, samples = first[:, 0] - second[:, 0], first[:, 1]
+    difference = more.sum() / samples.sum()
+    rest, count = more - difference * samples, len(samples)
+    return float(difference), float(np.sqrt(count / (count - 1) * (rest**2).sum()) / samples.sum())
 
 
 class SoundScores(NamedTuple):

@@ -34,6 +34,7 @@ from statescan.train.loop import RUN_FILE, Interruption, check_folder
 from statescan.train.optim import learning_rate, parameter_groups
 
 __all__ = [
+    "BEST",
     "AudioData",
     "AudioRun",
     "HeldOut",
@@ -49,6 +50,8 @@ _LOG_COLUMNS = ("step", "bits", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "bits_per_sample", "samples")
 # What a resumed run must share with the one it goes on from; all of the model and the data besides.
 _FIXED = ("seed", "batch_size", "window")
+# Folder of the weights that the held-out recordings chose, in the run's.
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class WaveformTraining:
         max_nonfinite: updates in a row with a gradient that is not finite, that end the run.
         evaluate_every: updates between two evaluations of the held-out recordings; 0 for none but the last.
         evaluate_windows: pieces of held-out recordings that are judged on the way; at the end all are. 0 for all.
+        keep_best: leave the weights of the evaluation with the fewest bits in ``best/``; evaluate_windows must be 0, so
+            that all evaluations are of the same samples.
         checkpoint_every: updates between two checkpoints; 0 for none but the last.
         keep_checkpoints: how many of the newest checkpoints stay.
         log_every: updates between two rows of log.csv.
@@ -94,6 +99,7 @@ class WaveformTraining:
     max_nonfinite: int = 20
     evaluate_every: int = 500
     evaluate_windows: int = 64
+    keep_best: bool = False
     checkpoint_every: int = 500
     keep_checkpoints: int = 1
     log_every: int = 20
@@ -105,6 +111,11 @@ class WaveformTraining:
         for name, least in (("window", 2), ("evaluate_windows", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"config: train.{name}: wanted >= {least}, got {getattr(self, name)}")
+        if self.keep_best and self.evaluate_windows:
+            raise ConfigError(
+                f"config: train.evaluate_windows: wanted 0 with train.keep_best, got {self.evaluate_windows}; "
+                "set it to 0, so that every evaluation is of the same recordings"
+            )
         check_as_train_config(self)
 
 
@@ -121,7 +132,8 @@ class WaveformResult:
     """What came out of `train_waveform`.
 
     Args:
-        out: the run's folder: config.json and model.safetensors, run.json, log.csv, evaluations.csv, checkpoints/.
+        out: the run's folder: config.json and model.safetensors, run.json, log.csv, evaluations.csv, checkpoints/; with
+            `keep_best` also ``best/``.
         steps: updates done.
         train_bits: of the last updates, silence behind short recordings included.
         evaluations: on the way and at the end, where all held-out recordings are judged.
@@ -534,7 +546,10 @@ class _WaveformTrainer:
             limit=0 if whole else self.config.evaluate_windows,
             autocast=self.autocast,
         )
+        fewest = min((entry.bits for entry in self.evaluations), default=math.inf)
         self.evaluations.append(HeldOut(judged.bits, judged.samples, self.done))
+        if self.config.keep_best and judged.bits < fewest:
+            self.model.save_pretrained(self.out / BEST)
         self.evaluation_log.append(step=self.done, bits_per_sample=judged.bits, samples=judged.samples)
         self.progress.show(held_out=f"{judged.bits:.3f}")
         self.logged_at += time.perf_counter() - started
