@@ -25,6 +25,7 @@ REAL_ROWS = recipe.ROWS
 SMALL = {
     "mamba-0.3m": MambaConfig(8, 1, 256, d_state=2),
     "mamba-1m": MambaConfig(16, 1, 256, d_state=2),
+    "mamba-4m": MambaConfig(24, 1, 256, d_state=2),
     "transformer++-0.3m": TransformerConfig(8, 1, 256, n_head=1, d_intermediate=16),
     "lstm-1m": RecurrentConfig(8, 1, 256),
 }
@@ -78,7 +79,7 @@ def test_a_row_says_all_and_follows_the_rule(novels: Path) -> None:
     assert run.train.warmup == round(0.1 * run.train.steps)
     # Killed without a word it loses an eighth of its updates at most.
     assert run.train.checkpoint_every == run.train.steps // 8 > 0
-    assert run.train.lr == pytest.approx(recipe.RATES["mamba"] * math.sqrt(96 / 16))
+    assert run.train.lr == pytest.approx(recipe.RATES["mamba"] * 96 / 16)
     assert (run.train.precision, run.train.accelerator) == ("float32", "cpu")
     assert recipe.scaling_run("mamba-1m", novels, device="cuda").train.precision == "bf16"
     assert RunConfig.from_dict(run.to_dict()) == run
@@ -99,13 +100,15 @@ def test_rows_are_trained_judged_and_tabled_once(novels: Path, tmp_path: Path) -
     rows = ["mamba-0.3m", "transformer++-0.3m", "mamba-1m"]
     results = recipe.language_scaling(rows, novels, tmp_path, passes=2.0, say=said.append)
     assert list(results["rows"]) == ["mamba-0.3m", "mamba-1m", "transformer++-0.3m"]
-    assert (results["not_tuned"], results["not_run"]) == (list(results["rows"]), ["lstm-1m"])
+    assert (results["not_tuned"], results["not_run"]) == (list(results["rows"]), ["mamba-4m", "lstm-1m"])
+    assert results["power_laws"] == {}, "rows that no tuning told their rate measure the care that they had"
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     table = (tmp_path / "results.md").read_text()
     for words in (
+        "3,200 bytes read in training, judged in windows of 32.",
         "| Mamba 0.3M |",
-        "through in this folder: mamba-0.3m, mamba-1m, transformer++-0.3m.",
-        "Not run: lstm-1m.",
+        "through in this folder, in no power law: mamba-0.3m, mamba-1m, transformer++-0.3m.",
+        "Not run: mamba-4m, lstm-1m.",
         "not measured",
     ):
         assert words in table
@@ -128,11 +131,6 @@ def test_rows_are_trained_judged_and_tabled_once(novels: Path, tmp_path: Path) -
     twin = results["rows"]["transformer++-0.3m"]
     assert beside[0] == pytest.approx(row["bits_per_byte"] - twin["bits_per_byte"], abs=1e-6)
     assert 0 < beside[1] < row["standard_error"] + twin["standard_error"]
-    law = results["power_laws"]["mamba"]
-    for name in ("mamba-0.3m", "mamba-1m"):  # a line through two points meets both
-        one = results["rows"][name]
-        fitted = law["scale"] * one["parameters_outside_embedding"] ** -law["exponent"]
-        assert fitted == pytest.approx(one["bits_per_byte"], rel=1e-9)
     # the same command does nothing again; other settings are refused
     said.clear()
     before = (tmp_path / "mamba-1m" / "model.safetensors").stat().st_mtime_ns
@@ -208,12 +206,125 @@ def test_every_rate_is_tried_and_the_best_one_with_dropout(
     assert any(line.startswith("mamba-0.3m: 0.03 is the best of the grid and at its end") for line in said)
     best = min(found, key=lambda one: one["bits_per_byte"])
     told = recipe.tuned("mamba-1m", tmp_path)
-    assert told == {"lr": pytest.approx(best["lr"] * math.sqrt(96 / 16)), "dropout": best["dropout"]}
+    assert told == {"lr": pytest.approx(best["lr"] * 96 / 16), "dropout": best["dropout"]}
     assert recipe.tuned("lstm-1m", tmp_path) == {}
     results = recipe.language_scaling(["mamba-1m"], novels, tmp_path, say=_silent)
     config = results["rows"]["mamba-1m"]["config"]
     assert {"lr": config["train"]["lr"], "dropout": config["model"]["dropout"]} == told
     assert results["not_tuned"] == []
+    # Nobody tried the rule where it is known to need it.
+    assert recipe.tuned("mamba-4m", tmp_path) == {}
+
+
+def test_the_rule_is_tried_at_a_larger_size_and_what_it_found_holds_there(
+    novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "GRID", (1e-5, 1e-3))
+    monkeypatch.setattr(recipe, "DROPOUTS", (0.0,))
+    said: list[str] = []
+    found = recipe.tune(["mamba-4m"], novels, tmp_path, passes=1.0, say=said.append)
+    rates = {one["lr"]: one["bits_per_byte"] for one in found if one["row"] == "mamba-4m"}
+    assert sorted(rates) == pytest.approx([1e-3 * 96 / 24 * factor for factor in (0.5, 1.0, 2.0)])
+    assert min(rates, key=lambda rate: rates[rate]) == max(rates), "of a dozen updates the highest of these learns most"
+    assert "mamba-4m: 2 times the rule is the best of what was tried and at its end" in said
+    assert recipe.tuned("mamba-4m", tmp_path) == {"lr": max(rates), "dropout": 0.0}
+    # Smaller ones take the rule as it is.
+    assert recipe.tuned("mamba-1m", tmp_path) == {"lr": pytest.approx(1e-3 * 96 / 16), "dropout": 0.0}
+    rows = ["mamba-0.3m", "mamba-1m", "mamba-4m"]
+    results = recipe.language_scaling(rows, novels, tmp_path, say=_silent)
+    assert results["not_tuned"] == []
+    law = results["power_laws"]["mamba"]
+    one, other = (
+        recipe.fit_power_law(
+            [results["rows"][row]["parameters_outside_embedding"] for row in rows],
+            [results["rows"][row]["bits_per_byte"] for row in rows],
+        ),
+        recipe.PowerLaw(law["scale"], law["exponent"], law["standard_error"]),
+    )
+    assert one == pytest.approx(other, rel=1e-9)
+    table = (tmp_path / "results.md").read_text()
+    wanted = f"{law['scale']:.3f} x parameters ^ {-law['exponent']:.4f}, the exponent ± {law['standard_error']:.4f} by"
+    assert wanted in table
+    # Some of it is no tuning.
+    held = json.loads((tmp_path / "tuning.json").read_text())
+    for left in range(len(held)):
+        (tmp_path / "tuning.json").write_text(json.dumps(held[:left] + held[left + 1 :]))
+        assert recipe.tuned("mamba-4m", tmp_path) == {}
+    assert recipe.report(tmp_path)["power_laws"] == {}
+
+
+def test_rows_of_other_lengths_are_told_apart(novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "tuned", lambda row, out: {"lr": 1e-3, "dropout": 0.0})
+    small, twin, larger, largest = rows = ["mamba-0.3m", "transformer++-0.3m", "mamba-1m", "mamba-4m"]
+    results = recipe.language_scaling(rows, novels, tmp_path, say=_silent)
+    assert list(results["power_laws"]) == ["mamba"]
+    assert results["power_laws"]["mamba"]["rows"] == [small, larger, largest]
+    assert "beside_transformer++" in results["rows"][small]
+    assert results["apart"] == []
+    # The largest reads twice as much, the twin learns from and is judged in windows half as long.
+    shutil.rmtree(tmp_path / largest)
+    recipe.language_scaling([largest], novels, tmp_path, passes=2.0, say=_silent)
+    shutil.rmtree(tmp_path / twin)
+
+    def halved(run: RunConfig) -> RunConfig:
+        return run.apply_overrides(["train.length=16", "train.batch_size=8"])
+
+    results = recipe.language_scaling([twin], novels, tmp_path, change=halved, say=_silent)
+    assert results["apart"] == [largest, twin]
+    assert results["power_laws"] == {}, "two rows are no law"
+    assert "beside_transformer++" not in results["rows"][small]
+    table = (tmp_path / "results.md").read_text()
+    assert (
+        f"{largest} (3,200 bytes read in training, judged in windows of 32), "
+        f"{twin} (1,664 bytes read in training, judged in windows of 16)."
+    ) in table
+    # A seed that read more is no spread of this row's.
+    results = recipe.language_scaling([small], novels, tmp_path, seed=1, say=_silent)
+    assert list(results["rows"][small]["other_seeds"]) == ["1"]
+    recipe.language_scaling([small], novels, tmp_path, seed=2, passes=2.0, say=_silent)
+    assert list(recipe.report(tmp_path)["rows"][small]["other_seeds"]) == ["1"]
+
+
+def test_a_loss_that_blew_up_is_told_and_in_no_law(
+    novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["mamba-0.3m", "mamba-1m", "mamba-4m"]
+    monkeypatch.setattr(recipe, "tuned", lambda row, out: {"lr": 1e-3, "dropout": 0.0})
+    results = recipe.language_scaling(rows, novels, tmp_path, say=_silent)
+    assert (results["blown_up"], list(results["power_laws"])) == ([], ["mamba"])
+    rise = results["rows"]["mamba-4m"]["loss_rise"]
+    assert rise["times"] < 1.2
+    log = tmp_path / "mamba-4m" / "log.csv"
+    head, *lines = log.read_text().splitlines()
+    cells = lines[7].split(",")
+    least = min(float(line.split(",")[3]) for line in lines[:7])
+    lines[7] = ",".join([*cells[:3], str(2.5 * least), *cells[4:]])
+    log.write_text("\n".join([head, *lines]) + "\n")
+    results = recipe.report(tmp_path)
+    assert results["rows"]["mamba-4m"]["loss_rise"] == {"times": pytest.approx(2.5), "update": int(cells[0])}
+    assert (results["blown_up"], results["power_laws"]) == (["mamba-4m"], {})
+    assert f"in no power law: mamba-4m (2.50 times, by update {cells[0]})." in (tmp_path / "results.md").read_text()
+
+
+def test_how_far_a_loss_rose(tmp_path: Path) -> None:
+    def told(*losses: object) -> tuple[float, int] | None:
+        rows = [f"{10 * number},{loss}\n" for number, loss in enumerate(losses, 1)]
+        (tmp_path / "log.csv").write_text("step,loss\n" + "".join(rows))
+        return recipe.loss_rise(tmp_path / "log.csv")
+
+    assert told(5.0, 2.0, 1.6, 2.4, 4.0, 3.0, 1.0, 1.5) == (2.5, 50)
+    assert told(5.0, 4.0, 3.0) == (0.8, 20), "one that only falls stays below 1"
+    assert told(4.0, float("nan"), 2.0, 3.0) == (1.5, 40)
+    assert told(4.0) is None
+
+
+def test_no_row_is_trained_where_another_cannot_be(novels: Path, tmp_path: Path) -> None:
+    def wrong(run: RunConfig) -> RunConfig:
+        return run.apply_overrides(["train.length=-1"] if run.model.d_model == 16 else [])
+
+    with pytest.raises(ConfigError, match="length"):
+        recipe.language_scaling(["mamba-0.3m", "mamba-1m"], novels, tmp_path, change=wrong, say=_silent)
+    assert not list(tmp_path.glob("*/run.json"))
 
 
 def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(
@@ -305,8 +416,19 @@ def test_errors_of_ratios_and_pairs() -> None:
 def test_a_power_law_is_found_again() -> None:
     sizes = [2.7e5, 1.1e6, 4.4e6]
     law = recipe.fit_power_law(sizes, [3.5 * size**-0.06 for size in sizes])
-    assert law == pytest.approx((3.5, 0.06))
+    assert law == pytest.approx((3.5, 0.06, 0.0))
     assert law.at(1e6) == pytest.approx(3.5 * 1e6**-0.06)
+    assert recipe.fit_power_law(sizes[:2], [1.8, 1.7]).standard_error is None
+    # Its error is that of how its exponents scatter where the points do.
+    generator, sizes = np.random.default_rng(0), [2.7e5, 1.1e6, 4.4e6, 1.6e7]
+    laws = [
+        recipe.fit_power_law(sizes, [3.5 * size**-0.06 * math.exp(generator.normal(0, 0.01)) for size in sizes])
+        for _ in range(2000)
+    ]
+    spread = float(np.std([law.exponent for law in laws]))
+    assert math.sqrt(float(np.mean([(law.standard_error or 0.0) ** 2 for law in laws]))) == pytest.approx(
+        spread, rel=0.05
+    )
     with pytest.raises(ConfigError, match="at least two points, got 1 and 1"):
         recipe.fit_power_law([1.0], [2.0])
 

@@ -38,9 +38,12 @@ from statescan.recipes.novels import NOVELS, find_text, read_corpus
 from statescan.recipes.synthetic import figure, machine_facts, save_figure
 from statescan.train import Callback, DataConfig, RunConfig, TrainConfig, load_run, train
 from statescan.train.finished import check_same, run_status
+from statescan.train.logs import read_csv
 from statescan.train.loop import RUN_FILE
+from statescan.train.utilization import utilization
 
 __all__ = [
+    "FACTORS",
     "FAMILIES",
     "GRID",
     "ROWS",
@@ -49,8 +52,10 @@ __all__ = [
     "PowerLaw",
     "bpe_tokenizer",
     "fit_power_law",
+    "initial_spread",
     "judge",
     "language_scaling",
+    "loss_rise",
     "measure_speed",
     "paired_difference",
     "scaling_run",
@@ -59,6 +64,7 @@ __all__ = [
     "tune",
     "tuned",
     "tuned_at",
+    "verified_at",
 ]
 
 FAMILIES = {
@@ -78,7 +84,7 @@ def _mamba(d_model: int, n_layer: int) -> MambaConfig:
     return MambaConfig(d_model, n_layer, _BYTES)
 
 
-def _spread(d_model: int) -> float:
+def initial_spread(d_model: int) -> float:
     """Standard deviation of initial weights: 0.02, where GPT-2 has it, is too small for narrower models."""
     return round(0.02 * math.sqrt(768 / d_model), 4)
 
@@ -90,7 +96,7 @@ def _transformer(d_model: int, n_layer: int, n_head: int, d_intermediate: int) -
         _BYTES,
         n_head=n_head,
         d_intermediate=d_intermediate,
-        initializer_range=_spread(d_model),
+        initializer_range=initial_spread(d_model),
     )
 
 
@@ -109,7 +115,7 @@ def _pythia(d_model: int, n_layer: int, n_head: int, d_intermediate: int) -> Tra
         rotary_fraction=0.25,
         tie_embeddings=False,
         init="neox",
-        initializer_range=_spread(d_model),
+        initializer_range=initial_spread(d_model),
     )
 
 
@@ -136,13 +142,20 @@ _WEIGHT_DECAY, _BETAS, _CLIP, _MIN_LR = 0.1, (0.9, 0.95), 1.0, 1e-5
 # An LSTM reads one token after the other: more rows of shorter windows, the state carried from each to the next.
 _LSTM = {"batch_size": 32, "length": 512, "initial_state": "carry", "capture": False}
 PASSES = 1.0
-# Learning rates and dropout were tuned over the same grid for all, by the books held out for that (novels_valid), each
+# Learning rates and dropout are tuned over the same grid for all, by the books held out for that (novels_valid), each
 # run a quarter of a pass with a cosine of its own. LSTM and S4 at their own size.
-GRID, DROPOUTS, TUNING_PASSES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), (0.0, 0.1), 0.25
-# Where a folder holds no tuning of its own: the best of short trials (docs/reproduction.md), not of the grid.
-# A wider model's rate falls with the square root of its width, beginning at width 96.
-RATES = {"mamba": 8e-3, "transformer++": 8e-3, "pythia": 4e-3, "lstm": 4e-3, "s4": 1.6e-2}
-DROPOUT = {"mamba": 0.0, "transformer++": 0.0, "pythia": 0.0, "lstm": 0.0, "s4": 0.0}
+GRID, DROPOUTS, TUNING_PASSES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), (0.0, 0.1), 0.25
+# A wider model's rate falls as 1 / width, beginning at width 96: Adam's rate of hidden matrices in muP (Yang et al.
+# 2022, arXiv:2203.03466, table 3). Here it is the rate of all a model's weights, their initial values are not muP's,
+# and depth grows, too. So the rule is tried where it may fail: which factor is best at one size holds from there on.
+FACTORS, _VERIFIED, _FROM_THERE = (0.5, 1.0, 2.0), "4m", ("4m", "16m")
+# Where a folder holds no tuning of its own: the best of a grid that ended at 3.2e-2; of LSTM and S4 that of short
+# trials (docs/reproduction.md).
+RATES = {"mamba": 3.2e-2, "transformer++": 8e-3, "pythia": 1.6e-2, "lstm": 4e-3, "s4": 1.6e-2}
+DROPOUT = {"mamba": 0.0, "transformer++": 0.0, "pythia": 0.1, "lstm": 0.0, "s4": 0.0}
+# A row of the training's log above the least before it by this factor is a loss that blew up: harder text, where books
+# are read one after the other, comes to 1.2.
+BLOWN_UP = 1.5
 # Tokens of a window that hold about as many bytes, where ids are of BPE.
 _BPE_LENGTH, _BPE_VOCABULARY = 512, 8192
 
@@ -156,16 +169,20 @@ def family_of(row: str) -> str:
     return row.rpartition("-")[0]
 
 
-def learning_rate_of(row: str, rate: float | None = None) -> float:
-    """A row's rate from its family's at width 96, ``rate * sqrt(96 / d_model)``; LSTM and S4 keep it.
+def learning_rate_of(row: str, rate: float | None = None, factor: float = 1.0) -> float:
+    """A row's rate from its family's at width 96, ``factor * rate * 96 / d_model``; LSTM and S4 keep the family's.
 
     Args:
         row: of `ROWS`.
         rate: the family's. Default: that of `RATES`.
+        factor: on the rule.
+
+    Source: Yang et al., "Tensor Programs V" (2022), arXiv:2203.03466, table 3, of hidden matrices under Adam; here of
+    all weights.
     """
     family = family_of(row)
     rate = RATES[family] if rate is None else rate
-    return rate if family in _OF_ONE_SIZE else rate * math.sqrt(SIZES["0.3m"] / ROWS[row].d_model)
+    return rate if family in _OF_ONE_SIZE else factor * rate * SIZES["0.3m"] / ROWS[row].d_model
 
 
 def tuned_at(row: str) -> str:
@@ -174,25 +191,47 @@ def tuned_at(row: str) -> str:
     return row if family in _OF_ONE_SIZE else f"{family}-0.3m"
 
 
+def verified_at(row: str) -> str | None:
+    """The row at which the rule that carries a rate to this one is tried; None of sizes that take it as it is."""
+    family, _, size = row.rpartition("-")
+    return f"{family}-{_VERIFIED}" if size in _FROM_THERE and family not in _OF_ONE_SIZE else None
+
+
 def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
-    """What `tune` found best for a row's family at its smallest size, carried to the row.
+    """What `tune` found best for a row's family at its smallest size, carried to the row by the rule, and by the factor
+    on the rule that it found best where that was tried.
 
     Args:
         row: of `ROWS`.
         out: the folder that was tuned in.
 
     Returns:
-        {"lr", "dropout"}; empty where the grid was not gone through: some of it is not the same care.
+        {"lr", "dropout"}; empty where the grid, or what verifies the rule for such a row, was not gone through: some of
+        it is not the same care.
     """
-    told = [one for one in _read_json(Path(out) / "tuning.json") or () if one["row"] == tuned_at(row)]
-    bits = {(one["lr"], one["dropout"]): math.inf if (b := one["bits_per_byte"]) is None else b for one in told}
-    if not {(lr, DROPOUTS[0]) for lr in GRID} <= bits.keys():
+    told = _read_json(Path(out) / "tuning.json") or ()
+    bits = {
+        (one["row"], one["lr"], one["dropout"]): math.inf if (b := one["bits_per_byte"]) is None else b for one in told
+    }
+
+    def best(tried: list[tuple[str, float, float]]) -> tuple[str, float, float] | None:
+        if not set(tried) <= bits.keys() or not math.isfinite(min(bits[one] for one in tried)):
+            return None
+        return min(tried, key=lambda one: bits[one])
+
+    smallest, larger, factor = tuned_at(row), verified_at(row), 1.0
+    found = best([(smallest, lr, DROPOUTS[0]) for lr in GRID])
+    found = None if found is None else best([(smallest, found[1], dropout) for dropout in DROPOUTS])
+    if found is None:
         return {}
-    best = min(GRID, key=lambda lr: bits[lr, DROPOUTS[0]])
-    if not {(best, dropout) for dropout in DROPOUTS} <= bits.keys() or not math.isfinite(min(bits.values())):
-        return {}
-    rate, dropout = min(bits, key=lambda pair: bits[pair])
-    return {"lr": learning_rate_of(row, rate), "dropout": dropout}
+    _, rate, dropout = found
+    if larger is not None:
+        factors = {(larger, learning_rate_of(larger, rate, one), dropout): one for one in FACTORS}
+        kept = best(list(factors))
+        if kept is None:
+            return {}
+        factor = factors[kept]
+    return {"lr": learning_rate_of(row, rate, factor), "dropout": dropout}
 
 
 def schedule(steps: int) -> dict[str, int]:
@@ -313,15 +352,20 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
         if result.interrupted:
             raise KeyboardInterrupt
         pace = watch.speed(run.train.batch_size * run.train.length)
+        used = None
+        if pace is not None:
+            used = utilization(run.model, run.train.length, pace, torch.device(device), run.train.precision)
         facts = {
             "tokens_per_second": pace,
+            "model_flop_utilization": used,
             "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
             "seconds": round(time.perf_counter() - begun, 2),
             "machine": machine_facts(device),
         }
         _write_json(folder / _SPEED, facts)
         bits = f"{result.evaluations[-1][1]:.4f} bits per byte of the held-out books, " if result.evaluations else ""
-        say(f"{folder.name}: {bits}{facts['seconds']:.1f} s, {pace or math.nan:,.0f} tokens/s")
+        share = "" if used is None else f", {100 * used:.1f} % of the peak in model operations"
+        say(f"{folder.name}: {bits}{facts['seconds']:.1f} s, {pace or math.nan:,.0f} tokens/s{share}")
         if result.signalled:
             raise KeyboardInterrupt
     # Nobody goes on with a run that is done, and they take three times the room of the model.
@@ -414,10 +458,11 @@ def _ratio(sums: NDArray[Any], sizes: NDArray[Any]) -> tuple[float, float]:
 
 
 class PowerLaw(NamedTuple):
-    """``bits = scale * parameters ** -exponent``."""
+    """``bits = scale * parameters ** -exponent``; standard_error: of the exponent, None of two points."""
 
     scale: float
     exponent: float
+    standard_error: float | None = None
 
     def at(self, parameters: float) -> float:
         """The bits that it says."""
@@ -431,13 +476,40 @@ def fit_power_law(parameters: Sequence[float], bits: Sequence[float]) -> PowerLa
         parameters: of at least two sizes.
         bits: per byte.
 
+    Returns:
+        PowerLaw: the exponent's standard error is that of a slope, by how far the points lie from the line.
+
     Raises:
         ConfigError: fewer than two points.
     """
     if len(parameters) != len(bits) or len(bits) < 2:
         raise ConfigError(f"fit_power_law: wanted at least two points, got {len(parameters)} and {len(bits)}")
-    slope, offset = np.polyfit(np.log(parameters), np.log(bits), 1)
-    return PowerLaw(float(np.exp(offset)), float(-slope))
+    x, y = np.log(parameters), np.log(bits)
+    slope, offset = np.polyfit(x, y, 1)
+    error = None
+    if len(x) > 2:
+        left = float(((y - slope * x - offset) ** 2).sum())
+        error = math.sqrt(left / (len(x) - 2) / float(((x - x.mean()) ** 2).sum()))
+    return PowerLaw(float(np.exp(offset)), float(-slope), error)
+
+
+def loss_rise(log: str | os.PathLike[str]) -> tuple[float, int] | None:
+    """How far a training loss rose again after it had fallen.
+
+    Args:
+        log: a run's log.csv, whose rows are means over the updates since the row before.
+
+    Returns:
+        (the largest ratio of a row to the least before it, the update that row ends at); None of fewer than two rows.
+    """
+    rows = [(int(row["step"]), float(row["loss"])) for row in read_csv(log)]
+    rows = [row for row in rows if math.isfinite(row[1])]
+    losses = np.array([loss for _, loss in rows])
+    if len(losses) < 2:
+        return None
+    rises = losses[1:] / np.minimum.accumulate(losses)[:-1]
+    most = int(rises.argmax())
+    return float(rises[most]), rows[most + 1][0]
 
 
 def parameters_outside(model: CausalLM) -> int:
@@ -498,10 +570,11 @@ def tune(
     change: Callable[[RunConfig], RunConfig] = lambda run: run,
     say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
-    """Trains each row with every rate of `GRID`, and at the best one with every dropout.
+    """Trains each row with every rate of `GRID`, at the best one with every dropout, and larger ones with `FACTORS`.
 
     Args:
-        rows: of `ROWS`; what is trained is the row that each is tuned by, see `tuned_at`.
+        rows: of `ROWS`; what is trained is the row that each is tuned by, see `tuned_at`, and the one by which the rule
+            that carries the rate to it is verified, see `verified_at`.
         data: folder of the novels.
         out: a folder for each run in its ``tuning/``; what is done is not done again.
         tokenizer, passes, device: as for `scaling_run`.
@@ -512,7 +585,7 @@ def tune(
         All that lies in ``tuning/``: {"row", "lr", "dropout", "updates", "bits_per_byte"} of the held-out books, None
         where it diverged.
     """
-    parent = Path(out) / "tuning"
+    rows, parent = list(rows), Path(out) / "tuning"
 
     def bits(row: str, lr: float, dropout: float) -> float:
         run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, lr=lr, dropout=dropout, device=device))
@@ -527,12 +600,18 @@ def tune(
         # A diverged run is worse than any other.
         return math.inf if found is None else found
 
+    larger = {tuned_at(row): one for row in rows if (one := verified_at(row)) is not None}
     for row in dict.fromkeys(tuned_at(row) for row in rows):
         best = min(GRID, key=lambda lr: bits(row, lr, DROPOUTS[0]))
         if best in (GRID[0], GRID[-1]):
             say(f"{row}: {best:g} is the best of the grid and at its end; a rate beyond it may be better")
-        for dropout in DROPOUTS[1:]:
-            bits(row, best, dropout)
+        dropout = min(DROPOUTS, key=lambda one: bits(row, best, one))
+        carried = larger.get(row)
+        if carried is not None:
+            tried = {factor: bits(carried, learning_rate_of(carried, best, factor), dropout) for factor in FACTORS}
+            factor = min(tried, key=lambda factor: tried[factor])
+            if factor in (FACTORS[0], FACTORS[-1]):
+                say(f"{carried}: {factor:g} times the rule is the best of what was tried and at its end")
     found = []
     for path in sorted(parent.glob(f"*/{RUN_FILE}")):
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -580,7 +659,8 @@ def measure_speed(
         say: called with lines of progress.
 
     Returns:
-        {"tokens_per_second", "bytes_per_second", "peak_bytes", "seconds", "machine"}.
+        {"tokens_per_second", "bytes_per_second", "model_flop_utilization" (None where the peak isn't known),
+        "peak_bytes", "seconds", "machine"}.
     """
     run = change(scaling_run(row, data, tokenizer=tokenizer, device=device))
     settings = dataclasses.replace(
@@ -633,24 +713,30 @@ def language_scaling(
     """
     out = make_folder(Path(out))
     ids = load_tokenizer(tokenizer)
-    for row in rows:
-        books = read_corpus(data, NOVELS[2], tokenizer=ids)
+
+    def run_of(row: str) -> RunConfig:
         best: dict[str, Any] = tuned(row, out)
-        run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, seed=seed, device=device, **best))
+        return change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, seed=seed, device=device, **best))
+
+    # All of them before the first is trained: one that can't be is told at once.
+    for row, run in [(row, run_of(row)) for row in rows]:
+        books = read_corpus(data, NOVELS[2], tokenizer=ids)
         folder = out / (row if seed == 0 else f"{row}-seed{seed}")
         model = train_row(run, folder, say=say)
         score = _read_json(folder / _SCORE)
         if score is None:
-            write_score(folder, row, model, judge(model, books, ids, judged_length(row, run)), books.digest)
+            write_score(
+                folder, row, model, judge(model, books, ids, judged_length(row, run.train.length)), books.digest
+            )
             say(f"{folder.name}: judged")
         else:
             check_same(folder / _SCORE, score, {"digest": books.digest}, "books")
     return report(out)
 
 
-def judged_length(row: str, run: RunConfig) -> int:
-    """Predictions of the windows that a row is judged on: those that it learnt from, an LSTM on as long ones as all."""
-    return run.train.length * (_LENGTH // _LSTM["length"] if family_of(row) == "lstm" else 1)
+def judged_length(row: str, length: int) -> int:
+    """Predictions of the windows a row is judged on, of those it learnt from: the same; an LSTM's as long as all's."""
+    return length * (_LENGTH // _LSTM["length"] if family_of(row) == "lstm" else 1)
 
 
 def write_score(folder: Path, row: str, model: CausalLM, judged: Judged, digest: str) -> None:
@@ -697,12 +783,18 @@ def read_judged(folder: Path) -> Judged:
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes ``results.json``, ``results.md`` and, with matplotlib, ``figure.svg`` from the rows that lie in a folder.
 
+    Rows are set beside Transformer++, beside their other seeds and on one line of a power law only where they read the
+    same text, as many ids of the same tokenizer, and were judged on the same books in windows of one length. A law is
+    of the basis that most rows share, of three rows at least that this folder's tuning told rate and dropout, and
+    without those whose loss blew up.
+
     Args:
         out: folder of the rows' folders.
 
     Returns:
-        {"rows", "power_laws", "not_tuned": rows whose rate and dropout are not what the folder's tuning says,
-        "not_run"}.
+        {"rows", "power_laws", "basis": what most rows share, "apart": the rows of another one, "blown_up": those whose
+        training loss rose to `BLOWN_UP` times its least, "not_tuned": those whose rate and dropout are not what the
+        folder's tuning says, "not_run"}.
     """
     out = Path(out)
     rows: dict[str, dict[str, Any]] = {}
@@ -710,42 +802,53 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         folder = out / row
         if not (folder / _SCORE).exists():
             continue
-        facts = json.loads((folder / _SCORE).read_text(encoding="utf-8"))
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        facts, run = _read_json(folder / _SCORE), _read_json(folder / RUN_FILE)
+        basis, rise = _basis(folder, row), loss_rise(folder / "log.csv")
+        seeds = {path.parent.name.rpartition("-seed")[2]: path for path in sorted(out.glob(f"{row}-seed*/{_SCORE}"))}
         facts |= {
+            "basis": basis,
             "held_out_bits_per_byte": run["evaluations"][-1][1] if run["evaluations"] else None,
             "training_nats_per_token": run["train_loss"],
+            "loss_rise": None if rise is None else {"times": rise[0], "update": rise[1]},
             "updates": run["steps"],
-            "passes": run["steps"]
-            * run["config"]["train"]["batch_size"]
-            * run["config"]["train"]["length"]
-            / run["data"]["train_tokens"],
+            "passes": basis["ids"] / run["data"]["train_tokens"],
             "config": run["config"],
             "training": _read_json(folder / _SPEED),
             "alone": _read_json(out / "speed" / f"{row}.json"),
             "other_seeds": {
-                path.parent.name.rpartition("-seed")[2]: _read_json(path)["bits_per_byte"]
-                for path in sorted(out.glob(f"{row}-seed*/{_SCORE}"))
+                seed: _read_json(path)["bits_per_byte"]
+                for seed, path in seeds.items()
+                if _basis(path.parent, row) == basis
             },
         }
         twin = f"transformer++-{row.rpartition('-')[2]}"
-        if row != twin and (out / twin / _SCORE).exists():
-            mine, theirs = read_judged(folder), read_judged(out / twin)
-            if np.array_equal(mine.bytes, theirs.bytes):
-                facts["beside_transformer++"] = paired_difference(mine, theirs)
+        if row != twin and (out / twin / _SCORE).exists() and _basis(out / twin, twin) == basis:
+            facts["beside_transformer++"] = paired_difference(read_judged(folder), read_judged(out / twin))
         rows[row] = facts
+    held = [facts["basis"] for facts in rows.values()]
+    common = max(held, key=lambda basis: (held.count(basis), basis["ids"]), default=None)
+    blown = [
+        row for row, facts in rows.items() if (rise := facts["loss_rise"]) is not None and rise["times"] > BLOWN_UP
+    ]
+    not_tuned = [row for row, facts in rows.items() if _care(facts["config"]) != tuned(row, out)]
     laws = {}
     for family in FAMILIES:
-        some = [facts for row, facts in rows.items() if family_of(row) == family]
-        if len(some) > 1:
-            law = fit_power_law(
-                [facts["parameters_outside_embedding"] for facts in some], [facts["bits_per_byte"] for facts in some]
-            )
-            laws[family] = law._asdict()
+        some = {
+            row: facts
+            for row, facts in rows.items()
+            if family_of(row) == family and facts["basis"] == common and row not in (*blown, *not_tuned)
+        }
+        if len(some) > 2:
+            sizes = [facts["parameters_outside_embedding"] for facts in some.values()]
+            law = fit_power_law(sizes, [facts["bits_per_byte"] for facts in some.values()])
+            laws[family] = law._asdict() | {"rows": list(some)}
     results = {
         "rows": rows,
         "power_laws": laws,
-        "not_tuned": [row for row, facts in rows.items() if _care(facts["config"]) != tuned(row, out)],
+        "basis": common,
+        "apart": [row for row, facts in rows.items() if facts["basis"] != common],
+        "blown_up": blown,
+        "not_tuned": not_tuned,
         "not_run": [row for row in ROWS if row not in rows],
     }
     _write_json(out / "results.json", results)
@@ -753,8 +856,22 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         temporary.write_text(_table(results), encoding="utf-8")
     if rows:
         with contextlib.suppress(MissingExtraError):  # the table says all that the picture does
-            _draw(rows, laws, out / "figure.svg")
+            _draw(results, out / "figure.svg")
     return results
+
+
+def _basis(folder: Path, row: str) -> dict[str, Any]:
+    """What a trained and judged row must have in common with those that it is compared with."""
+    run = _read_json(folder / RUN_FILE)
+    settings = run["config"]["train"]
+    return {
+        "text": run["data"]["digest"],
+        "books": _read_json(folder / _SCORE)["digest"],
+        "tokenizer": run["data"]["tokenizer"],
+        "vocabulary": run["config"]["model"]["vocab_size"],
+        "ids": run["steps"] * settings["batch_size"] * settings["length"],
+        "window": judged_length(row, settings["length"]),
+    }
 
 
 def _care(config: Mapping[str, Any]) -> dict[str, float]:
@@ -763,17 +880,21 @@ def _care(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    """The table in Markdown, a sentence for each power law, and what was not tuned and not run."""
-    lines = [
+    """What most rows share, the table in Markdown, a sentence for each power law, and which rows are special."""
+    rows, common, lines = results["rows"], results["basis"], []
+    if common is not None:
+        lines += [f"{_shared(common)}.", ""]
+    lines += [
         "| row | parameters outside the embedding | learning rate | dropout | passes | bits per byte, unseen books | "
-        "other seeds | beside Transformer++ | training bytes/s alone | peak MiB |",
+        "other seeds | beside Transformer++ | training bytes/s alone (of the peak) | peak MiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row, facts in results["rows"].items():
+    for row, facts in rows.items():
         alone, config = facts["alone"] or {}, facts["config"]
         beside = facts.get("beside_transformer++")
         error = facts["standard_error"]
-        pace, peak = alone.get("bytes_per_second"), alone.get("peak_bytes")
+        pace, peak, used = (alone.get(name) for name in ("bytes_per_second", "peak_bytes", "model_flop_utilization"))
+        share = "" if used is None else f" ({100 * used:.1f} %)"
         cells = [
             f"{FAMILIES[family_of(row)]} {row.rpartition('-')[2].upper()}",
             f"{facts['parameters_outside_embedding']:,}",
@@ -783,44 +904,72 @@ def _table(results: Mapping[str, Any]) -> str:
             f"{facts['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
             ", ".join(f"{bits:.4f}" for bits in facts["other_seeds"].values()),
             "" if beside is None else f"{beside[0]:+.4f} ± {beside[1]:.4f}",
-            "not measured" if pace is None else f"{pace:,.0f}",
+            "not measured" if pace is None else f"{pace:,.0f}{share}",
             "not measured" if peak is None else f"{peak / 2**20:,.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    lines += [
-        f"{FAMILIES[family]}: bits per byte = {law['scale']:.3f} x parameters ^ -{law['exponent']:.4f}"
-        for family, law in results["power_laws"].items()
-    ]
-    if results["not_tuned"]:
-        lines += [
-            "",
-            f"Rate and dropout not from a grid gone through in this folder: {', '.join(results['not_tuned'])}.",
-        ]
-    if results["not_run"]:
-        lines += ["", f"Not run: {', '.join(results['not_run'])}."]
+    for family, law in results["power_laws"].items():
+        lines.append(
+            f"{FAMILIES[family]}: bits per byte = {law['scale']:.3f} x parameters ^ {-law['exponent']:.4f}, "
+            f"the exponent ± {law['standard_error']:.4f} by how far its {len(law['rows'])} rows lie from the line."
+        )
+    told = {
+        f"Loss blew up, in training it rose to over {BLOWN_UP:g} times its least: a measure of the learning rate and "
+        "not of the family, in no power law": [
+            f"{row} ({rows[row]['loss_rise']['times']:.2f} times, by update {rows[row]['loss_rise']['update']:,})"
+            for row in results["blown_up"]
+        ],
+        "Of other text, ids or windows than most rows, in no power law": [
+            f"{row} ({_shared(rows[row]['basis'])})" for row in results["apart"]
+        ],
+        "Rate and dropout not from a grid gone through in this folder, in no power law": results["not_tuned"],
+        "Not run": results["not_run"],
+    }
+    for what, which in told.items():
+        if which:
+            lines += ["", f"{what}: {', '.join(which)}."]
     return "\n".join(lines) + "\n"
+
+
+def _shared(basis: Mapping[str, Any]) -> str:
+    """A basis in words."""
+    ids = "bytes" if basis["tokenizer"] == "bytes" else f"ids of {basis['tokenizer']} ({basis['vocabulary']:,})"
+    return f"{basis['ids']:,} {ids} read in training, judged in windows of {basis['window']:,}"
 
 
 _COLOURS = {"mamba": "#0072B2", "transformer++": "#D55E00", "pythia": "#009E73", "lstm": "#CC79A7", "s4": "#E69F00"}
 
 
-def _draw(rows: Mapping[str, Any], laws: Mapping[str, Any], path: Path) -> None:
-    """Bits per byte over parameters, both logarithmic, with the fitted lines."""
+def _draw(results: Mapping[str, Any], path: Path) -> None:
+    """Bits per byte over parameters, both logarithmic, with the fitted lines; hollow: rows told apart below it."""
     made, axes = figure(7.0, 4.6)
+    rows, laws = results["rows"], results["power_laws"]
+    outside = {*results["blown_up"], *results["apart"]}
     for family, label in FAMILIES.items():
-        some = [facts for row, facts in rows.items() if family_of(row) == family]
+        some = {row: facts for row, facts in rows.items() if family_of(row) == family}
         if not some:
             continue
-        x = [facts["parameters_outside_embedding"] for facts in some]
-        y = [facts["bits_per_byte"] for facts in some]
-        error = [facts["standard_error"] or 0.0 for facts in some]
-        law = laws.get(family)
+        colour, law = _COLOURS[family], laws.get(family)
         if law is not None:
-            label += f": exponent {law['exponent']:.3f}"
-            fitted = PowerLaw(**law)
-            axes.plot(x, [fitted.at(one) for one in x], color=_COLOURS[family], linewidth=1.2, linestyle="--")
-        axes.errorbar(x, y, error, fmt="o", color=_COLOURS[family], markersize=5, capsize=2, label=label)
+            label += f": exponent {-law['exponent']:.3f} ± {law['standard_error']:.3f}"
+            fitted = PowerLaw(law["scale"], law["exponent"])
+            x = [rows[row]["parameters_outside_embedding"] for row in law["rows"]]
+            axes.plot(x, [fitted.at(one) for one in x], color=colour, linewidth=1.2, linestyle="--")
+        for row, facts in some.items():
+            axes.errorbar(
+                facts["parameters_outside_embedding"],
+                facts["bits_per_byte"],
+                facts["standard_error"] or 0.0,
+                fmt="o",
+                color=colour,
+                markersize=5,
+                markerfacecolor="white" if row in outside else colour,
+                capsize=2,
+            )
+        axes.errorbar([], [], [], fmt="o", color=colour, markersize=5, capsize=2, label=label)
+    if outside:
+        axes.plot([], [], "o", color="#555555", markerfacecolor="white", label="its loss blew up, or of another basis")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.2f}")
