@@ -9,23 +9,37 @@ import lzma
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from statescan.errors import CheckpointError, ConfigError
+from statescan.data import ByteTokenizer, TokenFile, build_token_file
+from statescan.errors import CheckpointError, ConfigError, TrainingError
 from statescan.evaluate import evaluate_tokens
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 from statescan.recipes import builtin_model as recipe
-from statescan.recipes.builtin_model import ROWS, LanguageRun, builtin_model, overlapping_bits, train_language_model
+from statescan.recipes.builtin_model import (
+    DROPOUTS,
+    GRID,
+    ROWS,
+    UPDATES,
+    LanguageRun,
+    builtin_model,
+    compare,
+    judge,
+    train_language_model,
+    tune,
+    tuned,
+    window_bits,
+)
+from statescan.recipes.language_scaling import initial_spread
 
 SMALL = LanguageRun(
     "mamba", MambaConfig(16, 1, 256), seconds=0.0, steps=12, batch_size=2, length=16, warmup=3, lr=1e-2, carried=0.5
 )
-TWIN = replace(
-    SMALL, row="transformer++", model=TransformerConfig(16, 1, 256, n_head=2), steps=0, seconds=60.0, carried=0
-)
+TWIN = replace(SMALL, row="transformer++", model=TransformerConfig(16, 1, 256, n_head=2), steps=9, carried=0)
 
 
 @pytest.fixture
@@ -33,11 +47,38 @@ def text() -> np.ndarray:
     return np.frombuffer(b"A rose is a rose is a rose. " * 200, np.uint8)
 
 
+@pytest.fixture
+def small(tmp_path: Path, text: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Small rows, and the arguments of a call on small texts."""
+    monkeypatch.setitem(ROWS, "mamba", SMALL)
+    monkeypatch.setitem(ROWS, "transformer++", TWIN)
+    data = tmp_path / "texts"
+    data.mkdir()
+    for name in (*recipe.SHIPPED_TEXTS, "novels_valid", "novels_test"):
+        (data / f"{name}.txt.xz").write_bytes(lzma.compress(text.tobytes()[:600]))
+    return {"data": data, "out": tmp_path / "out", "cache": tmp_path / "cache", "say": lambda line: None}
+
+
 def test_the_models_are_of_one_size_and_fit_the_box() -> None:
     counts = {name: CausalLM(run.model, device="meta").parameter_count() for name, run in ROWS.items()}
     assert counts["transformer++"] == pytest.approx(counts["mamba"], rel=0.005)
     mamba = CausalLM(ROWS["mamba"].model, device="meta", dtype=torch.bfloat16)
     assert sum(p.numel() * p.element_size() for p in mamba.parameters()) < 16e6
+
+
+def test_the_twin_gets_what_the_packaged_model_got_and_the_spread_of_its_width() -> None:
+    record = Path(__file__).parents[2] / "benchmarks" / "results" / "reproduce" / "builtin-model.json"
+    packaged = json.loads(record.read_text(encoding="utf-8"))["runs"][0]
+    twin = ROWS["transformer++"]
+    assert (twin.steps, twin.seconds) == (packaged["steps"], 0.0)
+    assert packaged["steps"] == UPDATES
+    assert (
+        twin.model.to_dict()["initializer_range"]
+        == initial_spread(320)
+        == pytest.approx(0.02 * (768 / 320) ** 0.5, abs=1e-4)
+    )
+    same = ("batch_size", "length", "lr", "warmup", "weight_decay", "betas", "clip", "seed")
+    assert {name: twin.to_dict()[name] for name in same} == {name: packaged["run"][name] for name in same}
 
 
 def test_the_rate_rises_and_ends_at_zero_by_updates_or_by_time() -> None:
@@ -95,44 +136,172 @@ def test_carried_states_reach_the_next_window(text: np.ndarray) -> None:
         torch.testing.assert_close(held.ssm, wanted.ssm, rtol=1e-4, atol=1e-5)
 
 
-def test_overlapping_windows_judge_every_byte_once(text: np.ndarray) -> None:
+def test_windows_judge_every_byte_once(text: np.ndarray) -> None:
     torch.manual_seed(0)
-    model, some = CausalLM(MambaConfig(16, 1, 256)).eval(), text[: 1 + 16 * 5]
-    whole = evaluate_tokens(model, some, total_bytes=len(some), context=16)
-    assert overlapping_bits(model, some, 16, 16) == pytest.approx(whole.bits_per_token, rel=1e-6)
-    # By hand: the first window whole, then the last eight of each.
-    bits = []
-    for start in range(0, len(some) - 16, 8):
-        ids = torch.from_numpy(some[start : start + 17].astype(np.int64))
-        losses = torch.nn.functional.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
-        bits += (losses if start == 0 else losses[-8:]).tolist()
-    assert overlapping_bits(model, some, 16, 8, batch_size=3) == pytest.approx(np.mean(bits) / np.log(2), rel=1e-6)
+    model = CausalLM(MambaConfig(16, 1, 256)).eval()
+    # Of a length that no stride divides: the last window is a shorter one.
+    for some in (text[: 1 + 16 * 5], text[: 1 + 16 * 5 + 11]):
+        whole = evaluate_tokens(model, some, total_bytes=len(some), context=16)
+        assert window_bits(model, some, 16, 16).mean() == pytest.approx(whole.bits_per_token, rel=1e-6)
+        # By hand: the first window whole, then what is new in each.
+        bits: list[float] = []
+        for start in range(0, len(some) - 1 - 8, 8):
+            ids = torch.from_numpy(some[start : start + 17].astype(np.int64))
+            losses = torch.nn.functional.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
+            bits += (losses / np.log(2)).tolist()[len(bits) - start :]
+        np.testing.assert_allclose(window_bits(model, some, 16, 8, batch_size=3), bits, rtol=1e-4)
     with pytest.raises(ConfigError, match="stride must be in"):
-        overlapping_bits(model, some, 16, 17)
+        window_bits(model, text, 16, 17)
+    with pytest.raises(ConfigError, match="at least length"):
+        window_bits(model, text[:10], 16, 16)
 
 
-def test_rows_of_a_folder_are_trained_once_and_the_twin_as_long_as_mamba(tmp_path: Path, text: np.ndarray) -> None:
-    data = tmp_path / "texts"
-    data.mkdir()
-    for name in (*recipe.SHIPPED_TEXTS, "novels_test"):
-        (data / f"{name}.txt.xz").write_bytes(lzma.compress(text.tobytes()[:600]))
-    out, lines = tmp_path / "out", []
-    call = {"cache": tmp_path / "cache", "say": lines.append}
-    results = builtin_model(data, out, runs=[SMALL, TWIN], **call)
+@pytest.fixture
+def books(tmp_path: Path, text: np.ndarray) -> TokenFile:
+    """Two books, of 110 and 70 bytes."""
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, size in zip(paths, (110, 70), strict=True):
+        path.write_bytes(text.tobytes()[:size])
+    return build_token_file(paths, cache=tmp_path / "books")
+
+
+def test_scores_are_those_of_the_whole_and_of_each_book(books: TokenFile) -> None:
+    torch.manual_seed(0)
+    model, tokens = CausalLM(MambaConfig(16, 1, 256)).eval(), np.asarray(books.tokens)
+    scores, blocks = judge(model, books, 16)
+    told: dict[str, Any] = {"tokenizer": ByteTokenizer()}
+    assert scores["windows"] == pytest.approx(evaluate_tokens(model, tokens, context=16, **told).bits_per_byte)
+    carried = evaluate_tokens(model, tokens, context=64, carry_state=True, **told).bits_per_byte
+    assert scores["carried"] == pytest.approx(carried, rel=1e-6)
+    assert scores["overlapping"] == pytest.approx(window_bits(model, tokens, 16, 8).mean())
+    assert scores["bytes"] == len(tokens) - 1 == sum(book["bytes"] for book in scores["books"])
+    start = int(books.document_offsets[1])
+    # The first book's first byte is not judged; the second's is, after the mark between them.
+    assert [book["bytes"] for book in scores["books"]] == [start - 1, len(tokens) - start]
+    bits = window_bits(model, tokens, 16, 16)
+    assert scores["books"][1]["windows"] == pytest.approx(bits[start - 1 :].mean())
+    assert all(scores[f"{name}_standard_error"] > 0 for name in ("windows", "overlapping", "carried"))
+    first = [list(map(int, octave[:2])) for octave in scores["carried_by_position"]]
+    assert first[:3] == [[1, 1], [2, 3], [4, 7]]
+    assert first[-1][1] == len(tokens) - 1
+    assert blocks["windows"].bytes.max() == 16
+
+
+def test_two_models_are_compared_block_by_block(books: TokenFile) -> None:
+    torch.manual_seed(0)
+    mamba, twin = CausalLM(SMALL.model).eval(), CausalLM(TWIN.model).eval()
+    (mine, one), (theirs, other) = judge(mamba, books, 16), judge(twin, books, 16)
+    found = compare(one, other)
+    assert found["windows"]["difference"] == pytest.approx(mine["windows"] - theirs["windows"])
+    assert found["each as it reads best"]["difference"] == pytest.approx(mine["carried"] - theirs["overlapping"])
+    for number, book in enumerate(found["overlapping"]["books"]):
+        wanted = mine["books"][number]["overlapping"] - theirs["books"][number]["overlapping"]
+        assert book["difference"] == pytest.approx(wanted)
+    # A model that is everywhere worse by as much is so without a doubt, however hard the passages differ.
+    worse = {name: judged._replace(bits=judged.bits + 0.5 * judged.bytes) for name, judged in other.items()}
+    worse["carried"] = worse["overlapping"]
+    found = compare(worse, other)
+    assert found["windows"]["difference"] == pytest.approx(0.5)
+    assert found["windows"]["standard_error"] == pytest.approx(0.0, abs=1e-9)
+    assert theirs["windows_standard_error"] > 1e-4
+
+
+def test_rows_of_a_folder_are_trained_once_and_the_twin_as_long_as_mamba(
+    small: dict[str, Any], text: np.ndarray
+) -> None:
+    out = small["out"]
+    results = builtin_model(**small, rows=["transformer++", "mamba"])
     assert results["transformer++"]["steps"] == results["mamba"]["steps"] == 12
     scores = results["mamba"]["scores"]["novels_test"]
     assert scores["carried"] is not None
     assert results["transformer++"]["scores"]["novels_test"]["carried"] is None
-    assert f"{scores['carried']:.4f}" in (out / "results.md").read_text(encoding="utf-8")
+    table = (out / "results.md").read_text(encoding="utf-8")
+    assert f"{scores['carried']:.4f}" in table
+    beside = results["mamba"]["beside_transformer++"]["novels_test"]["windows"]
+    assert f"{beside['difference']:+.4f} ± {beside['standard_error']:.4f}" in table
+    assert beside["difference"] == pytest.approx(
+        scores["windows"] - results["transformer++"]["scores"]["novels_test"]["windows"]
+    )
 
     before = (out / "mamba" / "model.safetensors").stat().st_mtime_ns
-    assert builtin_model(data, out, runs=[SMALL], **call) == json.loads((out / "results.json").read_text())
+    assert builtin_model(**small) == json.loads((out / "results.json").read_text())
     assert (out / "mamba" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match="other settings"):
-        builtin_model(data, out, runs=[replace(SMALL, lr=1.0)], **call)
-    (data / f"{recipe.SHIPPED_TEXTS[0]}.txt.xz").write_bytes(lzma.compress(text.tobytes()[:700]))
+        builtin_model(**small, change=lambda run: replace(run, lr=1.0))
+    with pytest.raises(ConfigError, match="must read what the Mamba"):
+        builtin_model(**small, rows=["transformer++"], steps=13)
+    with pytest.raises(ConfigError, match="must read what the Mamba"):
+        builtin_model(**small, rows=["transformer++"], change=lambda run: replace(run, batch_size=4))
+    (small["data"] / f"{recipe.SHIPPED_TEXTS[0]}.txt.xz").write_bytes(lzma.compress(text.tobytes()[:700]))
     with pytest.raises(CheckpointError, match="other texts"):
-        builtin_model(data, out, runs=[SMALL], **call)
+        builtin_model(**small)
+
+
+def test_a_twin_alone_takes_the_updates_of_its_row_or_those_asked_for(small: dict[str, Any]) -> None:
+    assert builtin_model(**small, rows=["transformer++"])["transformer++"]["steps"] == TWIN.steps
+    with pytest.raises(ConfigError, match="seconds"):
+        builtin_model(**small, rows=["transformer++"], seconds=1.0)
+    with pytest.raises(ConfigError, match="must end by steps"):
+        builtin_model(**small, rows=["transformer++"], change=lambda run: replace(run, seconds=1.0))
+    small["out"] = small["out"].with_name("other")
+    assert builtin_model(**small, rows=["transformer++"], steps=3)["transformer++"]["steps"] == 3
+
+
+def test_both_rows_are_tuned_over_one_grid_and_go_by_it(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    out, lines, trained = small["out"], [], []
+    small["say"] = lines.append
+    real = recipe.train_language_model
+
+    def counted(run: LanguageRun, *args: Any, **fields: Any) -> dict[str, Any]:
+        trained.append(run.row)
+        if run.row == "mamba" and run.lr == GRID[-1]:
+            raise TrainingError("the loss is nan")
+        return real(run, *args, **fields)
+
+    monkeypatch.setattr(recipe, "train_language_model", counted)
+    monkeypatch.setattr(recipe, "UPDATES", 16)
+    told = tune(**small, share=0.5)
+    assert trained.count("mamba") == trained.count("transformer++") == len(GRID) + len(DROPOUTS) - 1
+    assert {one["updates"] for one in told} == {8}
+    assert json.loads((out / "tuning.json").read_text()) == told
+    assert [one["lr"] for one in told if one["bits_per_byte"] is None] == [GRID[-1]]
+    tune(**small, share=0.5)
+    # The run that diverged isn't tried again either.
+    assert len(trained) == 2 * (len(GRID) + len(DROPOUTS) - 1)
+
+    for row in ROWS:
+        mine = [one for one in told if one["row"] == row]
+        first = [one for one in mine if one["dropout"] == DROPOUTS[0] and one["bits_per_byte"] is not None]
+        lr = min(first, key=lambda one: one["bits_per_byte"])["lr"]
+        at_it = [one for one in mine if one["lr"] == lr]
+        assert {one["dropout"] for one in at_it} == set(DROPOUTS)
+        dropout = min(at_it, key=lambda one: one["bits_per_byte"])["dropout"]
+        assert tuned(row, out) == {"lr": lr, "dropout": dropout}
+    results = builtin_model(**small, rows=list(ROWS))
+    for row, facts in results.items():
+        assert (facts["run"]["lr"], facts["run"]["model"]["dropout"]) == tuple(tuned(row, out).values())
+    assert "not from a grid" not in (out / "results.md").read_text(encoding="utf-8")
+
+    # Half of a grid is not the same care: the row keeps its own, and the table says so.
+    (out / "tuning.json").write_text(json.dumps([one for one in told if one["row"] == "mamba" or one["lr"] > GRID[0]]))
+    assert tuned("transformer++", out) == {}
+    builtin_model(**small)
+    table = (out / "results.md").read_text(encoding="utf-8")
+    assert "not from a grid gone through in this folder: transformer++." in table
+    with pytest.raises(ConfigError, match="share must be in"):
+        tune(**small, share=0.0)
+
+
+def test_a_run_that_is_broken_off_leaves_no_folder(
+    tmp_path: Path, text: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe._Course, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_language_model(SMALL, text, tmp_path / "run", say=lambda line: None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_runs_that_cannot_be_are_refused(text: np.ndarray) -> None:

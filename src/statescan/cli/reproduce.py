@@ -10,7 +10,7 @@ import typer
 
 from statescan.cli.reproduce_audio import raw_audio, spoken_digits
 from statescan.cli.reproduce_dna import dna_pretraining, great_apes, microbes
-from statescan.cli.reproduce_language import context_growth, language_scaling
+from statescan.cli.reproduce_language import context_growth, language_scaling, print_tuning
 from statescan.cli.reproducing import Json, Seconds, chosen_rows, default_device, going_on, print_results
 from statescan.cli.terminal import command, emit_json, note, progress, result_console, was_given
 from statescan.cli.zero_shot import zero_shot
@@ -201,27 +201,64 @@ def builtin_model(
         "reproduce/builtin-model"
     ),
     row: Rows = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, show_default="the row's", help="Updates; the learning rate ends with them."),
+    ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(
-            "--seconds", min=1, show_default="the row's", help="Of updates; the learning rate ends with them."
-        ),
+        typer.Option("--seconds", min=1, show_default="the row's", help="Of Mamba's updates, instead of --steps."),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", min=0, show_default="the row's", help="Peak learning rate.")
+        float | None, typer.Option("--lr", min=0, show_default="tuned, or the row's", help="Peak learning rate.")
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Train both rows, or --row, over one grid of learning rates and dropouts; later calls use it.",
+        ),
+    ] = False,
+    share: Annotated[
+        float | None,
+        typer.Option("--share", min=0, max=1, show_default="1/8", help="With --tune: of the packaged run's updates."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every run, e.g. batch_size=8."),
     ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """The byte-level Mamba that comes with the package, and its Transformer++ twin, judged on unseen novels."""
-    from dataclasses import replace
-
+    from statescan.errors import ConfigError
     from statescan.recipes import builtin_model as recipe
+    from statescan.train.config import apply_overrides
 
-    runs = [recipe.ROWS[name] for name in chosen_rows(row, recipe.ROWS, "mamba")]
-    changed = {"seconds": seconds, "lr": learning_rate}
-    runs = [replace(run, **{name: value for name, value in changed.items() if value is not None}) for run in runs]
-    results = recipe.builtin_model(data, out, runs=runs, device=default_device(device), say=note)
+    fields = [*(overrides or []), *([] if learning_rate is None else [f"lr={learning_rate!r}"])]
+
+    def change(run: recipe.LanguageRun) -> recipe.LanguageRun:
+        return apply_overrides(run, fields)
+
+    clash = {"--steps": steps, "--seconds": seconds, "--lr": learning_rate} if tune else {"--share": share}
+    for name, value in clash.items():
+        if value is not None:
+            raise ConfigError(f"reproduce: {name} is for a call {'without' if tune else 'with'} --tune; leave it out")
+    kept = "rows that were finished are kept, the one that was being trained begins anew"
+    if tune:
+        rows = chosen_rows(row, recipe.ROWS)
+        with going_on(kept):
+            found = recipe.tune(
+                data, out, rows=rows, share=recipe.SHARE if share is None else share, change=change,
+                device=default_device(device), say=note,
+            )  # fmt: skip
+        print_tuning(found, as_json)
+        return
+    rows = chosen_rows(row, recipe.ROWS, "mamba")
+    with going_on(kept):
+        results = recipe.builtin_model(
+            data, out, rows=rows, steps=steps, seconds=seconds, change=change, device=default_device(device), say=note
+        )
     print_results(out, results, as_json)
 
 

@@ -23,7 +23,7 @@ from statescan.cli.terminal import command, emit_json, note
 if TYPE_CHECKING:
     from statescan.train import RunConfig
 
-__all__ = ["context_growth", "language_scaling"]
+__all__ = ["context_growth", "language_scaling", "print_tuning"]
 
 Data = Annotated[
     Path, typer.Option("--data", help="Folder of novels_train, novels_valid and novels_test (.tar.xz, .txt, ...).")
@@ -75,7 +75,7 @@ def language_scaling(
     with going_on():
         if tune:
             found = recipe.tune(rows, data, out, passes=passes or recipe.TUNING_PASSES, **shared)
-            _print_tuning(found, as_json)
+            print_tuning(found, as_json)
             return
         if speed:
             for name in rows:
@@ -134,7 +134,8 @@ def changed_by(overrides: Sequence[str] | None) -> Callable[[RunConfig], RunConf
     return lambda run: run.apply_overrides(overrides or [])
 
 
-def _print_tuning(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+def print_tuning(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """What a grid came to, as a table or as JSON."""
     if as_json:
         emit_json(found)
         return

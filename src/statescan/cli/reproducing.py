@@ -37,12 +37,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to
 
 
 @contextlib.contextmanager
-def going_on() -> Iterator[None]:
-    """Says, where the user interrupts, that the same command goes on."""
+def going_on(kept: str = "what was trained is kept, and the same command goes on from there") -> Iterator[None]:
+    """Says, where the user interrupts, what is kept."""
     try:
         yield
     except KeyboardInterrupt:
-        note("interrupted; what was trained is kept, and the same command goes on from there")
+        note(f"interrupted; {kept}")
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -10,14 +10,17 @@ book: else it would meet states that no window of its training reached.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statescan.data import ByteTokenizer
+from statescan.data import ByteTokenizer, TokenFile
 from statescan.errors import ConfigError, TrainingError
-from statescan.evaluate import evaluate_tokens, row_bits
+from statescan.evaluate import row_bits
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, ModelConfig, TransformerConfig
-from statescan.recipes.novels import SHIPPED_TEXTS, read_corpus
+from statescan.recipes.language_scaling import Judged, initial_spread, paired_difference
+from statescan.recipes.novels import NOVELS, SHIPPED_TEXTS, read_corpus
 from statescan.recipes.synthetic import machine_facts, make_model
 from statescan.train.capture import CapturedStep
 from statescan.train.finished import check_same
@@ -39,9 +43,23 @@ from statescan.train.initial_state import InitialState
 from statescan.train.optim import parameter_groups
 from statescan.train.utilization import utilization
 
-__all__ = ["ROWS", "LanguageRun", "builtin_model", "judge", "overlapping_bits", "train_language_model"]
+__all__ = [
+    "DROPOUTS",
+    "GRID",
+    "ROWS",
+    "SHARE",
+    "UPDATES",
+    "LanguageRun",
+    "builtin_model",
+    "compare",
+    "judge",
+    "train_language_model",
+    "tune",
+    "tuned",
+    "window_bits",
+]
 
-_TRAINED, _LOG, _RESULTS = "trained.json", "log.csv", "results.json"
+_TRAINED, _LOG, _RESULTS, _TUNING, _DIVERGED = "trained.json", "log.csv", "results.json", "tuning.json", "diverged.json"
 # Seconds between two rows of the log, at which alone the host waits for the device.
 _LOOK_EVERY = 2.0
 # Updates until a step is a graph, and updates that the host is ahead of the device at most.
@@ -119,18 +137,35 @@ class LanguageRun:
         return json.loads(json.dumps(fields))
 
 
+# Updates of the packaged model's run, and so of its twin where no Mamba is trained beside it.
+UPDATES = 16_414
 # The shape: what a GPU trains and a CPU decodes well at 16 MB in bfloat16. The Transformer++ has as many parameters,
-# the same windows, rate and as many updates (`builtin_model` sets them). The rate was better than half of it for Mamba
-# of 0.3 and 1 million parameters; neither was tried at this size. Dropout of 0, 0.05, 0.1 and 0.2 was tried on Mamba at
-# a quarter of the parameters and of the text, five passes: 1.609, 1.609 (with three times the weight decay), 1.620 and
-# 1.646 bits per byte of novels held out for it, and 1.434, 1.483, 1.520 and 1.565 in training, under dropout. So 0.05
-# costs nothing where the passes are few; the packaged model's are three times as many.
+# the same windows and as many updates (`builtin_model` sets them), and initial weights as wide as its width asks for.
+# Rate and dropout are the packaged run's, where a folder holds no tuning of its own. The rate was better than half of
+# it for Mamba of 0.3 and 1 million parameters; neither was tried at this size. Dropout of 0, 0.05, 0.1 and 0.2 was
+# tried on Mamba at a quarter of the parameters and of the text, five passes: 1.609, 1.609 (with three times the weight
+# decay), 1.620 and 1.646 bits per byte of novels held out for it, and 1.434, 1.483, 1.520 and 1.565 in training, under
+# dropout. So 0.05 costs nothing where the passes are few; the packaged model's are three times as many.
 ROWS: dict[str, LanguageRun] = {
     "mamba": LanguageRun("mamba", MambaConfig(384, 8, 256, dropout=0.05), carried=0.25),
     "transformer++": LanguageRun(
-        "transformer++", TransformerConfig(320, 6, 256, n_head=5, d_intermediate=912, dropout=0.05)
+        "transformer++",
+        TransformerConfig(
+            320, 6, 256, n_head=5, d_intermediate=912, initializer_range=initial_spread(320), dropout=0.05
+        ),
+        seconds=0.0,
+        steps=UPDATES,
     ),
 }
+# What `tune` tries of each row: every rate with the first dropout, and at the best rate the other ones; so many of the
+# packaged run's updates each.
+GRID, DROPOUTS, SHARE = (1e-3, 2e-3, 4e-3, 8e-3), (0.05, 0.0, 0.1, 0.2), 1 / 8
+# The readings that two models are compared by: name, Mamba's, the Transformer's.
+_PAIRS = (
+    ("windows", "windows", "windows"),
+    ("overlapping", "overlapping", "overlapping"),
+    ("each as it reads best", "carried", "overlapping"),
+)
 
 
 class _Windows:
@@ -240,7 +275,24 @@ def train_language_model(
         TrainingError: the loss is no number.
         ConfigError: the text is shorter than a window.
     """
-    out, device = make_folder(out), torch.device(device)
+    out = make_folder(out)
+    try:
+        return _train(run, tokens, out, torch.device(device), bf16, say)
+    except BaseException:
+        # A run is kept whole or not at all; of one that was broken off no empty folder stays.
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        raise
+
+
+def _train(
+    run: LanguageRun,
+    tokens: NDArray[np.uint8],
+    out: Path,
+    device: torch.device,
+    bf16: bool | None,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
     bf16 = device.type == "cuda" if bf16 is None else bf16
     course = _Course(run, tokens, device, bf16)
     rows: list[tuple[int, float, float, float, float]] = []
@@ -248,6 +300,7 @@ def train_language_model(
     flying: deque[torch.cuda.Event] = deque()
     steps, carried_at = 0, 0
     # Kernels are compiled and graphs taken first: time that says nothing about the run.
+    say(f"{run.row}: {course.model.parameter_count():,} parameters on {device}; first updates, before the clock starts")
     for carried in [False] * _FIRST + [True] * (_FIRST if run.carried else 0):
         if run.steps and steps >= run.steps:
             break
@@ -326,6 +379,9 @@ def train_language_model(
         "machine": machine_facts(device),
     }
     _write(out / _TRAINED, trained)
+    used = trained["model_flop_utilization"]
+    share = "" if used is None else f", {100 * used:.1f} % of the peak in model operations"
+    say(f"{run.row}: {steps:,} updates in {seconds:.1f} s, {speed / 1e6:.2f} MB/s{share}")
     return trained
 
 
@@ -334,73 +390,257 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def overlapping_bits(
+def window_bits(
     model: CausalLM, tokens: NDArray[np.uint8], length: int, stride: int, *, batch_size: int = 16
-) -> float:
-    """Bits per byte where every byte but the first `length` has at least length - stride bytes before it.
+) -> NDArray[np.float64]:
+    """Bits of every byte of a text but the first, each with at least length - stride bytes before it.
 
-    Windows of `length` start every `stride` bytes and are judged on their last `stride` predictions alone (the first
-    one on all): what a model without a state of fixed size is fairly judged by.
+    Windows of `length` start every `stride` bytes, each from an empty state, and are judged on their last `stride`
+    predictions alone (the first one on all): what a model without a state of fixed size is fairly judged by. With
+    stride = length they follow each other. What is left at the end is a shorter window.
 
     Args:
-        model: of bytes, on any device.
+        model: of bytes, in evaluation mode, on any device.
         tokens: (bytes,) uint8.
         length: predictions of a window.
-        stride: new predictions of a window; length for windows that don't overlap.
+        stride: new predictions of a window.
         batch_size: windows at once. Default 16.
 
     Returns:
-        Mean bits per byte over all bytes but the first and those of the last, unfinished stride.
+        (bytes - 1,) float64.
+
+    Raises:
+        ConfigError: the stride is out of range, or the text shorter than a window.
     """
+    judged = len(tokens) - 1
     if not 0 < stride <= length:
-        raise ConfigError(f"overlapping_bits: stride must be in [1, length = {length}], got {stride}")
-    starts = list(range(0, len(tokens) - length, stride))
-    if not starts:
-        raise ConfigError(f"overlapping_bits: wanted at least length + 1 = {length + 1} bytes, got {len(tokens)}")
-    total, count = 0.0, 0
+        raise ConfigError(f"window_bits: stride must be in [1, length = {length}], got {stride}")
+    if judged < length:
+        raise ConfigError(f"window_bits: wanted at least length + 1 = {length + 1} bytes, got {len(tokens)}")
+    starts = list(range(0, judged - length + 1, stride))
+    bits, where = np.empty(judged), model.lm_head.weight.device
     for first in range(0, len(starts), batch_size):
-        pieces = row_bits(
-            model, tokens, starts[first : first + batch_size], length, length, model.lm_head.weight.device
-        )
-        bits = np.concatenate([piece for _, piece in pieces], axis=1)
-        new = bits[:, -stride:]
-        total, count = total + float(new.sum()), count + new.size
-        if first == 0:
-            total, count = total + float(bits[0, :-stride].sum()), count + length - stride
-    return total / count
+        some = starts[first : first + batch_size]
+        pieces = [piece for _, piece in row_bits(model, tokens, some, length, length, where)]
+        for start, row in zip(some, np.concatenate(pieces, axis=1), strict=True):
+            new = stride if start else length
+            bits[start + length - new : start + length] = row[-new:]
+    end, last = starts[-1] + length, starts[-1] + stride
+    if end < judged:
+        ((_, row),) = row_bits(model, tokens, [last], judged - last, judged - last, where)
+        bits[end:] = row[0, end - judged :]
+    return bits
 
 
-def judge(model: CausalLM, tokens: NDArray[np.uint8], length: int = 2048) -> dict[str, Any]:
-    """Bits per byte of a text, in all the ways that a model can read it.
+def judge(model: CausalLM, text: TokenFile, length: int = 2048) -> tuple[dict[str, Any], dict[str, Judged]]:
+    """Bits per byte of some books, in all the ways that a model can read them.
 
     Args:
         model: of bytes, in evaluation mode.
-        tokens: (bytes,) uint8.
+        text: the books one after the other, each a document.
         length: of the windows it was trained with.
 
     Returns:
-        ``carried`` and ``carried_standard_error``, the state carried through all of the text (None for a model without
-        such a state); ``windows``, windows that follow each other; ``overlapping``, windows that overlap by half.
+        The scores: ``bytes`` judged, all but the first; ``windows``, windows that follow each other; ``overlapping``,
+        windows that overlap by half; ``carried``, the state carried through all of the text (None for a model without
+        such a state), and the mean over the octaves of its position; each with its ``_standard_error`` (blocks of
+        `length` bytes of a book taken as independent of each other; None of one block) and, in ``books``, of each book.
+        And for every reading the bits of those blocks, by which two models are compared.
     """
-    tokenizer = ByteTokenizer()
+    tokens = np.asarray(text.tokens)
     # Windows of other lengths than trained are no windows of its training; a short text has but one.
     length = min(length, len(tokens) - 1)
-    windows = evaluate_tokens(model, tokens, tokenizer=tokenizer, context=length, batch_size=16)
-    scores: dict[str, Any] = {
-        "bytes": windows.tokens,
-        "carried": None,
-        "carried_standard_error": None,
-        "windows": windows.bits_per_byte,
-        "windows_standard_error": windows.standard_error,
-        "overlapping": overlapping_bits(model, tokens, length, max(1, length // 2)),
+    readings = {
+        "windows": window_bits(model, tokens, length, length),
+        "overlapping": window_bits(model, tokens, length, max(1, length // 2)),
     }
+    scores: dict[str, Any] = {"bytes": len(tokens) - 1, "carried": None, "carried_standard_error": None}
     if isinstance(model.config, MambaConfig):
-        carried = evaluate_tokens(model, tokens, tokenizer=tokenizer, context=_PIECE, carry_state=True)
-        scores["carried"], scores["carried_standard_error"] = carried.bits_per_byte, carried.standard_error
-        scores["carried_by_position"] = [
-            [bucket.first, bucket.last, bucket.bits_per_byte] for bucket in carried.by_position
+        where = model.lm_head.weight.device
+        pieces = row_bits(model, tokens, [0], len(tokens) - 1, _PIECE, where)
+        readings["carried"] = np.concatenate([piece[0] for _, piece in pieces])
+        scores["carried_by_position"] = _octaves(readings["carried"])
+    blocks = {name: _blocks(bits, np.asarray(text.document_offsets), length) for name, bits in readings.items()}
+    for name, judged in blocks.items():
+        mean, error = judged.mean()
+        scores[name], scores[f"{name}_standard_error"] = mean, error if math.isfinite(error) else None
+    scores["books"] = [
+        {"bytes": int(blocks["windows"].bytes[here].sum())}
+        | {name: float(judged.bits[here].sum() / judged.bytes[here].sum()) for name, judged in blocks.items()}
+        for here in _of_each_book(blocks["windows"])
+    ]
+    return scores, blocks
+
+
+def _blocks(bits: NDArray[np.float64], documents: NDArray[np.int64], length: int) -> Judged:
+    """The bits (bytes - 1,) of a text, of which the first byte is not judged, by blocks of `length` bytes of a book."""
+    first: list[int] = []
+    book: list[int] = []
+    for number, (start, end) in enumerate(pairwise(documents.tolist())):
+        here = range(max(start - 1, 0), end - 1, length)
+        first += here
+        book += [number] * len(here)
+    return Judged(np.add.reduceat(bits, first), np.diff([*first, len(bits)]), np.array(book))
+
+
+def _of_each_book(judged: Judged) -> list[NDArray[np.bool_]]:
+    return [judged.book == number for number in np.unique(judged.book)]
+
+
+def _octaves(bits: NDArray[np.float64]) -> list[tuple[int, int, float]]:
+    """(first, last, mean) over the octaves of a position, that of a text's second byte being 1."""
+    edges = 2 ** np.arange(len(bits).bit_length())
+    ends = np.append(edges[1:] - 1, len(bits))
+    means = np.add.reduceat(bits, edges - 1) / (ends - edges + 1)
+    return list(zip(edges.tolist(), ends.tolist(), means.tolist(), strict=True))
+
+
+def compare(mamba: Mapping[str, Judged], twin: Mapping[str, Judged]) -> dict[str, Any]:
+    """How many bits per byte more one model needs than another on the same blocks; less than 0: it is the better one.
+
+    Args:
+        mamba: what `judge` gave of one with a state.
+        twin: of one without.
+
+    Returns:
+        For both in windows, both in overlapping windows, and each as it reads best (the state carried, overlapping
+        windows): ``difference``, its ``standard_error`` (block by block), and ``books`` with both of each book.
+
+    Raises:
+        ConfigError: they were judged on other texts or blocks.
+    """
+
+    def told(one: Judged, other: Judged) -> dict[str, Any]:
+        difference, error = paired_difference(one, other)
+        return {"difference": difference, "standard_error": error if math.isfinite(error) else None}
+
+    found: dict[str, Any] = {}
+    for name, mine, theirs in _PAIRS:
+        one, other = mamba[mine], twin[theirs]
+        found[name] = told(one, other)
+        found[name]["books"] = [
+            told(*(Judged(j.bits[here], j.bytes[here], j.book[here]) for j in (one, other)))
+            for here in _of_each_book(one)
         ]
-    return scores
+    return found
+
+
+def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
+    """The learning rate and dropout that `tune` found best for a row.
+
+    Args:
+        row: of `ROWS`.
+        out: the folder that was tuned in.
+
+    Returns:
+        {"lr", "dropout"}; empty where the grid was not gone through: some of it is not the same care.
+    """
+    path = Path(out) / _TUNING
+    told: list[dict[str, Any]] = [one for one in _read(path) if one["row"] == row] if path.exists() else []
+    bits = {(one["lr"], one["dropout"]): math.inf if (b := one["bits_per_byte"]) is None else b for one in told}
+
+    def best(tried: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+        if not set(tried) <= bits.keys() or not math.isfinite(min(bits[one] for one in tried)):
+            return None
+        return min(tried, key=lambda one: bits[one])
+
+    found = best([(lr, DROPOUTS[0]) for lr in GRID])
+    found = None if found is None else best([(found[0], dropout) for dropout in DROPOUTS])
+    return {} if found is None else {"lr": found[0], "dropout": found[1]}
+
+
+def tune(
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rows: Sequence[str] = tuple(ROWS),
+    share: float = SHARE,
+    change: Callable[[LanguageRun], LanguageRun] = lambda run: run,
+    device: torch.device | str = "cpu",
+    cache: str | os.PathLike[str] | None = None,
+    say: Callable[[str], object] = print,
+) -> list[dict[str, Any]]:
+    """Trains each row at its full size with every rate of `GRID`, and at the best one with every dropout.
+
+    All are judged on novels_valid, of which neither these models nor the table's have read anything, in windows of the
+    training's length. Dropout tells more the more often a text is read: with a small share it is tried on few passes.
+
+    Args:
+        data: as for `builtin_model`.
+        out: a folder for each run in its ``tuning/``; what is done is not done again.
+        rows: of `ROWS`. Default: all, since the same care is what it is for.
+        share: of the packaged run's updates that each run makes. Default 1/8.
+        change: what is made of each run before it starts.
+        device, cache, say: as for `builtin_model`.
+
+    Returns:
+        What tuning.json holds, all that lies in ``tuning/``: {"row", "lr", "dropout", "updates", "bits_per_byte"}, the
+        latter None where it diverged.
+
+    Raises:
+        ConfigError: an unknown row, or a share that is not in (0, 1].
+        DataError: a text is missing.
+        CheckpointError: a folder holds such a run with other settings.
+    """
+    rows, out, device = _in_order(rows), make_folder(out), torch.device(device)
+    if not 0 < share <= 1:
+        raise ConfigError(f"builtin-model: share must be in (0, 1], got {share}")
+    corpus = read_corpus(data, SHIPPED_TEXTS, cache=cache)
+    held_out = np.asarray(read_corpus(data, NOVELS[1], cache=cache).tokens)
+
+    def bits(row: str, lr: float, dropout: float) -> float:
+        run = ROWS[row]
+        run = dataclasses.replace(
+            run, model=run.model.replace(dropout=dropout), lr=lr, steps=max(1, round(share * UPDATES)), seconds=0.0
+        )
+        run, folder = change(run), out / "tuning" / f"{row}-lr{lr:g}-dropout{dropout:g}"
+        if (folder / _DIVERGED).exists():
+            check_same(folder / _DIVERGED, _read(folder / _DIVERGED)["run"], run.to_dict())
+            return math.inf
+        try:
+            trained = _trained(run, folder, corpus, device, say)
+        except TrainingError as problem:
+            _write(make_folder(folder) / _DIVERGED, {"run": run.to_dict(), "error": str(problem)})
+            say(f"{folder.name}: diverged")
+        else:
+            if "bits_per_byte" not in trained:
+                model = CausalLM.from_pretrained(folder, device=device).eval()
+                length = min(run.length, len(held_out) - 1)
+                trained["bits_per_byte"] = float(window_bits(model, held_out, length, length).mean())
+                _write(folder / _TRAINED, trained)
+                say(f"{folder.name}: {trained['bits_per_byte']:.4f} bits per byte of {NOVELS[1]}")
+        told = _tuning(out)
+        _write(out / _TUNING, told)
+        found = _read(folder / _TRAINED)["bits_per_byte"] if (folder / _TRAINED).exists() else math.inf
+        return found if math.isfinite(found) else math.inf
+
+    for row in rows:
+        best = min(GRID, key=lambda lr: bits(row, lr, DROPOUTS[0]))
+        if best in (GRID[0], GRID[-1]):
+            say(f"{row}: {best:g} is the best of the grid and at its end; a rate beyond it may be better")
+        for dropout in DROPOUTS[1:]:
+            bits(row, best, dropout)
+    return _tuning(out)
+
+
+def _tuning(out: Path) -> list[dict[str, Any]]:
+    """What the runs of `tune` in a folder came to."""
+    found = []
+    for path in sorted([*out.glob(f"tuning/*/{_TRAINED}"), *out.glob(f"tuning/*/{_DIVERGED}")]):
+        facts = _read(path)
+        run, bits = facts["run"], facts.get("bits_per_byte", math.nan)
+        if path.name == _TRAINED and "bits_per_byte" not in facts:
+            continue
+        found.append(
+            {
+                "row": run["row"],
+                "lr": run["lr"],
+                "dropout": run["model"]["dropout"],
+                "updates": run["steps"],
+                "bits_per_byte": bits if math.isfinite(bits) else None,
+            }
+        )
+    return found
 
 
 def builtin_model(
@@ -408,94 +648,201 @@ def builtin_model(
     out: str | os.PathLike[str],
     *,
     rows: Sequence[str] = ("mamba",),
-    runs: Sequence[LanguageRun] | None = None,
-    judged: str = "novels_test",
+    steps: int | None = None,
+    seconds: float | None = None,
+    change: Callable[[LanguageRun], LanguageRun] = lambda run: run,
+    judged: str = NOVELS[2],
     device: torch.device | str = "cpu",
     cache: str | os.PathLike[str] | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Trains and judges rows; what lies finished in the folder is not done again.
 
-    A twin without a number of updates of its own takes as many as Mamba's run in the same folder, so that both have
-    read the same number of bytes.
+    Mamba comes first. Its twin takes as many updates as the Mamba of the same folder, so that both have read the same
+    number of bytes; where there is none, as many as the packaged one (`UPDATES`), or `steps`. Rate and dropout come
+    from the folder's tuning, see `tune`, where it has one.
 
     Args:
         data: folder of the texts, see `statescan.recipes.novels`.
         out: a folder for each row, results.json and results.md.
-        rows: of `ROWS`, in order. Default: Mamba alone.
-        runs: runs of one's own in place of `rows`.
+        rows: of `ROWS`. Default: Mamba alone.
+        steps: updates, in place of the rows' own.
+        seconds: of Mamba's updates, in place of its own.
+        change: what is made of each run before it starts.
         judged: the text of which the models have read nothing. Default: the test novels.
         device: where they are trained and judged.
         cache: folder of token files.
         say: called with lines of progress.
 
     Returns:
-        What results.json holds: each row's facts and scores.
+        What results.json holds: each row's facts and scores; in Mamba's, how it stands beside its twin.
 
     Raises:
+        ConfigError: an unknown row, or a twin that would not read as many bytes as Mamba.
         DataError: a text is missing.
         CheckpointError: a folder holds a run of that name with other settings.
     """
-    out, device = make_folder(out), torch.device(device)
-    for name in rows if runs is None else ():
-        if name not in ROWS:
-            raise ConfigError(f"builtin-model: a row must be one of {', '.join(ROWS)}, got '{name}'")
-    runs = [ROWS[name] for name in rows] if runs is None else list(runs)
+    rows, out, device = _in_order(rows), make_folder(out), torch.device(device)
+    if steps and seconds:
+        raise ConfigError(f"builtin-model: a run ends by steps or by seconds, got {steps} and {seconds}; give one")
+    if seconds and "mamba" not in rows:
+        raise ConfigError(
+            f"builtin-model: seconds ({seconds:g}) are for Mamba, whose updates its twin takes; give steps, or have "
+            "Mamba trained too"
+        )
     corpus = read_corpus(data, SHIPPED_TEXTS, cache=cache)
-    unseen = np.asarray(read_corpus(data, judged, cache=cache).tokens)
+    unseen = read_corpus(data, judged, cache=cache)
     say(f"{len(corpus):,} bytes to learn from: {', '.join(SHIPPED_TEXTS)}; {len(unseen):,} to be judged on: {judged}")
-    for run in runs:
-        folder = out / run.row
-        if not isinstance(run.model, MambaConfig) and not run.steps and (out / "mamba" / _TRAINED).exists():
-            run = dataclasses.replace(run, steps=_read(out / "mamba" / _TRAINED)["steps"], seconds=0.0)
-        if (folder / _TRAINED).exists():
-            trained = _read(folder / _TRAINED)
-            check_same(folder / _TRAINED, trained["run"], run.to_dict())
-            learnt = {"corpus_digest": trained.get("corpus_digest", corpus.digest)}
-            check_same(folder / _TRAINED, learnt, {"corpus_digest": corpus.digest}, "texts")
-        else:
-            trained = train_language_model(run, np.asarray(corpus.tokens), folder, device=device, say=say)
-        if judged not in trained.setdefault("scores", {}):
-            # Read back, so that what is judged is what is shipped, its rounding included.
+    for row in rows:
+        run = change(_run_of(row, out, steps, seconds))
+        _check_as_long(run, out)
+        folder = out / row
+        trained = _trained(run, folder, corpus, device, say)
+        known = judged in trained.setdefault("scores", {})
+        # Read back, so that what is judged is what is shipped, its rounding included.
+        if not known or (not _blocks_of(folder, judged).exists() and (folder / "model.safetensors").exists()):
+            say(f"{row}: judging")
             model = CausalLM.from_pretrained(folder, device=device).eval()
-            trained["scores"][judged] = judge(model, unseen, run.length)
-            trained["corpus_digest"] = corpus.digest
+            trained["scores"][judged], blocks = judge(model, unseen, run.length)
+            _write_blocks(_blocks_of(folder, judged), blocks)
             _write(folder / _TRAINED, trained)
         scores = trained["scores"][judged]
         best = scores["carried"] or scores["overlapping"]
-        say(f"{run.row}: {trained['parameters']:,} parameters, {best:.4f} bits per byte of {judged}")
+        say(f"{row}: {trained['parameters']:,} parameters, {best:.4f} bits per byte of {judged}")
     results = {path.parent.name: _read(path) for path in sorted(out.glob(f"*/{_TRAINED}"))}
+    both = [_blocks_of(out / row, judged) for row in ROWS]
+    if all(path.exists() for path in both):
+        results["mamba"]["beside_transformer++"] = {judged: compare(*map(_read_blocks, both))}
     _write(out / _RESULTS, results)
     with atomic_file(out / "results.md") as temporary:
-        temporary.write_text(_table(results, judged), encoding="utf-8")
+        temporary.write_text(_table(results, judged, out), encoding="utf-8")
     return results
 
 
-def _table(results: dict[str, Any], judged: str) -> str:
+def _in_order(rows: Sequence[str]) -> list[str]:
+    """Rows as `ROWS` has them: Mamba before the twin that takes as many updates."""
+    for name in rows:
+        if name not in ROWS:
+            raise ConfigError(f"builtin-model: a row must be one of {', '.join(ROWS)}, got '{name}'")
+    return [name for name in ROWS if name in rows]
+
+
+def _run_of(row: str, out: Path, steps: int | None, seconds: float | None) -> LanguageRun:
+    """A row's run, with what its folder and the caller say of it."""
+    run, care = ROWS[row], tuned(row, out)
+    if care:
+        run = dataclasses.replace(run, lr=care["lr"], model=run.model.replace(dropout=care["dropout"]))
+    if steps:
+        return dataclasses.replace(run, steps=steps, seconds=0.0)
+    if row == "mamba":
+        return run if not seconds else dataclasses.replace(run, seconds=seconds)
+    beside = out / "mamba" / _TRAINED
+    return dataclasses.replace(run, steps=_read(beside)["steps"] if beside.exists() else run.steps)
+
+
+def _check_as_long(run: LanguageRun, out: Path) -> None:
+    """Refuses a twin that would not read as many bytes as the Mamba of its folder."""
+    if run.row == "mamba":
+        return
+    if run.seconds or not run.steps:
+        raise ConfigError(
+            f"builtin-model: '{run.row}' must end by steps, as many as Mamba's, got seconds = {run.seconds:g}; give "
+            "steps"
+        )
+    beside = out / "mamba" / _TRAINED
+    if beside.exists():
+        mamba = _read(beside)
+        wanted = (mamba["steps"], mamba["run"]["batch_size"], mamba["run"]["length"])
+        got = (run.steps, run.batch_size, run.length)
+        if got != wanted:
+            raise ConfigError(
+                f"builtin-model: '{run.row}' must read what the Mamba in '{beside.parent}' read, (steps, batch_size, "
+                f"length) = {wanted}, got {got}; leave them out, or name another folder"
+            )
+
+
+def _trained(
+    run: LanguageRun, folder: Path, corpus: TokenFile, device: torch.device, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """What trained.json holds of a run that is trained here, or lies finished in its folder."""
+    if (folder / _TRAINED).exists():
+        trained = _read(folder / _TRAINED)
+        check_same(folder / _TRAINED, trained["run"], run.to_dict())
+        learnt = {"corpus_digest": trained.get("corpus_digest", corpus.digest)}
+        check_same(folder / _TRAINED, learnt, {"corpus_digest": corpus.digest}, "texts")
+        return trained
+    trained = train_language_model(run, np.asarray(corpus.tokens), folder, device=device, say=say)
+    trained["corpus_digest"] = corpus.digest
+    _write(folder / _TRAINED, trained)
+    return trained
+
+
+def _blocks_of(folder: Path, judged: str) -> Path:
+    return folder / f"{judged}.npz"
+
+
+def _write_blocks(path: Path, blocks: Mapping[str, Judged]) -> None:
+    arrays = {
+        f"{name} {part}": getattr(judged, part) for name, judged in blocks.items() for part in ("bits", "bytes", "book")
+    }
+    with atomic_file(path) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, **arrays)
+
+
+def _read_blocks(path: Path) -> dict[str, Judged]:
+    with np.load(path) as held:
+        names = dict.fromkeys(key.rpartition(" ")[0] for key in held)
+        return {name: Judged(*(held[f"{name} {part}"] for part in ("bits", "bytes", "book"))) for name in names}
+
+
+def _table(results: Mapping[str, Any], judged: str, out: Path) -> str:
     lines = [
         f"Bits per byte of {judged}, none of which was read in training:\n",
-        "| | parameters | MB | updates | bytes read | MB/s | state carried | windows | overlapping windows |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | parameters | MB | learning rate | dropout | updates | bytes read | MB/s | of the peak | state carried | "
+        "windows | overlapping windows |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in results.items():
-        scores = row["scores"].get(judged)
+        scores, run, used = row["scores"].get(judged), row["run"], row["model_flop_utilization"]
         if scores is None:
             continue
-        carried = (
-            "-" if scores["carried"] is None else f"{scores['carried']:.4f} ± {scores['carried_standard_error']:.4f}"
-        )
         lines.append(
-            f"| {name} | {row['parameters']:,} | {row['file_bytes'] / 1e6:.1f} | {row['steps']:,} | "
-            f"{row['bytes_read']:,} | {row['bytes_per_second'] / 1e6:.2f} | {carried} | {scores['windows']:.4f} | "
-            f"{scores['overlapping']:.4f} |"
+            f"| {name} | {row['parameters']:,} | {row['file_bytes'] / 1e6:.1f} | {run['lr']:g} | "
+            f"{run['model']['dropout']:g} | {row['steps']:,} | {row['bytes_read']:,} | "
+            f"{row['bytes_per_second'] / 1e6:.2f} | {'-' if used is None else f'{100 * used:.1f} %'} | "
+            + " | ".join(
+                _told(scores[how], scores.get(f"{how}_standard_error")) for how in ("carried", "windows", "overlapping")
+            )
+            + " |"
         )
+    lines.append("")
+    for name, beside in results.get("mamba", {}).get("beside_transformer++", {}).get(judged, {}).items():
+        books = ", ".join(_told(one["difference"], one["standard_error"], "+") for one in beside["books"])
+        lines.append(
+            f"Mamba minus Transformer++, {name}: {_told(beside['difference'], beside['standard_error'], '+')} bits per "
+            f"byte; book by book {books}.\n"
+        )
+    lines.append(
+        "± one standard error, blocks as long as a window taken as independent: of these books and these weights, not "
+        "of other books or seeds."
+    )
+    care = {name: {"lr": row["run"]["lr"], "dropout": row["run"]["model"]["dropout"]} for name, row in results.items()}
+    untuned = [name for name in care if care[name] != tuned(name, out)]
+    if untuned:
+        lines.append(f"\nRate and dropout not from a grid gone through in this folder: {', '.join(untuned)}.")
     return "\n".join(lines) + "\n"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _told(mean: float | None, error: float | None, sign: str = "") -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
+def _write(path: Path, values: Any) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
