@@ -20,7 +20,11 @@ SHORT = ("--set", "train.steps=3", "--set", "train.warmup=1", "--set", "train.lo
 def novels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small parts, and rows to match."""
     monkeypatch.setenv("STATESCAN_CACHE", str(tmp_path / "cache"))
-    rows = {"mamba-0.3m": MambaConfig(8, 1, 256, d_state=2), "lstm-1m": RecurrentConfig(8, 1, 256)}
+    rows = {
+        "mamba-0.3m": MambaConfig(8, 1, 256, d_state=2),
+        "mamba-4m": MambaConfig(16, 1, 256, d_state=2),
+        "lstm-1m": RecurrentConfig(8, 1, 256),
+    }
     monkeypatch.setattr(language_scaling, "ROWS", rows)
     for part, size in (("train", 40_000), ("valid", 200), ("test", 4300)):
         (tmp_path / f"novels_{part}.txt").write_text(" ".join(f"{i * i % 97} of them;" for i in range(size))[:size])
@@ -39,15 +43,37 @@ def test_language_scaling(run: Run, novels: Path) -> None:
     code, out, _ = run(*base, "--tune", "--passes", 1, "--row", "mamba-0.3m", *SHORT)
     assert code == 0
     assert out.count("| mamba-0.3m |") == len(language_scaling.GRID) + 1
+    assert "| mamba-4m |" not in out
     for wrong, told in (
         (("--tune", "--speed"), "exclude each other"),
-        (("--row", "gru-1m"), "--row must be one of mamba-0.3m, lstm-1m, or 'all', got 'gru-1m'"),
+        (("--row", "gru-1m"), "--row must be one of mamba-0.3m, mamba-4m, lstm-1m, or 'all', got 'gru-1m'"),
+        (("--row", "lstm-1m", "--passes", 0), "passes must make at least one update"),
+        (("--tune", "--row", "lstm-1m", "--passes", 0), "passes must make at least one update"),
         (("--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
         (("--tokenizer", "words"), "--tokenizer must be 'bytes' or 'bpe', got 'words'"),
     ):
         code, _, err = run(*base, *wrong)
         assert code == 1
         assert told in err
+
+
+def test_other_ids_have_a_folder_of_their_own(run: Run, novels: Path) -> None:
+    pytest.importorskip("tokenizers")
+    base = ("reproduce", "language-scaling", "--data", novels, "--out", novels / "out", "--device", "cpu")
+    for tokenizer, told in (("bytes", "768 bytes read"), ("bpe", "768 ids of bpe (")):
+        code, out, err = run(*base, "--row", "mamba-0.3m", "--tokenizer", tokenizer, *SHORT)
+        assert code == 0, err
+        assert out.startswith(told)
+    assert not (novels / "out" / "tokenizer.json").exists()
+    for file in ("tokenizer.json", "mamba-0.3m/run.json", "results.md"):
+        assert (novels / "out" / "bpe" / file).exists()
+    # A report trains no tokenizer.
+    code, out, _ = run(
+        "reproduce", "language-scaling", "--data", novels, "--out", novels / "none", "--tokenizer", "bpe", "--report"
+    )
+    assert code == 0
+    assert "Not run: mamba-0.3m" in out
+    assert not (novels / "none" / "bpe" / "tokenizer.json").exists()
 
 
 def test_context_growth(run: Run, novels: Path) -> None:
@@ -62,6 +88,12 @@ def test_context_growth(run: Run, novels: Path) -> None:
     code, out, _ = run(*base, "--report", "--json")
     assert code == 0
     assert len(json.loads(out)["rows"]["mamba-2k-carry"]["bins"]) == 12
+    code, _, err = run(*base[:-2], "--longest", 8192, "--report")
+    assert code == 1
+    assert "got 8192; there are 4096 (mamba-2k-carry)" in err
+    code, out, _ = run(*base[:-2], "--report")
+    assert code == 0
+    assert "Every place has 4,096 bytes behind it." in out
     code, _, err = run(*base, "--row", "mamba-4k")
     assert code == 1
     assert "--row must be one of" in err

@@ -53,11 +53,12 @@ def test_octaves_are_the_means_of_the_bits_read_one_by_one(config, monkeypatch) 
     def bits(book: np.ndarray, start: int, length: int) -> np.ndarray:
         return next(row_bits(model, book, [start], length, length, torch.device("cpu")))[1][0]
 
-    windows, more = [], []
+    windows, more, by_place = [], [], []
     for book in books:
         for place in range(0, len(book) - span, stride):
             here = [bits(book, place + start, window) for start in range(0, span, window)]
             windows += here
+            by_place.append(np.array(here))
             more.append(bits(book, place, longest) - np.concatenate(here)[:longest])
     assert len(more) == 6 + 2
     level = np.mean(windows)
@@ -66,6 +67,9 @@ def test_octaves_are_the_means_of_the_bits_read_one_by_one(config, monkeypatch) 
         if one.first < window:
             values = np.array([row[part].mean() for row in windows])
             counted, wanted = span / stride, values.mean()
+            there = [here[:, part].mean() - here.mean() for here in by_place]
+            assert one.gains == pytest.approx(there, rel=1e-9, abs=1e-12)
+            assert level + np.mean(one.gains) == pytest.approx(wanted, rel=1e-9)
         else:
             values = np.array([row[part].mean() for row in more])
             counted, wanted = max(1.0, one.first / stride), level + values.mean()
@@ -121,7 +125,10 @@ def test_rows_share_bytes_and_schedule_with_the_scaling_table(tmp_path: Path, mo
     plain = language_scaling.scaling_run("mamba-1m", tmp_path)
     read = plain.train.steps * plain.train.batch_size * plain.train.length
     assert recipe.growth_run("mamba-2k", tmp_path) == plain
-    plain_models = {name: language_scaling.ROWS[f"{name}-1m"] for name in ("mamba", "transformer++", "pythia")}
+    plain_models = {
+        name: language_scaling.ROWS[f"{name}-1m"].replace(dropout=language_scaling.DROPOUT[name])
+        for name in ("mamba", "transformer++", "pythia")
+    }
     for row, entry in recipe.ROWS.items():
         run = recipe.growth_run(row, tmp_path)
         settings = run.train
@@ -148,12 +155,27 @@ def test_the_summary_tells_the_least_the_rise_and_the_gain() -> None:
     told = recipe.summary(curve({1 << 14: 1.6, 1 << 15: 1.5, 1 << 16: 1.52, 1 << 17: 1.53, 1 << 18: 1.51}))
     assert told["least"] == 1 << 15
     assert told["rise"] == pytest.approx(0.02)
+    # From 32k to 128k, by which the second place rises more; neighbours share half of the latter octave.
+    apart = 1e-18 * ((1 << 17) ** 3 - (1 << 15) ** 3)
+    assert told["rise_error"] == pytest.approx(apart / 2 * math.sqrt(2) / 1.5)
     # Of two places, of which the second differs by what was added; neighbours share half of the last octave.
     more = 1e-18 * ((1 << 17) ** 3 - (1 << 14) ** 3)
     gain, error = told["from_16k_to_256k"]
     assert gain == pytest.approx(-0.07 + more / 2)
     assert error == pytest.approx(more / 2 * math.sqrt(2))
-    assert recipe.summary(curve({1: 5.0, 2: 4.0})) == {"least": 2, "rise": 0.0, "from_16k_to_256k": None}
+    assert recipe.summary(curve({1: 5.0, 2: 4.0})) == {
+        "least": 2, "rise": 0.0, "rise_error": None, "from_16k_to_256k": None,
+    }  # fmt: skip
+    # Within a window, every byte is behind all the places: 2 windows of 2,048 a place are no 2 readings of 65,536.
+    inner = recipe.PositionBin(1024, 2047, 1.5, 0.1, 64, (-0.1, -0.2))
+    later = recipe.PositionBin(2048, 4095, 1.6, 0.1, 2, (0.0, -0.2))
+    told = recipe.summary([inner, later])
+    assert told["rise"] == pytest.approx(0.1 / 1.5)
+    assert told["rise_error"] == pytest.approx(0.1 / 2 / 1.5)
+    overlapping = inner._replace(places=128)
+    assert recipe.summary([overlapping, later])["rise_error"] == pytest.approx(0.1 / 2 * math.sqrt(2) / 1.5)
+    # Files from before the places were kept.
+    assert recipe.summary([inner._replace(gains=()), later])["rise_error"] is None
 
 
 SMALL = {"mamba-1m": MambaConfig(8, 1, 256, d_state=2), "transformer++-1m": TransformerConfig(8, 1, 256, n_head=1)}
@@ -209,12 +231,23 @@ def test_a_curve_is_of_the_longest_that_was_asked_for(novels: Path) -> None:
     assert said == []
     table = (growth / "results.md").read_text()
     assert "| Mamba, 2k, 4k and 8k mixed |" in table
-    assert "Every place has 256 bytes behind it." in table
+    assert "Every place has 256 bytes behind it. By book they are 11; the standard errors" in table
+    rise = first["rows"]["mamba-2k"]
+    assert rise["rise_error"] > 0
+    assert f" | {100 * rise['rise']:.2f} ± {100 * rise['rise_error']:.2f} % |" in table
     assert json.loads((growth / "results.json").read_text()) == json.loads(json.dumps(first))
     assert recipe.report(growth, 512) == farther
     assert (growth / "figure.svg").exists()
-    assert not recipe.report(growth, 1024)["rows"]
-    assert not (growth / "figure.svg").exists(), "no picture of what the table does not tell of"
+    # The farthest is told unless another one is asked for; one that nobody judged to is refused, and nothing is lost.
+    assert recipe.report(growth) == farther
+    with pytest.raises(
+        ConfigError, match=r"got 1024; there are 256 \(mamba-2k, mamba-mixed, trans.*; 512 \(mamba-2k\)"
+    ):
+        recipe.report(growth, 1024)
+    assert json.loads((growth / "results.json").read_text()) == json.loads(json.dumps(farther))
+    assert (growth / "figure.svg").exists()
+    empty = recipe.report(recipe.make_folder(growth / "empty"))
+    assert (empty["rows"], empty["not_run"]) == ({}, list(recipe.ROWS))
 
     # What was judged of another run, or on other books, is refused.
     def otherwise(run: RunConfig) -> RunConfig:
@@ -238,3 +271,18 @@ def test_what_cannot_be_judged_is_refused_before_it_is_trained(novels: Path) -> 
                 ["mamba-2k-carry"], novels, novels / "out", scaling=novels, longest=longest, change=_brief
             )
     assert not list((novels / "out").glob("*/run.json"))
+
+
+def test_no_row_is_trained_where_another_cannot_be(novels: Path) -> None:
+    def short(run: RunConfig) -> RunConfig:
+        return _brief(run).apply_overrides(["train.length=64"])
+
+    def wrong(run: RunConfig) -> RunConfig:
+        return run.apply_overrides(["train.steps=4", "train.warmup=1", "train.length=64"])
+
+    rows = ["mamba-2k-carry", "mamba-mixed"]
+    with pytest.raises(ConfigError, match="shortest_length"):
+        recipe.context_growth(rows, novels, novels / "out", scaling=novels, longest=256, change=wrong)
+    assert not list((novels / "out").glob("*/run.json"))
+    recipe.context_growth(rows, novels, novels / "out", scaling=novels, longest=256, change=short, say=lambda _: None)
+    assert len(list((novels / "out").glob("*/run.json"))) == 2

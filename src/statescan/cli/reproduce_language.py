@@ -47,11 +47,13 @@ def language_scaling(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and order.")] = 0,
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="'bytes', or 'bpe': 8,192 ids, trained on the training books.")
+        str,
+        typer.Option("--tokenizer", help="'bytes', or 'bpe': 8,192 ids, trained on the training books; in OUT/bpe."),
     ] = "bytes",
     device: Device = None,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Train each row over the grid of learning rates and dropouts instead.")
+        bool,
+        typer.Option("--tune", help="Train over the grid of learning rates and dropouts that each row's come from."),
     ] = False,
     speed: Annotated[
         bool, typer.Option("--speed", help="Time each row's training for a moment instead, alone on the device.")
@@ -70,11 +72,13 @@ def language_scaling(
         raise ConfigError(f"reproduce: --tokenizer must be 'bytes' or 'bpe', got '{tokenizer}'")
     rows = chosen_rows(row, recipe.ROWS)
     where = device_kind(device)
-    ids = tokenizer if tokenizer == "bytes" else str(recipe.bpe_tokenizer(data, out))
+    # Bits of other ids are another table.
+    out = out if tokenizer == "bytes" else out / tokenizer
+    ids = tokenizer if tokenizer == "bytes" or only_report else str(recipe.bpe_tokenizer(data, out))
     shared: dict[str, Any] = {"tokenizer": ids, "device": where, "change": changed_by(overrides), "say": note}
     with going_on():
         if tune:
-            found = recipe.tune(rows, data, out, passes=passes or recipe.TUNING_PASSES, **shared)
+            found = recipe.tune(rows, data, out, passes=recipe.TUNING_PASSES if passes is None else passes, **shared)
             print_tuning(found, as_json)
             return
         if speed:
@@ -83,7 +87,8 @@ def language_scaling(
         if speed or only_report:
             results = recipe.report(out)
         else:
-            results = recipe.language_scaling(rows, data, out, passes=passes or recipe.PASSES, seed=seed, **shared)
+            passes = recipe.PASSES if passes is None else passes
+            results = recipe.language_scaling(rows, data, out, passes=passes, seed=seed, **shared)
     print_results(out, results, as_json)
 
 
@@ -99,13 +104,21 @@ def context_growth(
     row: Rows = None,
     size: Annotated[str, typer.Option("--size", help="Of the scaling table's sizes.")] = "1m",
     passes: Annotated[float, typer.Option("--passes", min=0, help="Through the training books.")] = 1.0,
-    longest: Annotated[int, typer.Option("--longest", min=2048, help="Positions judged, a power of two.")] = 1 << 20,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            "--longest",
+            min=2048,
+            show_default="1048576; with --report the farthest there",
+            help="Positions judged, a power of two.",
+        ),
+    ] = None,
     device: Device = None,
     only_report: ReportOnly = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte over a position up to a million: Mamba of three lengths, three remedies, beside Transformers."""
+    """Bits per byte over a position up to a million: Mamba of three lengths, four remedies, beside Transformers."""
     from statescan.recipes import context_growth as recipe
 
     rows = chosen_rows(row, recipe.ROWS)
@@ -114,7 +127,7 @@ def context_growth(
             results = recipe.report(out, longest)
         else:
             results = recipe.context_growth(
-                rows, data, out, scaling=scaling, size=size, passes=passes, longest=longest,
+                rows, data, out, scaling=scaling, size=size, passes=passes, longest=longest or recipe.LONGEST,
                 device=device_kind(device), change=changed_by(overrides), say=note,
             )  # fmt: skip
     print_results(out, results, as_json)

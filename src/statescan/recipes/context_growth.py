@@ -1,9 +1,10 @@
 """What more context is worth: bits per byte over the position in a novel, to a million bytes and far beyond training.
 
 A state space model trained on windows of 2,048 bytes meets, after a hundred thousand, states that no window ever came
-to. ``statescan reproduce context-growth`` trains a Mamba on windows of 2,048, 8,192 and 65,536 bytes, and with three
-remedies (on windows of 2,048 the state carried along the text, or noise in its place; windows of 2,048, 4,096 and 8,192
-mixed), two with a state carried further and channels that begin with a memory as long, and judges all of them, beside Transformers, at every position of the two unseen novels that are long enough.
+to. ``statescan reproduce context-growth`` trains a Mamba on windows of 2,048, 8,192 and 65,536 bytes, and with four
+remedies: on windows of 2,048 the state carried along the text, or noise in its place; windows of 2,048, 4,096 and 8,192
+mixed; and, on windows of 2,048 and of 8,192, the state carried further and channels that begin with a memory as long.
+All are judged, beside Transformers, at every position of the two unseen novels that are long enough.
 
 Text is not equally hard everywhere, by far more than context is worth. So each byte read after a long context is set
 beside the same byte read by the same model in a window of 2,048, and a bin of positions tells the mean of these
@@ -137,7 +138,8 @@ class PositionBin(NamedTuple):
     """The predictions made after `first` to `last` bytes of context.
 
     bits_per_byte: their mean as told above; standard_error: of that mean's difference from the mean over all windows,
-    None of a single place; places: from how many the text was read; gains: beyond a window, the difference at each.
+    None of a single place; places: from how many the text was read, within a window how many windows; gains: the
+    difference from the windows at each place, none in files from before it was kept of positions within a window.
     """
 
     first: int
@@ -186,6 +188,7 @@ def judge_positions(
     piece = max(window, longest // 64) if carried else longest
     octaves = [1 << power for power in range(longest.bit_length() - 1)]
     bounds = np.array([octave - 1 for octave in octaves if octave >= window])
+    # Of each place the windows behind it, (places, windows, window).
     inside: list[NDArray[np.float64]] = []
     gains: list[NDArray[np.float64]] = []
     for book, places in where:
@@ -196,7 +199,7 @@ def judge_positions(
             for _, bits in row_bits(model, book, some, window, window, device)
         ]
         plain = np.concatenate(alone)
-        inside += [plain[start : start + span].reshape(-1, window) for start in places]
+        inside += [plain[start : start + span].reshape(1, -1, window) for start in places]
         for some in _batches(places, max(1, _LOGITS // (piece * vocabulary))):
             pieces = [bits for _, bits in row_bits(model, book, some, longest, piece, device)]
             more = np.concatenate(pieces, axis=1) - np.stack([plain[start : start + longest] for start in some])
@@ -206,8 +209,10 @@ def judge_positions(
     level, repeated = float(windows.mean()), max(1.0, span / stride)
     bins = []
     for first in (octave for octave in octaves if octave < window):
-        mean, error = _mean(windows[:, first - 1 : 2 * first - 1].mean(1), repeated)
-        bins.append(PositionBin(first, 2 * first - 1, mean, error, len(windows)))
+        part = windows[..., first - 1 : 2 * first - 1].mean(2)
+        mean, error = _mean(part.ravel(), repeated)
+        there = part.mean(1) - windows.mean((1, 2))
+        bins.append(PositionBin(first, 2 * first - 1, mean, error, part.size, there.tolist()))
     for number, first in enumerate(octave for octave in octaves if octave >= window):
         mean, error = _mean(beyond[:, number], first / stride)
         bins.append(PositionBin(first, 2 * first - 1, level + mean, error, len(beyond), beyond[:, number].tolist()))
@@ -279,21 +284,24 @@ def context_growth(
         KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out = make_folder(Path(out))
-    for row in rows:
-        run = change(growth_run(row, data, size=size, passes=passes, device=device, scaling=scaling))
-        entry, kept = ROWS[row], make_folder(out / row)
+
+    def run_of(row: str) -> RunConfig:
+        return change(growth_run(row, data, size=size, passes=passes, device=device, scaling=scaling))
+
+    # All of them before hours of training: one that can't be trained or judged is told at once.
+    for row, run in [(row, run_of(row)) for row in rows]:
         text = read_corpus(data, NOVELS[2])
-        books = books_of(text, ByteTokenizer())
+        books, entry = books_of(text, ByteTokenizer()), ROWS[row]
         far = longest if entry.family == "mamba" else min(longest, LONGEST_ATTENTION)
+        read_from = [len(places) for _, places in _places(books, far, longest)]
+        kept = make_folder(out / row)
         curve, told = _curve(kept, longest), {"config": run.to_dict(), "digest": text.digest}
-        # Before hours of training.
-        _places(books, far, longest)
         if curve.exists():
             check_same(curve, json.loads(curve.read_text(encoding="utf-8")), told)
         model = train_row(run, kept if entry.train else Path(scaling) / f"{entry.family}-{size}", say=say)
         if not curve.exists():
             bins = judge_positions(model, books, longest=far, span=longest)
-            facts = {"row": row, **told, "parameters": model.parameter_count()}
+            facts = {"row": row, **told, "parameters": model.parameter_count(), "places_of_each_book": read_from}
             _write(curve, json.dumps(facts | {"bins": [one._asdict() for one in bins]}, indent=1) + "\n")
             say(f"{row}: judged to position {far:,}")
     return report(out, longest)
@@ -304,23 +312,35 @@ def _curve(folder: Path, longest: int) -> Path:
     return folder / f"positions-{longest}.json"
 
 
-def report(out: str | os.PathLike[str], longest: int = LONGEST) -> dict[str, Any]:
+def report(out: str | os.PathLike[str], longest: int | None = None) -> dict[str, Any]:
     """Writes ``results.json``, ``results.md`` and, with matplotlib, ``figure.svg`` from the rows in a folder.
 
     Args:
         out: folder of the rows' folders.
-        longest: of the rows that were judged to so many positions; others are not comparable.
+        longest: of the rows that were judged to so many positions; others are not comparable. Default: the farthest
+            that any was.
 
     Returns:
         {"longest", "rows", "not_run"}.
+
+    Raises:
+        ConfigError: the folder has rows, but none of that `longest`; nothing is written over.
     """
     out = Path(out)
-    rows = {}
+    reaches: dict[int, list[str]] = {}
     for row in ROWS:
-        curve = _curve(out / row, longest)
-        if curve.exists():
-            facts = json.loads(curve.read_text(encoding="utf-8"))
-            rows[row] = facts | summary([PositionBin(**one) for one in facts["bins"]])
+        for path in sorted((out / row).glob("positions-*.json")):
+            reaches.setdefault(int(path.stem.rpartition("-")[2]), []).append(row)
+    longest = max(reaches, default=LONGEST) if longest is None else longest
+    if reaches and longest not in reaches:
+        held = "; ".join(f"{reach} ({', '.join(there)})" for reach, there in sorted(reaches.items()))
+        raise ConfigError(
+            f"context-growth: longest must be one that rows in '{out}' were judged to, got {longest}; there are {held}"
+        )
+    rows = {}
+    for row in reaches.get(longest, ()):
+        facts = json.loads(_curve(out / row, longest).read_text(encoding="utf-8"))
+        rows[row] = facts | summary([PositionBin(**one) for one in facts["bins"]])
     results = {"longest": longest, "rows": rows, "not_run": [row for row in ROWS if row not in rows]}
     _write(out / "results.json", json.dumps(results, indent=1) + "\n")
     _write(out / "results.md", _table(results))
@@ -336,22 +356,35 @@ def summary(bins: Sequence[PositionBin]) -> dict[str, Any]:
     """The least of a curve, how far it rises again, and what the octaves from 16k to 256k bring.
 
     Returns:
-        {"least": first byte of the octave, "rise": highest later octave over the least, minus 1, "from_16k_to_256k":
-        (the octave that ends at 256k minus the one that begins at 16k, its standard error, place by place), None where
-        the curve ends before}.
+        {"least": first byte of the octave, "rise": highest later octave over the least, minus 1, "rise_error": its
+        standard error, place by place, None where a file doesn't hold the places, "from_16k_to_256k": (the octave that
+        ends at 256k minus the one that begins at 16k, its standard error, place by place), None where the curve ends
+        before}.
     """
-    least = min(range(len(bins)), key=lambda number: bins[number].bits_per_byte)
-    later = max(one.bits_per_byte for one in bins[least:])
+    number = min(range(len(bins)), key=lambda number: bins[number].bits_per_byte)
+    least, highest = bins[number], max(bins[number:], key=lambda one: one.bits_per_byte)
+    error = None
+    if highest is not least and least.gains and highest.gains:
+        # Within a window a byte is counted as often as places have it behind them.
+        spans = [
+            one.first if one.first >= WINDOW else one.places // len(one.gains) * WINDOW for one in (least, highest)
+        ]
+        _, error = _mean(np.array(highest.gains) - np.array(least.gains), max(spans) / STRIDE)
     at = {one.first: np.array(one.gains) for one in bins}
     begin, end = 1 << 14, 1 << 17
     return {
-        "least": bins[least].first,
-        "rise": later / bins[least].bits_per_byte - 1,
+        "least": least.first,
+        "rise": highest.bits_per_byte / least.bits_per_byte - 1,
+        "rise_error": None if error is None else error / least.bits_per_byte,
         "from_16k_to_256k": _mean(at[end] - at[begin], end / STRIDE) if end in at else None,
     }
 
 
 _SHOWN = (1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 17, 1 << 19)
+
+
+def _percent(share: float, error: float | None) -> str:
+    return f"{100 * share:.2f} %" if error is None else f"{100 * share:.2f} ± {100 * error:.2f} %"
 
 
 def _table(results: Mapping[str, Any]) -> str:
@@ -375,15 +408,25 @@ def _table(results: Mapping[str, Any]) -> str:
             one = at.get(first)
             cells.append("" if one is None else f"{one['bits_per_byte']:.4f}{spread(one['standard_error'])}")
         gain = facts["from_16k_to_256k"]
-        cells += ["" if gain is None else f"{gain[0]:+.4f}{spread(gain[1])}", f"{100 * facts['rise']:.2f} %"]
+        cells += [
+            "" if gain is None else f"{gain[0]:+.4f}{spread(gain[1])}",
+            _percent(facts["rise"], facts["rise_error"]),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Every place has {results['longest']:,} bytes behind it."]
+    held = {tuple(facts.get("places_of_each_book", ())) for facts in results["rows"].values()} - {()}
+    if held:
+        places = " or ".join(" + ".join(map(str, one)) for one in sorted(held))
+        lines[-1] += f" By book they are {places}; the standard errors are of these books, not of others."
     if results["not_run"]:
         lines += ["", f"Not run: {', '.join(results['not_run'])}."]
     return "\n".join(lines) + "\n"
 
 
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#882255", "#332288", "#117733", "#000000", "#D55E00", "#E69F00", "#999999")
+_COLOURS = (
+    "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#882255", "#332288", "#117733", "#000000", "#D55E00", "#E69F00",
+    "#999999",
+)  # fmt: skip
 
 
 def _draw(rows: Mapping[str, Any], path: Path) -> None:
