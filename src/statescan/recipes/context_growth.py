@@ -447,7 +447,7 @@ def _draw(rows: Mapping[str, Any], path: Path) -> None:
         lowest = min(lowest, float(y.min()))
     axes.set_xscale("log", base=2)
     # What leaves the picture at the top has left its training length behind.
-    axes.set_ylim(lowest - 0.03, lowest + 0.6)
+    axes.set_ylim(lowest - 0.02, lowest + 0.3)
     axes.set_xlabel("bytes of context before the predicted one (band: one standard error)")
     axes.set_ylabel("bits per byte of unseen novels")
     axes.legend(frameon=False, fontsize=8)

@@ -942,7 +942,7 @@ _COLOURS = {"mamba": "#0072B2", "transformer++": "#D55E00", "pythia": "#009E73",
 
 
 def _draw(results: Mapping[str, Any], path: Path) -> None:
-    """Bits per byte over parameters, both logarithmic, with the fitted lines; hollow: rows told apart below it."""
+    """Bits per byte over parameters, both logarithmic, with the fitted lines, or joined by dots; hollow: rows apart."""
     made, axes = figure(7.0, 4.6)
     rows, laws = results["rows"], results["power_laws"]
     outside = {*results["blown_up"], *results["apart"]}
@@ -956,6 +956,9 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
             fitted = PowerLaw(law["scale"], law["exponent"])
             x = [rows[row]["parameters_outside_embedding"] for row in law["rows"]]
             axes.plot(x, [fitted.at(one) for one in x], color=colour, linewidth=1.2, linestyle="--")
+        else:
+            x = [facts["parameters_outside_embedding"] for facts in some.values()]
+            axes.plot(x, [facts["bits_per_byte"] for facts in some.values()], ":", color=colour, linewidth=0.8)
         for row, facts in some.items():
             axes.errorbar(
                 facts["parameters_outside_embedding"],
@@ -968,8 +971,9 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
                 capsize=2,
             )
         axes.errorbar([], [], [], fmt="o", color=colour, markersize=5, capsize=2, label=label)
-    if outside:
-        axes.plot([], [], "o", color="#555555", markerfacecolor="white", label="its loss blew up, or of another basis")
+    for which, label in (("blown_up", "its loss blew up"), ("apart", "of other text, ids or windows")):
+        if results[which]:
+            axes.errorbar([], [], [], fmt="o", color="#555555", markersize=5, markerfacecolor="white", label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.2f}")
