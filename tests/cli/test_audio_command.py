@@ -59,6 +59,7 @@ def test_trained_resumed_and_made_to_sound(folder, tmp_path):
 def test_what_is_wrong_gets_one_line(folder, tmp_path):
     (tmp_path / "none").mkdir()
     sf.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 8000)
+    (tmp_path / "copy.wav").write_bytes((folder / "a" / "no_0.wav").read_bytes())
     train = ["train", "--modality", "audio", "--out", tmp_path / "run", *TINY]
     for arguments, words in (
         ([*train], "wanted sound files, got none"),
@@ -76,6 +77,26 @@ def test_what_is_wrong_gets_one_line(folder, tmp_path):
         (["generate", "--model", tmp_path / "none", "--seconds", 1, "-o", tmp_path / "a.mp3"], "must end in"),
         (["generate", "--model", tmp_path / "none"], "--prompt"),
         (["generate", "--modality", "audio", "--model", tmp_path / "none"], "got no -o"),
+        (["generate", "--modality", "audio", "--seconds", 2, "-o", tmp_path / "a.wav"], "named with --model, got none"),
+        (
+            [
+                "generate",
+                "--model",
+                tmp_path / "none",
+                "--seconds",
+                1,
+                "-o",
+                tmp_path / "a.wav",
+                "--spectrogram",
+                tmp_path / "a.jpg",
+            ],
+            "ends in .png",
+        ),
+        (["spectrogram", folder, "-o", tmp_path / "a.jpg"], "ends in .png, got"),
+        ([*train, "--data", folder, "--data", folder / "a"], "wanted each sound file once"),
+        ([*train, "--data", folder / "a", "--valid", folder / "a" / ".." / "a" / "no_0.wav"], "no_0.wav' in both"),
+        ([*train, "--data", folder / "a", "--valid", tmp_path / "copy.wav"], "as 'no_0.wav' and as 'copy.wav'"),
+        ([*train, "--data", folder / "a", "--data", tmp_path / "copy.wav"], "as 'no_0.wav' and as 'copy.wav'"),
         (["generate", "--modality", "dna", "--prompt", "A"], "--modality must be text or audio"),
         (["generate", "--seconds", 1, "-o", tmp_path / "a.wav", "--top-k", 5], "--top-k is for texts"),
         (["generate", "--prompt", "A", "--label", "yes"], "--label is for models of sound"),
@@ -87,6 +108,24 @@ def test_what_is_wrong_gets_one_line(folder, tmp_path):
         assert words in result.stderr
         assert result.stderr.strip().count("\n") == 0
     assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("a.*"))
+
+
+def test_a_model_of_sound_is_told_from_one_of_text(folder, tmp_path):
+    out = tmp_path / "run"
+    best = ["--set", "train.keep_best=true", "--set", "train.evaluate_windows=0", "--set", "data.labels=name"]
+    line = ["train", "--modality", "audio", "--data", folder, "--out", out, *TINY, *best]
+    made = run(*line)
+    assert made.exit_code == 0, made.stderr
+    # A window of 500 samples is longer than every file.
+    assert run(*line, "--set", "train.window=500", "--out", tmp_path / "long").exit_code == 0
+    for arguments in (["info", out], ["evaluate", "--model", out, "--data", folder / "a" / "no_0.wav"]):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert f"statescan generate --model {out} --seconds 2 -o out.wav" in result.stderr
+    # The weights that validation chose know the labels by their names, too.
+    told = run("generate", "--model", out / "best", "--seconds", 0.01, "--label", "yes", "-o", tmp_path / "a.wav")
+    assert told.exit_code == 0, told.stderr
 
 
 def test_labels_that_the_model_has_not(folder, tmp_path):
@@ -107,6 +146,14 @@ def test_clipped_stereo_and_other_rates_are_read(tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "clipped" in result.stderr
     assert "at 8,000 Hz" in result.stderr
+    assert "cancel" not in result.stderr
+    turned = np.random.default_rng(1).uniform(-0.5, 0.5, 600)
+    (tmp_path / "turned").mkdir()
+    for name, sound in (("one.wav", turned), ("two.wav", turned[::-1])):
+        sf.write(tmp_path / "turned" / name, np.stack([sound, -0.95 * sound], 1), 8000)
+    result = run(*line[:3], "--data", tmp_path / "turned", "--out", tmp_path / "run2", *TINY)
+    assert result.exit_code == 0, result.stderr
+    assert "the channels of one.wav and 1 more cancel each other out" in result.stderr
 
 
 def test_sounds_are_drawn(folder, tmp_path):

@@ -90,10 +90,19 @@ def test_floats_beyond_full_scale_are_cut_off(tmp_path):
 def test_each_bad_file_gets_a_line_that_names_it(tmp_path):
     (tmp_path / "text.wav").write_text("no sound", encoding="utf-8")
     sf.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 8000)
+    (tmp_path / "nothing.flac").touch()
+    # A FLAC file whose header names no number of samples (36 bits of its first block).
+    sf.write(tmp_path / "piped.flac", tone(), 8000)
+    piped = bytearray((tmp_path / "piped.flac").read_bytes())
+    piped[21] &= 0xF0
+    piped[22:26] = bytes(4)
+    (tmp_path / "piped.flac").write_bytes(piped)
     sf.write(tmp_path / "nan.wav", np.full(10, np.nan, np.float32), 8000, subtype="FLOAT")
     for name, words in {
         "text.wav": "can't be read",
         "empty.wav": "holds no samples",
+        "nothing.flac": "holds no samples",
+        "piped.flac": "does not say how many samples",
         "nan.wav": "must hold finite samples",
         "missing.wav": "does not exist",
         ".": "is a folder",

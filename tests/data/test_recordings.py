@@ -16,6 +16,7 @@ from statescan.data.recordings import (
     labelled_recordings,
     load_recordings,
     read_recordings,
+    refuse_repeats,
     trim_silence,
 )
 from statescan.errors import ConfigError, DataError
@@ -190,6 +191,36 @@ def test_taken_cut_and_split():
     for wrong in (0, 1, -1):
         with pytest.raises(DataError, match="held-out share"):
             made.split(wrong)
+
+
+def test_a_recording_that_is_there_twice(folder):
+    (folder / "copy").mkdir()
+    (folder / "copy" / "other.wav").write_bytes((folder / "ann" / "yes_ann_0.wav").read_bytes())
+    for name in ("a.wav", "b.wav"):
+        write_audio(folder / "silent" / name, np.zeros(100), 8000)
+    one, other = read_recordings([folder / "ann"]), read_recordings([folder / "bob"])
+    copy, silent = read_recordings([folder / "copy"]), read_recordings([folder / "silent"])
+    for parts in ((one, other), (silent, silent), (one,), (one, silent)):
+        refuse_repeats(parts)
+    for parts in ((one, copy), (read_recordings([folder]),)):
+        with pytest.raises(DataError, match=r"the same 300 samples as '\w+.wav' and as '\w+.wav'"):
+            refuse_repeats(parts)
+    # Twice in what is learnt from alone does no harm to what is held out.
+    both = read_recordings([folder / "ann", folder / "copy"])
+    refuse_repeats((both, other), within=False)
+    with pytest.raises(DataError, match=r"as 'yes_ann_0\.wav' and as 'other\.wav'"):
+        refuse_repeats((one, copy), within=False)
+    with pytest.raises(DataError, match=r"wanted each sound file once, got '.*no_ann_0\.wav' twice"):
+        read_recordings([folder / "ann", folder / "bob" / ".." / "ann"])
+
+
+def test_channels_that_cancel_each_other_out(folder):
+    left = noise(400, 7)
+    for name, right in (("same", left), ("other", noise(400, 8)), ("none", 0 * left), ("turned", -0.9 * left)):
+        write_audio(folder / "stereo" / f"{name}.wav", np.stack([left, right], 1), 8000)
+    write_audio(folder / "stereo" / "silent.wav", np.zeros((100, 2)), 8000)
+    assert read_recordings([folder / "stereo"], sample_rate=4000).cancelled == ("turned.wav",)
+    assert read_recordings([folder / "ann"]).cancelled == ()
 
 
 def test_what_does_not_go_together():

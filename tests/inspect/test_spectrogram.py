@@ -46,5 +46,7 @@ def test_pictures(tmp_path):
     assert top == pytest.approx(4 + 4 / 256)
     with pytest.raises(ConfigError, match="at least one sound"):
         draw_spectrograms(tmp_path / "c.png", [])
+    with pytest.raises(ConfigError, match=r"ends in \.png"):
+        draw_spectrograms(tmp_path / "c.jpg", sounds)
     with pytest.raises(ConfigError, match="wanted samples"):
         spectrogram(np.zeros(0), 8000)

@@ -111,6 +111,8 @@ def test_a_folder_is_read_as_the_file(data, tmp_path):
 def test_a_file_of_other_recordings_is_refused(tmp_path):
     good = digits()
     path = tmp_path / "digits.npz"
+    copied = good.codes.copy()
+    copied[good.offsets[8] : good.offsets[9]] = good[1]
     wrong = (
         ({"sample_rate": 16000}, "must hold sound at 8000 Hz, got 16000"),
         ({"quantization": "linear"}, "must hold mu-law's levels"),
@@ -119,6 +121,7 @@ def test_a_file_of_other_recordings_is_refused(tmp_path):
         ({"classes": tuple("abcdefghij")}, "got labels a, b, c"),
         ({"names": (good.names[1], *good.names[1:])}, "got a name twice"),
         ({"names": ("zero.wav", *good.names[1:])}, "names must be digit_speaker_take"),
+        ({"codes": copied}, "the same 168 samples as '0_ann_1.wav' and as '0_bob_1.wav'"),
         ({"codes": np.clip(good.codes, 9, 246)}, "scaled to a loudest sample of 1"),
     )
     good.save(path)

@@ -104,6 +104,14 @@ _EXTRA = "statescan"
 _EXTRA_FIELDS = ("vocab_size", "pad_vocab_size_multiple", "dt_rank", "rescale_prenorm_residual", "recompute")
 
 
+# What is done with models of this package that are no language models.
+_OTHERS = {
+    "WaveformModel": "it is a model of sound: `statescan generate --model {folder} --seconds 2 -o out.wav` makes some",
+    "SequenceClassifier": "it is a classifier: open it with statescan.models.SequenceClassifier.from_pretrained",
+    "BackboneClassifier": "it is a classifier: open it with statescan.models.BackboneClassifier.from_pretrained",
+}
+
+
 def detect_layout(config: Mapping[str, Any], path: Path) -> str:
     """Which layout a config.json is of.
 
@@ -137,8 +145,8 @@ def fields_from(layout: str, config: Mapping[str, Any], path: Path) -> dict[str,
         architecture = fields.pop("architecture", _ARCHITECTURE)
         if architecture != _ARCHITECTURE:
             raise ConfigError(
-                f"from_pretrained: {path} must have architecture '{_ARCHITECTURE}', got {architecture!r}; open it with "
-                "that class"
+                f"from_pretrained: {path} must have architecture '{_ARCHITECTURE}', got {architecture!r}; "
+                + _OTHERS.get(architecture, "open it with that class").format(folder=path.parent)
             )
         return fields
     if fields.get("model_type") in ATTENTION_TYPES:

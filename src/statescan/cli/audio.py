@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from statescan.cli.models import BUILTIN_MODEL
 from statescan.cli.terminal import INTERRUPTED, command, emit_json, note, print_rows, progress
 
 if TYPE_CHECKING:
@@ -102,8 +103,14 @@ def generate_audio(
     from statescan.errors import ConfigError
     from statescan.files import want_folder
     from statescan.generate.waveform import generate_waveforms
+    from statescan.inspect.spectrogram import draw_spectrograms, want_png
     from statescan.models.waveform import WaveformModel
 
+    if model == BUILTIN_MODEL and not model.exists():
+        raise ConfigError(
+            "generate: sound wanted a model of it, named with --model, got none (the packaged one writes text); train "
+            "one with statescan train --modality audio --data FOLDER --out RUN"
+        )
     if prompt:
         raise ConfigError("generate: --prompt is for texts, wanted none with --seconds or -o; leave it out")
     if out is None or seconds is None:
@@ -114,6 +121,8 @@ def generate_audio(
             want_folder(path)
     if out.suffix.lower() not in (".wav", ".flac"):
         raise ConfigError(f"generate: -o must end in .wav or .flac for sound, got '{out}'")
+    if picture is not None:
+        want_png(picture)
     waveform = WaveformModel.from_pretrained(model, device=device).eval()
     config = waveform.config
     samples = round(seconds * config.sample_rate)
@@ -140,8 +149,6 @@ def generate_audio(
     sound = dequantize(codes[0], config.quantization)
     write_audio(out, sound, config.sample_rate)
     if picture is not None:
-        from statescan.inspect.spectrogram import draw_spectrograms
-
         draw_spectrograms(picture, [(f"{out.name}, seed {seed}", sound, config.sample_rate)])
     if as_json:
         emit_json(
@@ -162,8 +169,9 @@ def generate_audio(
 
 def _class_names(model: Path, classes: int) -> list[str]:
     """The labels' names, from the run that trained the model; numbers where it tells none."""
+    run = model.parent if model.name == "best" else model
     try:
-        names = json.loads((model / "run.json").read_text(encoding="utf-8"))["data"]["classes"]
+        names = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["classes"]
     except (OSError, ValueError, KeyError, TypeError):
         names = []
     return names if len(names) == classes else list(map(str, range(classes)))
@@ -182,9 +190,10 @@ def spectrogram(
     """Draws sounds as spectrograms on one scale: real and generated side by side."""
     from statescan.data.audio import audio_facts, find_audio, read_audio
     from statescan.files import want_folder
-    from statescan.inspect.spectrogram import draw_spectrograms
+    from statescan.inspect.spectrogram import draw_spectrograms, want_png
 
     want_folder(out)
+    want_png(out)
     found = []
     for path in find_audio(sounds):
         facts = audio_facts(path)

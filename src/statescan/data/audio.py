@@ -43,6 +43,8 @@ _MU = LEVELS - 1
 _BLOCK = 1 << 18
 _WRITTEN = {".wav": "WAV", ".flac": "FLAC"}
 _RATES = (1, 1_000_000)
+# libsndfile's number of frames where a FLAC file's header names none.
+_UNKNOWN = (1 << 63) - 1
 
 
 class Audio(NamedTuple):
@@ -97,6 +99,9 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"audio: '{path}' {what}; name a file such as speech.wav")
+    if not path.stat().st_size:
+        # What libsndfile itself writes as a FLAC file without samples.
+        raise DataError(f"audio: '{path}' holds no samples, and nothing else; leave it out or record it again")
     with _naming(path):
         return soundfile.SoundFile(path)
 
@@ -123,6 +128,11 @@ def audio_facts(path: str | os.PathLike[str]) -> AudioFacts:
     with _open(Path(path)) as file:
         facts = AudioFacts(Path(path), file.frames, file.channels, file.samplerate, file.subtype)
         is_wav = file.format in ("WAV", "WAVEX")
+    if facts.frames == _UNKNOWN:
+        raise DataError(
+            f"audio: '{path}' does not say how many samples it holds, as a stream that was written to a pipe; make a "
+            "whole file of it, as flac and ffmpeg do where they write to one"
+        )
     if facts.frames < 1:
         raise DataError(f"audio: '{path}' holds no samples; leave it out or record it again")
     if is_wav:

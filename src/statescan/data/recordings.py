@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import zipfile
@@ -35,11 +36,15 @@ __all__ = [
     "labelled_recordings",
     "load_recordings",
     "read_recordings",
+    "refuse_repeats",
     "trim_silence",
 ]
 
 # Where the label of a file comes from.
 LABELS = ("none", "name", "folder")
+# Below this share of the channels' mean power a mix has lost nearly all of them: channels without anything in common
+# leave a half, or of n one n-th.
+_CANCELLED = 0.01
 # The code of silence in both quantisations.
 SILENCE = LEVELS // 2
 # What a file of them holds: the dtype's kind, as numpy's letters, and the axes of each array.
@@ -68,6 +73,7 @@ class Recordings:
         labels: (recordings,) uint8, None where there are none.
         classes: names of the labels, in their order.
         clipped: share of samples that stood clipped in the files.
+        cancelled: names of the files whose channels, mixed to one, nearly cancel each other out.
 
     Raises:
         DataError: what doesn't go together.
@@ -81,6 +87,7 @@ class Recordings:
     labels: NDArray[np.uint8] | None = None
     classes: tuple[str, ...] = ()
     clipped: float = 0.0
+    cancelled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.names)
@@ -295,7 +302,7 @@ def read_recordings(
         Recordings.
 
     Raises:
-        DataError: nothing is found, or a file can't be read or holds no samples: its name is told.
+        DataError: nothing is found, a file is named twice, can't be read or holds no samples: its name is told.
     """
     if len(paths) == 1 and Path(paths[0]).suffix == ".npz":
         kept = load_recordings(paths[0])
@@ -308,13 +315,22 @@ def read_recordings(
     if labels not in LABELS:
         raise DataError(f"recordings: labels must be one of {', '.join(LABELS)}, got {labels!r}")
     files = find_audio(paths)
+    seen: set[Path] = set()
+    for path in files:
+        if (place := path.resolve()) in seen:
+            raise DataError(
+                f"recordings: wanted each sound file once, got '{path}' twice; name it, or its folder, once"
+            )
+        seen.add(place)
     rate = audio_facts(files[0]).sample_rate if sample_rate is None else sample_rate
     offsets, loud = [0], [0.0, 0]
+    power, cancelled = np.zeros(2), list[str]()
 
-    def note_clipped(piece: NDArray[np.float32]) -> None:
+    def note_faults(piece: NDArray[np.float32]) -> None:
         # As recorded: mixing channels and resampling round off what stood at full scale.
         loud[0] += clipped_share(piece) * piece.size
         loud[1] += piece.size
+        power[:] += np.square(piece).sum(dtype=np.float64) / piece.shape[1], np.square(piece.mean(1)).sum()
 
     with _code_store() as store:
         for number, path in enumerate(files):
@@ -322,12 +338,15 @@ def read_recordings(
             if normalize:
                 peak = max(float(np.abs(block).max()) for block in audio_blocks(path, sample_rate=rate)) or 1.0
             count = 0
-            for block in audio_blocks(path, sample_rate=rate, heard=note_clipped):
+            power[:] = 0
+            for block in audio_blocks(path, sample_rate=rate, heard=note_faults):
                 store.write(quantize(block[:, 0] / np.float32(peak), quantization).tobytes())
                 count += len(block)
             if not count:
                 raise DataError(f"audio: '{path}' is shorter than one sample at {rate} Hz; leave it out")
             offsets.append(offsets[-1] + count)
+            if power[1] < _CANCELLED * power[0]:
+                cancelled.append(path.name)
             if progress is not None:
                 progress(number + 1, len(files))
         store.seek(0)
@@ -348,7 +367,36 @@ def read_recordings(
         np.array([place[name] for name in found], np.uint8) if found else None,
         classes,
         loud[0] / loud[1],
+        tuple(cancelled),
     )
+
+
+def refuse_repeats(parts: Sequence[Recordings], *, within: bool = True) -> None:
+    """Refuses a recording that is there twice: one copy would be held out, the other learnt from.
+
+    Recordings of nothing but one level, as of silence, are let be.
+
+    Args:
+        parts: that are split, or of which some are learnt from and others held out.
+        within: also within each of them. Default True.
+
+    Raises:
+        DataError: two recordings are equal, sample by sample.
+    """
+    seen: dict[bytes, tuple[int, str]] = {}
+    for here, part in enumerate(parts):
+        for number, name in enumerate(part.names):
+            codes = part[number]
+            if (codes == codes[0]).all():
+                continue
+            digest = hashlib.sha256(codes.tobytes()).digest()
+            if digest not in seen:
+                seen[digest] = here, name
+            elif within or seen[digest][0] != here:
+                raise DataError(
+                    "recordings: wanted each recording once, since a copy of what is held out would be learnt from, "
+                    f"got the same {len(codes):,} samples as '{seen[digest][1]}' and as '{name}'; leave one of them out"
+                )
 
 
 def labelled_recordings(recordings: Recordings, longest: int, frame: int = 1) -> LabelledSequences:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from statescan.errors import ConfigError, MissingExtraError
 from statescan.files import atomic_file
 
-__all__ = ["Spectrogram", "draw_spectrograms", "spectrogram"]
+__all__ = ["Spectrogram", "draw_spectrograms", "spectrogram", "want_png"]
 
 
 class Spectrogram(NamedTuple):
@@ -51,6 +52,16 @@ def spectrogram(samples: NDArray[Any], sample_rate: int, *, window: int = 256, h
     return Spectrogram(20 * np.log10(size.T.clip(1e-10)), np.fft.rfftfreq(window, 1 / sample_rate), seconds)
 
 
+def want_png(path: str | os.PathLike[str]) -> None:
+    """Refuses a picture's path that ends in anything but .png.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ConfigError(f"spectrograms: the picture is a PNG, so wanted a name that ends in .png, got '{path}'")
+
+
 def draw_spectrograms(
     path: str | os.PathLike[str],
     sounds: Sequence[tuple[str, NDArray[Any], int]],
@@ -70,9 +81,10 @@ def draw_spectrograms(
         window, hop: as in `spectrogram`.
 
     Raises:
-        ConfigError: no sounds.
+        ConfigError: no sounds, or a path that does not end in .png.
         MissingExtraError: matplotlib is not installed.
     """
+    want_png(path)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

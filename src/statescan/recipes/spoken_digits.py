@@ -15,7 +15,7 @@ import numpy as np
 
 from statescan.data.audio import LEVELS
 from statescan.data.augment import VaryWaveforms
-from statescan.data.recordings import SILENCE, Recordings, labelled_recordings, read_recordings
+from statescan.data.recordings import SILENCE, Recordings, labelled_recordings, read_recordings, refuse_repeats
 from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.files import atomic_file, make_folder
 from statescan.models import ClassifierConfig
@@ -108,8 +108,9 @@ def read_digits(data: str | os.PathLike[str], *, progress: Callable[[int, int], 
         progress: called with (files done, files).
 
     Raises:
-        DataError: the folder can't be read, a name is not of that form or comes twice, or a file holds other recordings
-            than such: of another rate, quantisation or scale, with labels that are not those of their names.
+        DataError: the folder can't be read, a name is not of that form, a name or a recording comes twice, or a file
+            holds other recordings than such: of another rate, quantisation or scale, with labels that are not those of
+            their names.
     """
     recordings = read_recordings([data], sample_rate=_RATE, labels="name", normalize=True, progress=progress)
     if recordings.classes != tuple("0123456789"):
@@ -121,6 +122,7 @@ def read_digits(data: str | os.PathLike[str], *, progress: Callable[[int, int], 
         speaker_and_take(name)
     if len(set(recordings.names)) < len(recordings):
         raise DataError(f"spoken digits: '{data}' must hold each recording once, got a name twice; leave copies out")
+    refuse_repeats((recordings,))
     # What a folder gives of itself, a file might not hold.
     lack, labels = "", recordings.labels
     low, high = (part.reduceat(recordings.codes, recordings.offsets[:-1]) for part in (np.minimum, np.maximum))

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statescan import __version__
-from statescan.data.recordings import SILENCE, Recordings, read_recordings
-from statescan.errors import CheckpointError, ConfigError, TrainingError
+from statescan.data.audio import find_audio
+from statescan.data.recordings import SILENCE, Recordings, read_recordings, refuse_repeats
+from statescan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from statescan.evaluate.waveforms import bits_per_sample
 from statescan.files import atomic_file, make_folder
 from statescan.models.waveform import WaveformConfig, WaveformModel
@@ -208,7 +209,7 @@ def run_audio(
         say: called with remarks: how much was read, and whether it is clipped.
 
     Raises:
-        DataError: a file can't be read, or there is nothing to hold out.
+        DataError: a file can't be read, there is nothing to hold out, or what is held out is learnt from as well.
         ConfigError, CheckpointError, TrainingError: as `train_waveform`.
     """
     data = run.data
@@ -216,6 +217,14 @@ def run_audio(
         raise ConfigError("train: --modality audio wanted sound files, got none; name some with --data FOLDER")
     # Before what may be hours of sound are read.
     check_folder(Path(out), resume)
+    if data.valid_paths:
+        known = {path.resolve() for path in find_audio(data.paths)}
+        for path in find_audio(data.valid_paths):
+            if path.resolve() in known:
+                raise DataError(
+                    f"train: wanted other recordings in --valid than in --data, got '{path}' in both; "
+                    "leave it out of one"
+                )
 
     def read(paths: tuple[str, ...], rate: int) -> Recordings:
         made = read_recordings(
@@ -233,6 +242,12 @@ def run_audio(
             )
         if made.clipped > 0.001:
             say(f"{100 * made.clipped:.1f} % of the samples are clipped: they were recorded too loud")
+        if made.cancelled:
+            others = f" and {len(made.cancelled) - 1} more" if made.cancelled[1:] else ""
+            say(
+                f"the channels of {made.cancelled[0]}{others} cancel each other out when mixed to one, as with one of "
+                "them upside down: little is left; turn one over, or keep one alone"
+            )
         return made if data.labels != "none" else dataclasses.replace(made, labels=None, classes=())
 
     learnt = read(data.paths, data.sample_rate)
@@ -243,7 +258,9 @@ def run_audio(
                 f"train: --valid wanted the labels {', '.join(learnt.classes)} that --data has, got "
                 f"{', '.join(valid.classes)}"
             )
+        refuse_repeats((learnt, valid), within=False)
     else:
+        refuse_repeats((learnt,))
         learnt, valid = learnt.split(data.held_out, run.train.seed)
     say(
         f"{len(learnt):,} recordings, {_time(learnt)} at {learnt.sample_rate:,} Hz to learn from, "
