@@ -87,6 +87,22 @@ def test_training_goes_on_from_it_and_commands_open_the_result(
     assert f"wanted --lora {lora}, which the run has, got 5" in other.err
 
 
+def test_a_text_that_makes_the_model_worse_is_told_and_the_best_is_named(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("lightning_fabric")
+    (tmp_path / "mine.txt").write_text("A rose is a rose is a rose. " * 20)
+    (tmp_path / "other.txt").write_bytes(bytes(range(256)) * 4)
+    common = ("train", "--from", "builtin", "--data", "mine.txt", "--valid", "other.txt", "--set", "train.length=16")
+    common = (*common, "--set", "train.accelerator=cpu", "--set", f"data.cache={tmp_path}", "--set", "train.lr=0.1")
+    ran = run(*common, "--out", "short")
+    assert ran.code == 0, ran.err
+    # 560 bytes three times, in updates of 8 x 16.
+    assert "13 updates; 3 passes at most" in ran.err
+    assert "is better on the held-out text" in ran.err
+    assert "--model short/best --prompt" in ran.err
+    facts = json.loads(run(*common, "--out", "long", "--set", "train.steps=15", "--json").out)
+    assert facts["steps"] == 15
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

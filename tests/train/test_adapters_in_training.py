@@ -6,10 +6,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from statescan.errors import CheckpointError, ConfigError
+from statescan.evaluate import evaluate_tokens
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 from statescan.train import DataConfig, RunConfig, TrainConfig, train
 from statescan.train.adapters import add_adapters, merged_weights
@@ -44,6 +46,20 @@ def test_a_run_starts_with_the_weights_it_was_given(run: RunConfig, tmp_path: Pa
     train(replace(run, train=still), tmp_path / "still", progress=False)
     before, after = state(tmp_path / "start"), state(tmp_path / "still")
     assert all(torch.allclose(after[name], before[name], atol=1e-9) for name in before)
+
+
+def test_the_best_that_was_trained_is_kept_where_the_start_was_better(run: RunConfig, tmp_path: Path) -> None:
+    # Another text than the held-out one, at a rate that only harms.
+    (tmp_path / "other.txt").write_bytes(bytes(range(256)) * 4)
+    data = replace(run.data, valid_paths=(str(tmp_path / "other.txt"),))
+    settings = replace(run.train, steps=8, lr=0.1, evaluate_every=2)
+    result = train(replace(run, data=data, train=settings), tmp_path / "harmed", progress=False)
+    (_, began), *after = result.evaluations
+    best = min(bits for _, bits in after)
+    assert began < best
+    tokens = np.arange(1024, dtype=np.int64) % 256
+    model = CausalLM.from_pretrained(tmp_path / "harmed" / "best").eval()
+    assert evaluate_tokens(model, tokens, total_bytes=1024, context=32).bits_per_token == pytest.approx(best, rel=1e-4)
 
 
 def test_weights_of_another_shape_are_refused(run: RunConfig, tmp_path: Path) -> None:
@@ -91,6 +107,8 @@ def test_a_run_of_adapters_goes_on_to_the_same_bits(run: RunConfig, tmp_path: Pa
     pytest.importorskip("peft")
     lora = replace(run, train=replace(run.train, lora=2))
     train(lora, tmp_path / "whole", progress=False)
+    # All that it needs is in its own folder by now.
+    shutil.rmtree(tmp_path / "start")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000004")
     (tmp_path / "parts" / "model.safetensors").unlink()
@@ -104,5 +122,8 @@ def test_a_run_of_adapters_goes_on_to_the_same_bits(run: RunConfig, tmp_path: Pa
 def test_adapters_want_a_rank_and_no_shards(run: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"train.lora must be a rank >= 1"):
         add_adapters(CausalLM(CONFIG), 0)
+    # x_proj is 9 x 32, in_proj 64 x 16, out_proj 16 x 32.
+    with pytest.raises(ConfigError, match=r"train.lora must be a rank of at most 16, .* got 100000"):
+        add_adapters(CausalLM(CONFIG), 100_000)
     with pytest.raises(ConfigError, match=r"train.lora: wanted 0 with train.strategy=fsdp, got 2"):
         replace(run.train, lora=2, strategy="fsdp")

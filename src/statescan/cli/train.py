@@ -103,7 +103,7 @@ def train(
     from statescan.data import load_tokenizer
     from statescan.errors import ConfigError
     from statescan.models import preset as model_preset
-    from statescan.recipes.finetuning import finetuning_run
+    from statescan.recipes.finetuning import PASSES, STEPS, finetuning_run, within_passes
     from statescan.train import DataConfig, RunConfig, load_run
     from statescan.train import train as run_training
 
@@ -117,7 +117,8 @@ def train(
     elif resume:
         run, origin = load_run(out), str(out)
     elif start is not None and data:
-        run, origin = finetuning_run(model_folder(start), data, lora=lora, tokenizer=tokenizer), str(start)
+        folder = model_folder(start)
+        run, origin = finetuning_run(folder, data, lora=lora, tokenizer=tokenizer, steps=STEPS), str(start)
     elif data:
         run = RunConfig(model_preset(preset or "tiny"), DataConfig(tokenizer=tokenizer or "bytes"))
         run, origin = run.fit_vocabulary(load_tokenizer(tokenizer)), None
@@ -129,6 +130,10 @@ def train(
         texts = {"paths": tuple(data or run.data.paths), "valid_paths": tuple(valid or run.data.valid_paths)}
         run = replace(run, data=replace(run.data, **texts))
     run = run.apply_overrides(overrides or [])
+    if start is not None and not resume and not any(one.strip().startswith("train.steps") for one in overrides or []):
+        # By the size of an update that was asked for.
+        run = within_passes(run)
+        note(f"{run.train.steps:,} updates; {PASSES} passes at most, --set train.steps=N for more")
     if lora and lora != run.train.lora:
         raise ConfigError(
             f"train: wanted --lora {run.train.lora}, which the run has, got {lora}; leave it out, or start a new run"
@@ -142,6 +147,8 @@ def train(
         raise typer.Exit(INTERRUPTED if result.signalled else 0)
 
     held_out = result.evaluations[-1][1] if result.evaluations else None
+    after = [(step, bits) for step, bits in result.evaluations if step]
+    best = min(after, key=lambda one: one[1], default=None)
     if as_json:
         emit_json(
             {
@@ -166,7 +173,19 @@ def train(
         )
     if result.signalled:
         raise typer.Exit(INTERRUPTED)
-    note(f'next: statescan generate --model {shlex.quote(str(out))} --prompt "Call me" --max-new-tokens 200')
+    model = out
+    if best is not None and best[1] < after[-1][1] and (out / "best" / "config.json").exists():
+        model = out / "best"
+        note(f"held out it was best at step {best[0]:,}, {best[1]:.4f} bits per byte: '{model}' holds that model")
+    if best is not None and run.train.weights and len(after) < len(result.evaluations):
+        began = result.evaluations[0][1]
+        if best[1] >= began:
+            note(
+                f"warning: '{run.train.weights}', where it began, is better on the held-out text: {began:.4f} bits per "
+                f"byte; this text is too short or too plain for so many updates: take more text, fewer updates (--set "
+                "train.steps) or a lower rate (--set train.lr)"
+            )
+    note(f'next: statescan generate --model {shlex.quote(str(model))} --prompt "Call me" --max-new-tokens 200')
 
 
 def _of_modality(modality: str) -> Callable[..., None]:

@@ -26,7 +26,7 @@ from statescan.generate import SamplingParams, generate
 from statescan.inspect import inspect_text
 from statescan.models import CausalLM
 from statescan.ops import _native
-from statescan.recipes.finetuning import finetuning_run
+from statescan.recipes.finetuning import PASSES, finetuning_run
 from statescan.recipes.shipped import BUILTIN, shipped_model
 from statescan.train import Callback, RunConfig, load_run, train
 
@@ -36,8 +36,6 @@ __all__ = ["CORPUS", "demo", "demo_run"]
 CORPUS = "packaged:moby_dick"
 # Seconds of training that are planned; at the second figure it ends in any case, on a machine that slows down.
 _PLANNED, _LIMIT = 75.0, 100.0
-# A short text is gone through so often at most: more would learn it by heart.
-_PASSES = 3
 _PROMPTS = ("Call me Ishmael. ", "The whale ", "In the morning, the captain ")
 _CONTEXT = 1024
 # Held-out bytes that are judged: two passes of them, before and after, take some ten seconds on two cores.
@@ -279,7 +277,7 @@ def _plan(
     precision = min(speed, key=lambda name: speed[name])
     if steps is None:
         config = demo_run(data).train
-        whole = _PASSES * training_bytes / (config.batch_size * config.length)
+        whole = PASSES * training_bytes / (config.batch_size * config.length)
         steps = max(10, min(int(_PLANNED / speed[precision]), int(whole)))
     _make_anew(out)
     return False, demo_run(data, steps, precision, seed), speed

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from statescan.checkpoint import open_source
-from statescan.data import load_tokenizer
+from statescan.data import build_token_file, load_tokenizer
 from statescan.generate.packed import multiplies_bfloat16
 from statescan.models.causal_lm import config_of
 from statescan.train import DataConfig, RunConfig, TrainConfig
 
-__all__ = ["finetuning_run"]
+__all__ = ["PASSES", "STEPS", "finetuning_run", "within_passes"]
+
+# A short text is gone through so often at most: more would learn it by heart, and unlearn what was there before.
+PASSES = 3
+STEPS = 300
 
 
 def finetuning_run(
@@ -22,7 +27,7 @@ def finetuning_run(
     *,
     lora: int = 0,
     tokenizer: str | None = None,
-    steps: int = 300,
+    steps: int | None = None,
 ) -> RunConfig:
     """A run that goes on from a model's weights on another text, in minutes on a laptop for a model of ten million.
 
@@ -34,15 +39,20 @@ def finetuning_run(
         data: files, folders, globs or packaged names.
         lora: rank of low-rank adapters; 0 trains all weights. Default 0.
         tokenizer: "bytes" or a tokenizer's JSON. Default: the model's own.
-        steps: updates. Default 300.
+        steps: updates. Default: 300, but three passes through the training part at most.
 
     Returns:
         The run, for `statescan.train.train`.
 
     Raises:
         CheckpointError: there is no model.
+        DataError: without `steps`, the text can't be read.
     """
-    tokenizer = os.fspath(model) if tokenizer is None else tokenizer
+    if steps is None:
+        return within_passes(finetuning_run(model, data, lora=lora, tokenizer=tokenizer, steps=STEPS))
+    # Absolute: a run goes on from anywhere.
+    model = os.path.abspath(model)
+    tokenizer = model if tokenizer is None else tokenizer
     config = config_of(open_source(model))
     named = load_tokenizer(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +71,38 @@ def finetuning_run(
             evaluate_tokens=8192,
             checkpoint_every=max(1, steps // 2),
             keep_checkpoints=1,
-            weights=os.fspath(model),
+            weights=model,
             lora=lora,
+        ),
+    )
+
+
+def within_passes(run: RunConfig, passes: float = PASSES) -> RunConfig:
+    """A run that goes so often through the part of its text that it learns from, at most; one update at least.
+
+    Warm-up and the distance between two judgements and two checkpoints shrink with the updates.
+
+    Args:
+        run: of texts.
+        passes: through the training part.
+
+    Raises:
+        DataError: the text can't be read.
+    """
+    data, config = run.data, run.train
+    tokenizer = load_tokenizer(data.tokenizer)
+    file = build_token_file(data.paths, tokenizer, field=data.field, invalid_utf8=data.invalid_utf8, cache=data.cache)
+    tokens = file.tokens if data.valid_paths else file.split(data.valid_fraction)[0]
+    steps = max(1, int(passes * len(tokens) / (config.batch_size * config.length)))
+    if steps >= config.steps:
+        return run
+    return replace(
+        run,
+        train=replace(
+            config,
+            steps=steps,
+            warmup=min(config.warmup, max(1, steps // 10)),
+            evaluate_every=min(config.evaluate_every, max(1, steps // 4)),
+            checkpoint_every=min(config.checkpoint_every, max(1, steps // 2)),
         ),
     )

@@ -30,21 +30,29 @@ def add_adapters(model: CausalLM, rank: int) -> None:
 
     Raises:
         MissingExtraError: peft is not installed.
-        ConfigError: the rank is below 1.
+        ConfigError: the rank is below 1, or above that of every matrix: an adapter of a lower one learns as much.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), arXiv:2106.09685.
     """
     if rank < 1:
         raise ConfigError(f"train: train.lora must be a rank >= 1 here, got {rank}; 0 trains all weights")
     peft = _peft()
-    names = [
-        f"backbone.layers.{name}" for name, module in model.backbone.layers.named_modules() if type(module) is nn.Linear
-    ]
+    maps = {
+        f"backbone.layers.{name}": module
+        for name, module in model.backbone.layers.named_modules()
+        if type(module) is nn.Linear
+    }
+    highest = max((min(module.weight.shape) for module in maps.values()), default=0)
+    if rank > highest:
+        raise ConfigError(
+            f"train: train.lora must be a rank of at most {highest}, the highest that a matrix of this model's layers "
+            f"has, got {rank}; take a lower one, or 0 to train all weights"
+        )
     with warnings.catch_warnings():
         # It warns of tied weights, of which no adapter is one.
         warnings.simplefilter("ignore")
         peft.inject_adapter_in_model(
-            peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model, adapter_name=_NAME
+            peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(maps)), model, adapter_name=_NAME
         )
 
 

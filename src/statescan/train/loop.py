@@ -552,7 +552,8 @@ class _Trainer:
         fabric.seed_everything(self.config.seed % 2**32, verbose=False)
         # Every process draws the same initial weights, so that sharding or replicating starts from the same model.
         self.raw = CausalLM(self.model_config)
-        if self.config.weights:
+        checkpoint = self._agreed_checkpoint() if resume else None
+        if self.config.weights and checkpoint is None:
             self.raw.load_state_dict(_initial_weights(self.config.weights, self.model_config))
         if self.config.lora:
             add_adapters(self.raw, self.config.lora)
@@ -594,7 +595,6 @@ class _Trainer:
         # Each process goes its own way from here: what it draws must not be what its neighbour draws.
         torch.manual_seed(self.config.seed + fabric.global_rank)
 
-        checkpoint = self._agreed_checkpoint() if resume else None
         if checkpoint is not None:
             if checkpoint.step > self.config.steps:
                 raise ConfigError(
@@ -897,7 +897,8 @@ class _Trainer:
             )
         _reshard(self.raw)
         bits = evaluation.bits_per_byte
-        best = min((value for _, value in self.evaluations), default=math.inf)
+        # Of what was trained here: where it began may have been better than all of it.
+        best = min((value for step, value in self.evaluations if step), default=math.inf)
         self.evaluations.append((self.done, bits))
         if self.done and bits < best:
             self._export(self.out / "best")
