@@ -177,6 +177,9 @@ def test_digits_are_learnt_resumed_and_tabled(data, tmp_path):
     assert whole["runs"][0]["examples"] == {"train": 80, "valid": 20, "test": 40}
     table = (tmp_path / "results.md").read_text()
     assert "| S4D | 1 | official |" in table
+    # 80 recordings learnt from, 16 an update.
+    assert table.count("| 5 of 16 |") == 2
+    assert table.count("| 3 of 16 |") == 2
     assert "| Mamba | 1 | speaker bob |" in table
     digits(7).save(tmp_path / "other.npz")
     with pytest.raises(CheckpointError, match=r"with other data \(train.digest = "):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from statescan.data.audio import dequantize
 from statescan.data.recordings import SILENCE, Recordings
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.waveforms import bits_per_sample
@@ -18,7 +19,9 @@ from statescan.train import waveform
 from statescan.train.waveform import AudioData, AudioRun, WaveformTraining, run_audio, train_waveform, window_batch
 
 MODEL = WaveformConfig(stages=("s4d", "mamba"), d_model=8, n_layer=1, d_state=8, d_state_mamba=4, pool=2, dropout=0.1)
-TRAIN = WaveformTraining(steps=6, batch_size=2, window=64, warmup=2, evaluate_every=3, checkpoint_every=2, log_every=1)
+TRAIN = WaveformTraining(
+    steps=6, batch_size=2, window=64, flip=True, warmup=2, evaluate_every=3, checkpoint_every=2, log_every=1
+)
 
 
 def sounds(count: int = 6, labels: bool = False) -> Recordings:
@@ -54,6 +57,22 @@ def test_windows_lie_in_their_recordings_and_every_sample_comes():
     counts = np.bincount(seen, minlength=len(made)) / len(seen)
     slots = -(-made.lengths // 40)
     np.testing.assert_allclose(counts, slots / slots.sum(), atol=0.05)
+
+
+@pytest.mark.parametrize("quantization", ["mu-law", "linear"])
+def test_every_second_window_is_turned_over_and_its_silence_is_not(quantization):
+    made, turned = dataclasses.replace(sounds(), quantization=quantization), []
+    for step in range(100):
+        plain, numbers = window_batch(made, 100, 4, 0, step)
+        codes, same = window_batch(made, 100, 4, 0, step, flip=True)
+        np.testing.assert_array_equal(numbers, same)
+        for row, before, number in zip(codes, plain, numbers, strict=True):
+            real = made.lengths[number]
+            assert (row[real:] == SILENCE).all()
+            sound, was = (dequantize(one[:real], quantization) for one in (row, before))
+            turned.append(bool((sound != was).any()))
+            np.testing.assert_allclose(sound, -was if turned[-1] else was, atol=1e-6)
+    assert 0.4 < np.mean(turned) < 0.6
 
 
 def test_resumed_is_uninterrupted(tmp_path):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statescan import __version__
-from statescan.data.audio import find_audio
+from statescan.data.audio import LEVELS, find_audio
 from statescan.data.recordings import SILENCE, Recordings, read_recordings, refuse_repeats
 from statescan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from statescan.evaluate.waveforms import bits_per_sample
@@ -64,6 +64,8 @@ class WaveformTraining:
         batch_size: windows of an update.
         window: samples of a window. A longer recording gives windows from anywhere in it, as many as fill it; a shorter
             one is heard whole, with silence behind it, which the model learns too.
+        flip: turn every second window upside down, by chance, which no one hears: twice as many sounds to learn from.
+            Silence behind a recording stays what it is.
         lr: peak learning rate; parameters of S4's and S4D's systems have 0.001 at most.
         min_lr: learning rate at the end of the cosine.
         warmup: updates over which the learning rate rises in a line.
@@ -88,6 +90,7 @@ class WaveformTraining:
     steps: int = 2000
     batch_size: int = 16
     window: int = 8192
+    flip: bool = False
     lr: float = 2e-3
     min_lr: float = 1e-5
     warmup: int = 100
@@ -302,7 +305,7 @@ def load_audio_run(out: str | os.PathLike[str]) -> AudioRun:
 
 
 def window_batch(
-    recordings: Recordings, window: int, rows: int, seed: int, step: int
+    recordings: Recordings, window: int, rows: int, seed: int, step: int, *, flip: bool = False
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The windows of an update, given by the seed and its number alone.
 
@@ -314,6 +317,7 @@ def window_batch(
         window: samples of a window.
         rows: windows.
         seed, step: of the draw.
+        flip: turn half of the windows upside down; which, is drawn as well. Default False.
 
     Returns:
         (codes, numbers): (rows, window) uint8 with silence behind short recordings, and the recording each is of.
@@ -328,6 +332,11 @@ def window_batch(
         begin += int(draw.integers(max(0, length - window) + 1))
         real = min(window, length)
         codes[row, :real] = recordings.codes[begin : begin + real]
+    if flip:
+        # Both quantisations have their zero between the two codes in the middle.
+        for row in np.flatnonzero(draw.integers(2, size=rows)):
+            real = int(lengths[numbers[row]])
+            codes[row, :real] = LEVELS - 1 - codes[row, :real]
     return codes, numbers
 
 
@@ -514,7 +523,7 @@ class _WaveformTrainer:
 
     def _update(self) -> None:
         config, train = self.config, self.data[0]
-        codes, numbers = window_batch(train, config.window, config.batch_size, config.seed, self.done)
+        codes, numbers = window_batch(train, config.window, config.batch_size, config.seed, self.done, flip=config.flip)
         labels = np.zeros(config.batch_size, np.uint8) if train.labels is None else train.labels[numbers]
         # Dropout's numbers belong to the update, whatever was drawn before it.
         torch.manual_seed(config.seed + (self.done << 20))
