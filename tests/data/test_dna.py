@@ -70,6 +70,13 @@ def test_blocked_gzip_is_several_members(opened) -> None:
     assert opened(b"".join(map(gzip.compress, parts)), "a.fa.gz").offsets.tolist() == [0, 8, 12]
 
 
+def test_a_mark_of_the_byte_order_is_no_letter(opened) -> None:
+    genome = opened(b"\xef\xbb\xbf" + TEXT.encode())
+    assert (genome.names, genome.offsets.tolist()) == (["one", "two"], [0, 8, 12])
+    reads = opened(b"\xef\xbb\xbf@r1\nACGT\n+\nIIII\n", "b.fa")
+    assert (reads.names, reads.tokens.tolist()) == (["r1"], [0, 1, 2, 3])
+
+
 def test_fastq(opened) -> None:
     genome = opened("@r1 x\nACGT\n+\nIIII\n@r2\nNN\n+\nII\n", "a.fq")
     assert (genome.names, genome.tokens.tolist()) == (["r1", "r2"], [0, 1, 2, 3, 4, 4])
@@ -146,6 +153,16 @@ def test_other_strand() -> None:
     assert tokenizer.decode(reverse_complement(tokenizer.encode("AACGTN"))) == "NACGTT"
     rows = np.random.default_rng(0).integers(0, 5, (3, 7)).astype(np.uint8)
     assert (reverse_complement(reverse_complement(rows)) == rows).all()
+
+
+def test_a_bed_by_what_is_in_it(tmp_path: Path) -> None:
+    text = "browser position chr1\ntrack name=x\n# a note\ntrack1\t0\t5\nbrowsers\t1\t6\n"
+    for name, content in (("a.bed.gz", text.encode()), ("b.bed", gzip.compress(text.encode()))):
+        (tmp_path / name).write_bytes(content)
+        assert read_bed(tmp_path / name) == [Region("track1", 0, 5), Region("browsers", 1, 6)]
+    (tmp_path / "c.bed.gz").write_bytes(gzip.compress(text.encode())[:30])
+    with pytest.raises(DataError, match="cut short or damaged"):
+        read_bed(tmp_path / "c.bed.gz")
 
 
 def test_bed(tmp_path: Path, opened) -> None:

@@ -6,16 +6,18 @@ memory: a window of a genome of any size costs what the window holds.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import gzip
+import hashlib
 import itertools
 import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +43,8 @@ UNKNOWN = DNA_LETTERS.index("N")
 _PIECE = 8 << 20
 # So many unknown bases in a row are a gap of the assembly, which no window reads.
 _GAP = 1024
+# Two sequences of fewer bases may be equal by chance, as reads are.
+_READ = 1000
 _COMPLEMENT = np.array([3, 2, 1, 0, 4], np.uint8)
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -65,7 +69,8 @@ def read_records(sources: Iterable[Source]) -> Iterator[Chunk]:
     Args:
         sources: files as `find_sources` gives them: FASTA or FASTQ (told apart by what is in them), plain, gzipped
             (bgzip too) or compressed as .xz, .bz2 or .zst; or .npz with `seq` (ids uint8, A C G T N as 0 to 4),
-            `reclen` (bases of each record) and `names`.
+            `reclen` (bases of each record) and `names`, or with NAME and NAME_blocklen of aligned species
+            (`statescan.data.aligned`), each of which is a record.
 
     Yields:
         Chunks: `source` is the record's name up to its first blank.
@@ -94,10 +99,15 @@ def _read_fasta(source: Source) -> Iterator[tuple[str, bytes]]:
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(open(source.path, "rb"))
             # What is in it says how it is read: browsers unpack a .gz and leave it its name.
-            plain = file.read(1) in (b">", b"@")
-            file.seek(0)
+            begin = file.read(4)
+            # A mark of the byte order, which some editors write, is no part of the first record.
+            mark = len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0
+            form = {b">": "fasta", b"@": "fastq"}.get(begin[mark : mark + 1])
+            file.seek(mark)
             # Without a second process or thread, so that what goes wrong is raised here.
-            records = opened.enter_context(dnaio.open(file if plain else source.path, open_threads=0))
+            records = opened.enter_context(
+                dnaio.open(source.path, open_threads=0) if form is None else dnaio.open(file, fileformat=form)
+            )
             for record in records:
                 name = record.name.split(maxsplit=1)[0] if record.name.strip() else ""
                 yield name, record.sequence.encode("latin-1", "replace")
@@ -116,26 +126,65 @@ def _read_fasta(source: Source) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_arrays(source: Source) -> Iterator[tuple[str, bytes]]:
-    try:
+    letters = np.frombuffer(DNA_LETTERS.encode(), np.uint8)
+    if (blocks := block_lengths(source.path)) is not None:
+        # A species is a record.
         with np.load(str(source.path), allow_pickle=False) as held:
-            if missing := [name for name in ("seq", "reclen", "names") if name not in held.files]:
-                raise DataError(f"dna: '{source.label}' must hold seq, reclen and names, got no {missing[0]}")
-            sequence, lengths, names = held["seq"], held["reclen"], held["names"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as problem:
-        if isinstance(problem, DataError):
-            raise
-        raise DataError(f"dna: '{source.label}' can't be read as .npz: {_first_line(problem)}") from None
+            for name in blocks:
+                yield name, letters[held[name]].tobytes()
+        return
+    with open_arrays(source.path) as held:
+        if missing := [name for name in ("seq", "reclen", "names") if name not in held.files]:
+            raise DataError(
+                f"dna: '{source.label}' must hold seq, reclen and names, or NAME and NAME_blocklen of aligned species, "
+                f"got no {missing[0]}"
+            )
+        sequence, lengths, names = held["seq"], held["reclen"], held["names"]
     if sequence.dtype != np.uint8 or int(lengths.sum()) != len(sequence) or len(names) != len(lengths):
         raise DataError(
             f"dna: '{source.label}': wanted seq (bases,) uint8 with as many bases as reclen adds up to, "
             f"{int(lengths.sum()):,}, and {len(lengths)} names, got {len(sequence):,} {sequence.dtype} and {len(names)}"
         )
-    letters = np.frombuffer(DNA_LETTERS.encode(), np.uint8)
     if len(sequence) and int(sequence.max()) >= len(letters):
         raise DataError(f"dna: '{source.label}': wanted ids 0 to 4 (A C G T N), got {int(sequence.max())}")
     starts = np.cumsum(lengths) - lengths
     for name, start, length in zip(names, starts, lengths, strict=True):
         yield str(name).split(maxsplit=1)[0], letters[sequence[start : start + length]].tobytes()
+
+
+@contextlib.contextmanager
+def open_arrays(path: Path) -> Iterator[Any]:
+    """A .npz that is open, with one line for what is wrong with it."""
+    try:
+        with np.load(str(path), allow_pickle=False) as held:
+            yield held
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as problem:
+        if isinstance(problem, DataError):
+            raise
+        raise DataError(f"dna: '{path}' can't be read as .npz: {_first_line(problem)}") from None
+
+
+def block_lengths(path: str | os.PathLike[str]) -> dict[str, NDArray[np.int64]] | None:
+    """Bases of each block of each species in a .npz of aligned blocks, NAME (bases,) uint8 and NAME_blocklen (blocks,);
+    None where it holds something else.
+
+    Raises:
+        DataError: the file can't be read, or the blocks don't add up to the bases.
+    """
+    with open_arrays(Path(path)) as held:
+        names = [name.removesuffix("_blocklen") for name in held.files if name.endswith("_blocklen")]
+        found = {}
+        for name in names:
+            bases, length = held[name], held[f"{name}_blocklen"].astype(np.int64)
+            whole = bases.dtype == np.uint8 and bases.ndim == 1 and length.ndim == 1 and (length > 0).all()
+            if not whole or int(length.sum()) != len(bases) or int(bases.max(initial=0)) > UNKNOWN:
+                raise DataError(
+                    f"dna: '{path}' must hold {name} as (bases,) uint8 of A C G T N as 0 to 4, and {name}_blocklen "
+                    f"as the bases of each block, at least 1, got {bases.dtype} {bases.shape} up to "
+                    f"{bases.max(initial=0)}, and {int(length.sum()):,} bases in {length.size:,} blocks"
+                )
+            found[name] = length
+    return found or None
 
 
 def _first_line(problem: BaseException) -> str:
@@ -182,17 +231,21 @@ class Genome:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def label(self) -> str:
+        """How messages call it: by its files."""
+        labels = self.file.facts["sources"]
+        return ", ".join(f"'{label}'" for label in labels[:3]) + (" ..." if len(labels) > 3 else "")
+
     def number(self, record: str) -> int:
         """Which record has a name; one that several have, or none, is a DataError."""
         if record in self._twice:
             places = [str(number) for number, name in enumerate(self.names, 1) if name == record]
             more = " ..." if len(places) > 4 else ""
-            labels = self.file.facts["sources"]
-            files = ", ".join(f"'{label}'" for label in labels[:3]) + (" ..." if len(labels) > 3 else "")
             raise DataError(
                 f"dna: wanted a name that one record has, got '{record}', which several have: records "
-                f"{', '.join(places[:4])}{more} of those with bases in {files}; give each a name of its own (the word "
-                "after > or @), and name no file twice"
+                f"{', '.join(places[:4])}{more} of those with bases in {self.label}; give each a name of its own "
+                "(the word after > or @), and name no file twice"
             )
         if record not in self._number:
             near = difflib.get_close_matches(record, self._number, 1, 0.4) or self.names[:1]
@@ -236,6 +289,20 @@ class Genome:
         return np.array(merged, np.int64).reshape(-1, 2)
 
 
+def open_lines(path: str | os.PathLike[str]) -> TextIO:
+    """A text that is plain or gzipped, whatever it is called: what is in it says how it is read.
+
+    Raises:
+        OSError: the file can't be opened.
+    """
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    # A mark of the byte order, which some editors write, is no letter.
+    if packed:
+        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8-sig"))
+    return open(path, encoding="utf-8-sig")
+
+
 def read_bed(path: str | os.PathLike[str]) -> list[Region]:
     """The intervals of a BED file, plain or .gz: record, start, end (from 0, half open), and the name if there is one.
 
@@ -245,11 +312,12 @@ def read_bed(path: str | os.PathLike[str]) -> list[Region]:
     path = Path(path)
     regions: list[Region] = []
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with open_lines(path) as lines:
             for number, line in enumerate(lines, 1):
                 fields = line.rstrip("\r\n").split("\t")
                 fields = fields if len(fields) > 1 else line.split()
-                if not fields or not fields[0] or fields[0].startswith(("#", "track", "browser")):
+                # Lines of a genome browser begin with the words; a record may begin with the letters.
+                if not fields or not fields[0] or fields[0][0] == "#" or line.split()[0] in ("track", "browser"):
                     continue
                 bounds = [field for field in fields[1:3] if field.strip().isdecimal()]
                 if len(bounds) != 2 or not int(bounds[0]) < int(bounds[1]):
@@ -274,7 +342,8 @@ def split_regions(
 
     Args:
         spans: (spans, 2) starts and ends; a block never reaches over the end of one.
-        shares: of each part but the last, which gets the rest.
+        shares: of each part but the last, which gets the rest: of the number of blocks, not of bases, so that a part
+            holds fewer bases where more of its blocks are short ones, as the last of a span may be.
         block: bases of a block; it is the longest stretch that is sure to be whole somewhere, so it should be some
             windows long.
         seed: of the choice.
@@ -305,6 +374,38 @@ def split_regions(
                 joined.append([start, end])
         parts.append(np.array(joined, np.int64).reshape(-1, 2))
     return parts
+
+
+def refuse_repeats(genomes: Sequence[Genome], *, within: bool = True) -> None:
+    """Refuses a record that is there twice, on either strand: one copy would be held out, the other trained on.
+
+    Records of fewer than 1,000 bases are let be: reads of a sequencer may well be equal.
+
+    Args:
+        genomes: that are parted, or of which some are trained on and others held out.
+        within: also within each of them. Default True.
+
+    Raises:
+        DataError: two records are equal.
+    """
+    sizes = [np.diff(genome.offsets) for genome in genomes]
+    every, counts = np.unique(np.concatenate(sizes), return_counts=True)
+    several = every[(counts > 1) & (every >= _READ)]
+    seen: dict[bytes, tuple[int, str]] = {}
+    for here, genome in enumerate(genomes):
+        for number in np.flatnonzero(np.isin(sizes[here], several)).tolist():
+            bases = np.asarray(genome.tokens[genome.offsets[number] : genome.offsets[number + 1]])
+            if int(bases.min()) == UNKNOWN:
+                continue
+            place = f"record {number + 1} ('{genome.names[number]}') of {genome.label}"
+            digest = min(hashlib.sha256(strand.tobytes()).digest() for strand in (bases, reverse_complement(bases)))
+            if digest not in seen:
+                seen[digest] = here, place
+            elif within or seen[digest][0] != here:
+                raise DataError(
+                    f"dna: wanted every record once, since a copy of what is held out would be trained on, got the "
+                    f"same {len(bases):,} bases as {seen[digest][1]} and as {place}; leave one of them out"
+                )
 
 
 def outside(spans: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -259,7 +259,10 @@ class DnaTokenizer:
         if np.isin(wrong, np.frombuffer(b"EFILPQZXJO*efilpqzxjo", np.uint8)).any():
             cure = "that looks like protein, and this reads DNA alone"
         elif letter in "-.":
-            cure = "gaps of an alignment are read as unknown with --set data.gaps=n, left out with data.gaps=drop"
+            cure = (
+                "gaps of an alignment are read as unknown with --gaps n, left out with --gaps drop; in training "
+                "with --set data.gaps=n or data.gaps=drop"
+            )
         else:
             cure = "take it out of the file"
         raise DataError(

@@ -38,11 +38,13 @@ from statescan.data import (
     Tokenizer,
     WindowSampler,
     build_token_file,
+    find_sources,
     load_tokenizer,
     read_bed,
     split_regions,
 )
-from statescan.data.dna import check_apart, outside, without_gaps
+from statescan.data.aligned import holds_blocks, read_blocks
+from statescan.data.dna import check_apart, outside, refuse_repeats, without_gaps
 from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from statescan.evaluate import evaluate_tokens
 from statescan.files import is_leftover, make_folder
@@ -57,7 +59,7 @@ from statescan.train.checkpoint import (
     save_checkpoint,
     set_random_states,
 )
-from statescan.train.config import RunConfig, TrainConfig
+from statescan.train.config import DataConfig, RunConfig, TrainConfig
 from statescan.train.initial_state import InitialState
 from statescan.train.logs import CsvLog, Progress, TensorBoardLog, draw_curve, read_csv
 from statescan.train.optim import GuardedAdamW, learning_rate
@@ -118,7 +120,7 @@ class Callback:
 
 
 @dataclass
-class _Corpus:
+class Corpus:
     """The ids of a run: for training, and held out."""
 
     tokenizer: Tokenizer
@@ -233,7 +235,7 @@ def check_folder(out: Path, resume: bool) -> dict[str, Any] | None:
     return None
 
 
-def read_genome(run: RunConfig) -> _Corpus:
+def read_genome(run: RunConfig) -> Corpus:
     """The bases of a run, and which of them are trained on and held out."""
     data, config = run.data, run.train
     if data.packing or config.initial_state == "carry":
@@ -249,24 +251,20 @@ def read_genome(run: RunConfig) -> _Corpus:
     genome = Genome(data.paths, tokenizer, cache=data.cache)
     held_out = genome
     facts = {"digest": genome.file.digest, "tokens": len(genome.tokens), "bytes_per_token": genome.file.bytes_per_token}
-    # Gaps go before anything is held out: a part of one would be read as bases, or be all that is judged.
-    spans = without_gaps(genome.tokens, genome.spans(read_bed(data.regions) if data.regions else None))
-    if data.valid_paths:
-        held_out = Genome(data.valid_paths, tokenizer, cache=data.cache)
-        valid = held_out.spans(read_bed(data.valid_regions) if data.valid_regions else None)
-        valid = without_gaps(held_out.tokens, valid)
-        facts["valid_digest"] = held_out.file.digest
-    elif data.valid_regions:
-        valid = without_gaps(genome.tokens, genome.spans(read_bed(data.valid_regions)))
-        spans = spans if data.regions else outside(spans, valid)
-        check_apart(spans, valid)
-    elif data.valid_fraction:
-        # Blocks of two windows at least, unless the genome is too short to be parted so.
-        total = int((spans[:, 1] - spans[:, 0]).sum())
-        block = max(1, min(max(2 * config.length, 1 << 16), int(total * data.valid_fraction)))
-        spans, valid = split_regions(spans, [1 - data.valid_fraction], block=block)
+    if data.aligned or holds_blocks(data.paths):
+        if data.regions or data.valid_regions or data.valid_paths:
+            named = next(name for name in ("regions", "valid_regions", "valid_paths") if getattr(data, name))
+            raise ConfigError(
+                f"train: wanted no data.{named} with aligned species, whose blocks part them, got one; leave it out"
+            )
+        blocks = read_blocks(data.paths, tokenizer, cache=data.cache)
+        spans, valid = (without_gaps(genome.tokens, blocks.spans(part)) for part in ("train", "valid"))
+        # By which `reproduce great-apes` knows that its test was not read.
+        facts["aligned"] = blocks.facts()
     else:
-        valid = np.empty((0, 2), np.int64)
+        spans, valid, held_out = _parted(run, genome, tokenizer)
+    if data.valid_paths:
+        facts["valid_digest"] = held_out.file.digest
     for part, what in ((spans, "to train on"), (valid, "to judge on")):
         if not len(part) and (part is spans or data.valid_paths or data.valid_regions):
             lower = ", as lower case is with data.soft_masked=n" if data.soft_masked == "n" else ""
@@ -282,7 +280,7 @@ def read_genome(run: RunConfig) -> _Corpus:
         "tokenizer": tokenizer.name,
         "records": len(genome),
     }
-    return _Corpus(
+    return Corpus(
         tokenizer,
         genome.file,
         genome.tokens,
@@ -292,6 +290,52 @@ def read_genome(run: RunConfig) -> _Corpus:
         spans,
         np.cumsum([0, *map(len, parts)]),
     )
+
+
+def _parted(
+    run: RunConfig, genome: Genome, tokenizer: DnaTokenizer
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Genome]:
+    """What of a genome is trained on, what is held out, and of which genome that is."""
+    data, config = run.data, run.train
+    # Gaps go before anything is held out: a part of one would be read as bases, or be all that is judged.
+    spans = without_gaps(genome.tokens, genome.spans(read_bed(data.regions) if data.regions else None))
+    if data.valid_paths:
+        held_out = Genome(data.valid_paths, tokenizer, cache=data.cache)
+        _refuse_shared(data, genome.file, held_out.file)
+        refuse_repeats([genome, held_out], within=False)
+        valid = held_out.spans(read_bed(data.valid_regions) if data.valid_regions else None)
+        return spans, without_gaps(held_out.tokens, valid), held_out
+    if data.valid_regions:
+        refuse_repeats([genome])
+        valid = without_gaps(genome.tokens, genome.spans(read_bed(data.valid_regions)))
+        spans = spans if data.regions else outside(spans, valid)
+        check_apart(spans, valid)
+        return spans, valid, genome
+    if data.valid_fraction:
+        refuse_repeats([genome])
+        # Blocks of two windows at least, unless the genome is too short to be parted so.
+        total = int((spans[:, 1] - spans[:, 0]).sum())
+        block = data.valid_block or max(2 * config.length, 1 << 16)
+        block = max(1, min(block, int(total * data.valid_fraction)))
+        spans, valid = split_regions(spans, [1 - data.valid_fraction], block=block)
+        return spans, valid, genome
+    return spans, np.empty((0, 2), np.int64), genome
+
+
+def _refuse_shared(data: DataConfig, file: TokenFile, held_out: TokenFile) -> None:
+    """Refuses files that are trained on and held out, by their paths and by what is in them.
+
+    Raises:
+        DataError: one is both.
+    """
+    read = {os.path.realpath(source.path) for source in find_sources(data.paths)}
+    shared = [source.label for source in find_sources(data.valid_paths) if os.path.realpath(source.path) in read]
+    if shared or file.digest == held_out.digest:
+        got = f"'{shared[0]}' in both" if shared else "the same content in both"
+        raise DataError(
+            f"train: wanted held-out data that is not trained on, got {got}; name other files with --valid "
+            "(data.valid_paths), or leave it out to hold a part back"
+        )
 
 
 def _genome_sampler(
@@ -311,7 +355,7 @@ def _genome_sampler(
     )
 
 
-def _read_corpus(run: RunConfig) -> _Corpus:
+def _read_corpus(run: RunConfig) -> Corpus:
     if run.data.modality == "dna":
         return read_genome(run)
     data, length = run.data, run.train.length
@@ -331,6 +375,7 @@ def _read_corpus(run: RunConfig) -> _Corpus:
     facts = {"digest": file.digest, "tokens": len(file), "bytes_per_token": file.bytes_per_token}
     if data.valid_paths:
         held_out = build(data.valid_paths)
+        _refuse_shared(data, file, held_out)
         train_ids, valid_ids = file.tokens, held_out.tokens
         facts["valid_digest"] = held_out.digest
     else:
@@ -361,10 +406,10 @@ def _read_corpus(run: RunConfig) -> _Corpus:
             "take a longer text or a smaller train.length"
         )
     facts |= {"train_tokens": len(train_ids), "valid_tokens": len(valid_ids), "tokenizer": tokenizer.name}
-    return _Corpus(tokenizer, file, train_ids, documents, valid_ids, facts)
+    return Corpus(tokenizer, file, train_ids, documents, valid_ids, facts)
 
 
-def _check_resumable(run: RunConfig, corpus: _Corpus, previous: dict[str, Any] | None) -> None:
+def _check_resumable(run: RunConfig, corpus: Corpus, previous: dict[str, Any] | None) -> None:
     """A run may go on with another schedule or on other devices, not with another model, data or order of the data."""
     if previous is None:
         return
@@ -530,7 +575,7 @@ class _Trainer:
         self,
         run: RunConfig,
         out: Path,
-        corpus: _Corpus,
+        corpus: Corpus,
         fabric: Any,
         resume: bool,
         progress: bool,
