@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from statescan.data import DnaTokenizer
+from statescan.evaluate.genomes import embed_sequence
 from statescan.models import CausalLM, MambaConfig
 
 pytest.importorskip("dnaio")
@@ -166,6 +167,19 @@ def test_vectors(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
     assert len(np.unique(vectors, axis=0)) == 3
 
 
+def test_vectors_of_reads_stand_in_their_order(run: Run, trained: Path, tmp_path: Path) -> None:
+    """Reads of one length go through the model together, whatever stands between them."""
+    reads = [letters(size, seed) for seed, size in enumerate((50, 30, 50, 7, 30, 50))]
+    path, out = tmp_path / "r.fa", tmp_path / "v.npy"
+    path.write_text("".join(f">r{i}\n{text}\n" for i, text in enumerate(reads)))
+    model = CausalLM.from_pretrained(trained).eval()
+    for more in ((), ("--both-strands",)):
+        code, _, err = run("embed", path, "--model", trained, "-o", out, *more)
+        assert code == 0, err
+        expected = [embed_sequence(model, DnaTokenizer().encode(text), both_strands=bool(more)) for text in reads]
+        np.testing.assert_allclose(np.load(out), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_track(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:
     out, bed = tmp_path / "a.bedgraph", tmp_path / "a.bed"
     bed.write_text("chr2\t20\t40\nchr2\t10\t30\n")
@@ -240,6 +254,19 @@ def test_variants(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None
     code, _, err = run("dna", "variants", out, "--genome", genome, "--model", trained, "-o", again)
     assert code == 0, err
     assert again.read_text() == out.read_text()
+    # Without variants, and without a head.
+    empty = tmp_path / "e.vcf"
+    for text, code_, message in (
+        (head, 0, "none stand in"),
+        ("", 1, "whose head ends with a line #CHROM"),
+        ("##fileformat=VCFv4.2\n", 1, "whose head ends with a line #CHROM"),
+        ("chr1\t1\t.\tA\tC\t.\t.\t.\n", 1, "wanted the line that begins with #CHROM"),
+    ):
+        empty.write_text(text)
+        code, shown, err = run("dna", "variants", empty, "--genome", genome, "--model", trained, "-o", tmp_path / "e")
+        assert (code, message in shown + err) == (code_, True), err
+        assert (tmp_path / "e").exists() == (code_ == 0)
+        (tmp_path / "e").unlink(missing_ok=True)
     # What goes wrong on the way leaves the file that stood there.
     before = out.read_text()
     vcf.write_text(vcf.read_text() + "chr9\t1\t.\tA\tC\t.\t.\t.\n")
@@ -310,7 +337,7 @@ def test_bad_files_get_one_line_and_leave_nothing(run: Run, tmp_path: Path, name
     assert not (tmp_path / "run").exists()
 
 
-def test_gaps_are_read_as_asked(run: Run, tmp_path: Path) -> None:
+def test_gaps_are_read_as_asked(run: Run, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "g.fa").write_text(f">g\n{letters(300, 0)}--{letters(300, 1)}\n")
     code, _, err = run(
         "train", "--modality", "dna", "--data", tmp_path / "g.fa", "--out", tmp_path / "run", *SMALL,
@@ -318,6 +345,19 @@ def test_gaps_are_read_as_asked(run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 0, err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["tokens"] == 600
+    # The same of a model that reads.
+    out = tmp_path / "v.npy"
+    line = ("embed", tmp_path / "g.fa", "--model", trained, "-o", out)
+    code, _, err = run(*line)
+    assert (code, "read as unknown with --gaps n, left out with --gaps drop" in err) == (1, True), err
+    (tmp_path / "d.fa").write_text(f">g\n{letters(300, 0)}{letters(300, 1)}\n")
+    assert run("embed", tmp_path / "d.fa", "--model", trained, "-o", tmp_path / "d.npy")[0] == 0
+    for gaps, same in (("drop", True), ("n", False)):
+        code, _, err = run(*line, "--gaps", gaps)
+        assert code == 0, err
+        assert np.array_equal(np.load(out), np.load(tmp_path / "d.npy")) == same
+    code, _, err = run("dna", "track", tmp_path / "g.fa", "--model", trained, "-o", tmp_path / "t.bg", "--gaps", "n")
+    assert code == 0, err
 
 
 def test_wrong_lines(run: Run, genome: Path, trained: Path, tmp_path: Path) -> None:

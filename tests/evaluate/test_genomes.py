@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,15 @@ def test_effects_of_variants(model, genome, tmp_path, both) -> None:
     np.testing.assert_allclose(got[1][1], [ratio(letters, 0, 1, other[letters[0]])], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got[2][1], [ratio(letters, 39, 3, letters[39])], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got[3][1], [ratio("AACCGGTT", 7, 1, "G")], rtol=1e-4, atol=1e-5)
+
+
+def test_a_vcf_is_read_by_what_is_in_it(tmp_path) -> None:
+    row = "c1\t2\t.\tC\tA\t.\t.\t.\n"
+    plain = lines(tmp_path / "plain.vcf.gz", row)
+    packed = tmp_path / "packed.vcf"
+    packed.write_bytes(gzip.compress((tmp_path / "plain.vcf.gz").read_bytes()))
+    assert [v.fields for v in plain] == [v.fields for v in read_vcf(packed) if isinstance(v, Variant)]
+    assert len(plain) == 1
 
 
 def test_nothing_is_said_of_alleles_with_unknown_bases(model, tmp_path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from statescan.errors import CheckpointError, ConfigError
+from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.models import CausalLM
 from statescan.recipes import dna_pretraining as recipe
 from statescan.train import loop
@@ -99,10 +99,16 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     # Judged anew at other lengths.
     results = recipe.dna_pretraining(runs(60, "mamba"), out, context=256, carried=2048, say=lines.append)
     assert results["rows"][0]["window"]["context"] == 256
-    # Longer than what is held out: nothing stands in the table, and why is said.
-    results = recipe.dna_pretraining(runs(60, "mamba"), out, context=4096, carried=8192, say=lines.append)
-    assert next(row for row in results["rows"] if row["row"] == "mamba")["window"] is None
-    assert "not judged: nothing held out is longer than 4,096 bases" in lines[-1]
+    assert "± " in table
+    # Longer than what is held out: nothing is trained that could not be judged.
+    for name, lengths in (("context", {"context": 4096}), ("carried", {"context": 512, "carried": 4096})):
+        wanted = f"of more than 4,096 bases, which --{name} judges together, got 2,500 at most; lower --{name}"
+        with pytest.raises(DataError, match=wanted):
+            recipe.dna_pretraining(runs(60, "mamba"), tmp_path / "none", **lengths, say=lines.append)
+    assert not list((tmp_path / "none").iterdir())
+    # As far as a region reaches, where nothing is said.
+    results = recipe.dna_pretraining(runs(60, "mamba"), out, context=512, say=lines.append)
+    assert next(row for row in results["rows"] if row["row"] == "mamba")["carried"]["tokens"] == 2048
     # Other bases under the same name.
     with np.load(genome) as held:
         arrays = dict(held)
@@ -133,3 +139,33 @@ def test_a_signal_with_a_rows_last_update_ends_the_call(
         recipe.dna_pretraining(runs, tmp_path / "out", context=64, carried=128, say=lambda line: None)
     (told,) = (tmp_path / "out").glob("*/run.json")
     assert (told.parent.name, json.loads(told.read_text())["status"]) == ("mamba", "finished")
+
+
+def test_what_is_held_out_is_long_enough_to_be_judged(tmp_path: Path) -> None:
+    path = tmp_path / "g.npz"
+    bases = np.random.default_rng(0).integers(0, 4, 4_000_000).astype(np.uint8)
+    np.savez(path, seq=bases, reclen=np.array([4_000_000]), names=np.array(["a"]))
+    more = [f"data.cache={tmp_path / 'cache'}", "train.length=1024", "train.first_length=0", "train.stage_steps=0"]
+    run = recipe.pretraining_run("mamba", [str(path)], judged=1 << 17, overrides=more)
+    regions = recipe._regions(read_genome(run))
+    assert max(end - start for start, end in regions) > 1 << 17
+    assert recipe._lengths("mamba", regions, 1 << 17, None) == {"context": 1 << 17, "carried": None}
+    assert recipe._lengths("mamba", regions, 1 << 10, None) == {"context": 1 << 10, "carried": 1 << 17}
+    assert recipe._lengths("conv", regions, 1 << 10, 1 << 12) == {"context": 1 << 10, "carried": None}
+
+
+def test_what_is_judged_was_not_trained_on(tmp_path: Path) -> None:
+    """A genome that says nothing where it is held out, and all where it is trained on."""
+    bases = np.tile(np.arange(4), 3000)
+    bases[8000:] = np.random.default_rng(0).integers(0, 4, 4000)
+    path, bed = tmp_path / "g.npz", tmp_path / "v.bed"
+    np.savez(path, seq=bases.astype(np.uint8), reclen=np.array([12_000]), names=np.array(["a"]))
+    bed.write_text("a\t8000\t12000\n")
+    small = ["model.d_model=16", "model.n_layer=1", "train.batch_size=4", "train.accelerator=cpu", "train.threads=1"]
+    small += [f"data.cache={tmp_path / 'cache'}", "data.both_strands=false", "train.lr=2e-2"]
+    run = recipe.pretraining_run("mamba", [str(path)], length=128, valid_regions=str(bed), steps=40, overrides=small)
+    results = recipe.dna_pretraining({"mamba": run}, tmp_path / "out", context=512, carried=1024, say=lambda line: None)
+    (row,) = results["rows"]
+    assert row["train_loss"] < 0.7
+    assert row["window"]["bits_per_token"] > 1.9
+    assert row["carried"]["bits_per_token"] > 1.9

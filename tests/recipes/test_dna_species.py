@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from statescan.data.aligned import AlignedBlocks
 from statescan.data.windows import LabelledWindows, window_rows
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.kmers import kmer_frequencies, kmer_regression
@@ -114,7 +115,7 @@ def test_unknown_bases_of_apes_tell_nothing() -> None:
     assert told_by_unknown_bases(recipe.ape_splits(blocks, 256, 600)) < 0.4
 
 
-def aligned(seed: int = 0, species: int = 3, blocks: int = 60) -> recipe.AlignedBlocks:
+def aligned(seed: int = 0, species: int = 3, blocks: int = 60) -> AlignedBlocks:
     """Species that differ in one base of twenty and in the lengths of their blocks."""
     draw = np.random.default_rng(seed)
     ancestor = [draw.integers(0, 4, draw.integers(40, 120)) for _ in range(blocks)]
@@ -127,29 +128,7 @@ def aligned(seed: int = 0, species: int = 3, blocks: int = 60) -> recipe.Aligned
         offsets.append(start + np.concatenate([[0], np.cumsum(lengths)]))
         tokens.append(np.concatenate(own))
         start = int(offsets[-1][-1])
-    return recipe.AlignedBlocks(list("abc")[:species], np.concatenate(tokens).astype(np.uint8), np.stack(offsets))
-
-
-def test_unknown_bases_are_masked_alike() -> None:
-    plain = aligned()
-    tokens = plain.tokens.copy()
-    # A stretch inside a block, one over a border, single ones at both ends of a block.
-    own = plain.offsets[1]
-    tokens[own[5] + 10 : own[5] + 25] = 4
-    tokens[own[9] - 4 : own[9] + 6] = 4
-    tokens[[own[20], own[21] - 1]] = 4
-    masked = recipe.mask_alike(replace(plain, tokens=tokens))
-    counts = []
-    for ends in masked.offsets:
-        unknown = masked.tokens[ends[0] : ends[-1]] == 4
-        each = np.add.reduceat(unknown, ends[:-1] - ends[0])
-        assert set(np.flatnonzero(each)) == {5, 8, 9, 20}
-        counts.append(each)
-    # To a base or two, which rounding up of a part of a block makes.
-    assert np.abs(np.diff(counts, axis=0)).max() <= 2
-    known = masked.tokens != 4
-    assert (masked.tokens[known] == plain.tokens[known]).all()
-    assert (masked.tokens[tokens == 4] == 4).all()
+    return AlignedBlocks(list("abc")[:species], np.concatenate(tokens).astype(np.uint8), np.stack(offsets))
 
 
 def test_apes_are_parted_by_block_and_homologues_go_together() -> None:
@@ -172,49 +151,6 @@ def test_apes_are_parted_by_block_and_homologues_go_together() -> None:
         recipe.ape_splits(blocks, 100_000, 1)
 
 
-def test_blocks_from_arrays_and_from_records(tmp_path: Path) -> None:
-    pytest.importorskip("dnaio")
-    blocks = aligned(species=2, blocks=4)
-    arrays, folder = {}, tmp_path / "apes"
-    folder.mkdir()
-    for name, ends in zip("ab", blocks.offsets, strict=True):
-        arrays[name] = blocks.tokens[ends[0] : ends[-1]]
-        arrays[f"{name}_blocklen"] = np.diff(ends)
-        text = "".join(
-            f">block{i}\n{''.join('ACGT'[b] for b in blocks.tokens[ends[i] : ends[i + 1]])}\n" for i in range(4)
-        )
-        (folder / f"{name}.fa").write_text(text)
-    np.savez(tmp_path / "apes.npz", **arrays)
-    for read in (recipe.read_blocks(tmp_path / "apes.npz"), recipe.read_blocks(folder, cache=tmp_path / "cache")):
-        assert (read.names, read.blocks) == (["a", "b"], 4)
-        assert (read.tokens == blocks.tokens).all()
-        assert (read.offsets == blocks.offsets).all()
-    (folder / "b.fa").write_text(">block0\nACGT\n")
-    with pytest.raises(DataError, match=r"with as many blocks each in .*, got 2 with \[1, 4\]"):
-        recipe.read_blocks(folder, cache=tmp_path / "cache")
-
-
-def test_arrays_that_are_no_aligned_blocks(tmp_path: Path) -> None:
-    path = tmp_path / "apes.npz"
-    good = {"a": np.array([0, 1, 4], np.uint8), "a_blocklen": np.array([1, 2])}
-    good |= {"b": np.array([3, 1], np.uint8), "b_blocklen": np.array([1, 1])}
-    np.savez(path, **good)
-    assert recipe.read_blocks(path).offsets.tolist() == [[0, 1, 3], [3, 4, 5]]
-    for name, value in (
-        ("a", np.array([0, 1, 5], np.uint8)),
-        ("a", np.array([0.0, 1, 4])),
-        ("a", np.array([[0], [1], [4]], np.uint8)),
-        ("b_blocklen", np.array([1, 2])),
-        ("b_blocklen", np.array([3, -1])),
-    ):
-        np.savez(path, **{**good, name: value})
-        with pytest.raises(DataError, match=f"must hold {name[0]} as .* uint8 of A C G T N"):
-            recipe.read_blocks(path)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match="can't be read as aligned blocks"):
-        recipe.read_blocks(path)
-
-
 def test_words_of_bases() -> None:
     ids = np.array([[0, 1, 0, 1, 4, 3]], np.uint8)  # AC CA AC, then words with an unknown base
     found = kmer_frequencies(ids, 2)
@@ -227,15 +163,14 @@ def test_words_of_bases() -> None:
 
 def test_regression_tells_compositions_apart_and_nothing_from_noise(genomes: Path, tmp_path: Path) -> None:
     splits, _ = recipe.microbe_splits(genomes, 256, 60, cache=tmp_path / "cache")
-    right, judged = kmer_regression(splits.train, splits.test, 2)  # type: ignore[arg-type]
-    assert judged == len(splits.test)
-    assert right / judged > 0.95
+    said = kmer_regression(splits.train, splits.test, 2)  # type: ignore[arg-type]
+    assert (said == splits.test.labels).mean() > 0.95
     noise = np.random.default_rng(0).integers(0, 4, 40_000).astype(np.uint8)
     first, room = window_rows(np.array([[0, 40_000]]), 100)
     labels = np.random.default_rng(1).integers(0, 2, len(first)).astype(np.uint8)
     alike = LabelledWindows(noise, first, room, labels, 2, 100)
-    right, judged = kmer_regression(alike.take(slice(0, 200)), alike.take(slice(200, 400)), 2)
-    assert abs(right / judged - 0.5) < 0.15
+    said = kmer_regression(alike.take(slice(0, 200)), alike.take(slice(200, 400)), 2)
+    assert abs((said == labels[200:400]).mean() - 0.5) < 0.15
 
 
 def test_regression_on_some_of_the_windows_sees_every_label() -> None:
@@ -248,8 +183,8 @@ def test_regression_on_some_of_the_windows_sees_every_label() -> None:
     windows = LabelledWindows(bases, first, np.ones_like(first), labels, 4, 64, together=4)
     test = windows.take(slice(80, 160))
     for most in (80, 40):
-        right, judged = kmer_regression(windows.take(slice(0, 160)), test, 1, most=most)
-        assert right / judged > 0.9
+        said = kmer_regression(windows.take(slice(0, 160)), test, 1, most=most)
+        assert (said == test.labels).mean() > 0.9
 
 
 SMALL = ["model.backbone.d_model=8", "model.backbone.n_layer=1", "train.batch_size=12", "train.epochs=1"]
@@ -272,9 +207,10 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
     others, _ = recipe.microbe_splits(genomes, 256, run.rows, seed=1, cache=tmp_path / "cache")
     with pytest.raises(CheckpointError, match=r"is of a run with other data \(train.digest = "):
         recipe.dna_species(run, others, out, species=names)
-    words = out / run.name / "kmers.json"
+    said = out / run.name / "predictions.npz"
     recipe.dna_species(run, splits, out, species=names, kmers=2, say=lines.append)
-    assert json.loads(words.read_text())["k"] == 2
+    with np.load(said) as held:
+        assert int(held["k"]) == 2
     recipe.dna_species(run, splits, out, species=names, say=lines.append)
     blocks = aligned(blocks=200)
     backbone = MambaConfig(d_model=8, n_layer=1, vocab_size=5)
@@ -302,10 +238,67 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
     row = results["rows"][2]
     told = json.loads((out / run.name / "run.json").read_text())["test"]["best"]["accuracy"]
     assert row["right"] / row["judged"] == told
+    last = json.loads((out / run.name / "run.json").read_text())["test"]["final"]["accuracy"]
+    assert row["right_final"] / row["judged"] == last
+    assert np.trace(row["confusion"]) == row["right"]
+    assert np.sum(row["confusion"], 1).tolist() == np.bincount(splits.test.labels).tolist()
+    with np.load(said) as held:
+        words = kmer_regression(splits.train, splits.test, 4)  # type: ignore[arg-type]
+        assert (held["kmers"] == words).all()
+        assert row["kmers"]["right"] == (words == splits.test.labels).sum()
+    # Homologous windows are one draw.
+    assert all(ape["judged"] == 3 * ape["loci"] for ape in results["rows"][:2])
+    assert row["judged"] == row["loci"]
     assert row["judged"] == len(splits.test)
     table = (out / "results.md").read_text()
     assert f"| microbes | 256 | scratch | {recipe.percent(told)} |" in table
     assert "(k = 4)" in table
+    # Started from a model of which nothing is known, and from none.
+    assert "| apes | 64 | pretrained* |" in table
+    assert "| apes | 64 | scratch |" in table
     assert (out / "apes.svg").read_text().count("the paper") == 3
     with pytest.raises(ConfigError, match="just for a run that starts from one, got scratch"):
         recipe.dna_species(run, splits, out, species=names, pretrained=tmp_path / "lm")
+
+
+def test_intervals_draw_homologous_windows_together() -> None:
+    draw = np.random.default_rng(0)
+    loci = draw.random(300) < 0.5
+    alone = np.where(draw.random((300, 4)) < 0.5, 1.0, 0.0)
+    together = np.repeat(loci[:, None], 4, 1).astype(float)
+
+    def width(values: np.ndarray, many: int) -> float:
+        low, high = recipe.resampled(values.ravel(), many)
+        assert low < values.mean() < high
+        return high - low
+
+    # Right or wrong together they say as much as a quarter of them: an interval twice as wide.
+    assert width(together, 4) == pytest.approx(4 * 1.96 * np.sqrt(0.25 / 1200), rel=0.1)
+    assert width(together, 1) == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 1200), rel=0.1)
+    assert width(alone, 4) == pytest.approx(width(alone, 1), rel=0.15)
+
+
+def test_what_a_pretrained_model_has_read(tmp_path: Path) -> None:
+    blocks = aligned(blocks=200)
+    folder = tmp_path / "run"
+    (folder / "best").mkdir(parents=True)
+    assert not recipe.kept_apart(folder, blocks), "no run is there"
+
+    def told(data: dict, weights: str = "") -> Path:
+        (folder / "run.json").write_text(json.dumps({"data": data, "config": {"train": {"weights": weights}}}))
+        return folder
+
+    facts = blocks.facts()
+    assert recipe.kept_apart(told({"digest": facts["digest"], "aligned": facts}), blocks)
+    assert recipe.kept_apart(folder / "best", blocks)
+    assert not recipe.kept_apart(told({"aligned": facts}, weights=str(tmp_path / "other")), blocks)
+    assert not recipe.kept_apart(told({"digest": "of other bases"}), blocks)
+    for data in ({"digest": facts["digest"]}, {"aligned": {**facts, "train": facts["test"]}}):
+        with pytest.raises(DataError, match="trained on these very bases parted otherwise"):
+            recipe.kept_apart(told(data), blocks)
+
+
+def test_a_genome_that_is_two_species(genomes: Path, tmp_path: Path) -> None:
+    (genomes / "dd.npz").write_bytes((genomes / "aa.npz").read_bytes())
+    with pytest.raises(DataError, match=r"same 87,000 bases as record 1 \('r0'\) of .*aa.npz' and as .*dd.npz'"):
+        recipe.microbe_splits(genomes, 256, 10, cache=tmp_path / "cache")

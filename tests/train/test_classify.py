@@ -17,7 +17,7 @@ from statescan.data.labelled import LabelledSequences
 from statescan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from statescan.models import ClassifierConfig, SequenceClassifier
 from statescan.train import latest_checkpoint
-from statescan.train.classify import ClassifyConfig, Splits, judge, train_classifier
+from statescan.train.classify import ClassifyConfig, Splits, judge, predictions, train_classifier
 from statescan.train.classify import _ClassifierTrainer as Trainer
 from statescan.train.logs import read_csv
 
@@ -92,6 +92,21 @@ def test_it_learns_and_the_test_is_judged_with_the_last_and_the_best_weights(dat
     }
     rows = read_csv(tmp_path / "run" / "evaluations.csv")
     assert [float(row["accuracy"]) for row in rows] == list(accuracies.values())
+
+
+def test_validation_chooses_the_epoch_whatever_the_test_says(data: Splits, tmp_path: Path) -> None:
+    # Of the validation every label is another one: the better the model gets, the fewer are right.
+    valid = replace(data.valid, labels=((data.valid.labels + 1) % 3).astype(np.uint8))
+    data = data._replace(train=_pulses(400, 0), valid=valid)
+    result = train_classifier(MODEL, replace(TRAIN, epochs=8), data, tmp_path / "run", progress=False)
+    assert result.final is not None
+    assert result.best is not None
+    accuracies = dict(result.evaluations)
+    best = SequenceClassifier.from_pretrained(tmp_path / "run" / "best")
+    assert judge(best, valid).accuracy == accuracies[result.best_epoch] == max(accuracies.values())
+    assert accuracies[8] < 0.2 < 0.7 < result.final.accuracy
+    assert result.best.accuracy < result.final.accuracy
+    assert (predictions(best, data.test) == data.test.labels).mean() == result.best.accuracy
 
 
 def test_a_signal_with_the_last_update_leaves_a_finished_run_and_is_told(

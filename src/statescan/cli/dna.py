@@ -36,6 +36,14 @@ SoftMasked = Annotated[
         help="Lower-case bases: 'base', as any other, or 'n', unknown.",
     ),
 ]
+Gaps = Annotated[
+    str | None,
+    typer.Option(
+        "--gaps",
+        show_default="an error",
+        help="An alignment's - and .: 'n', unknown bases, 'drop', left out, or 'error'.",
+    ),
+]
 Bed = Annotated[
     Path | None, typer.Option("--regions", show_default="whole records", help="BED file with what is read.")
 ]
@@ -114,23 +122,25 @@ def embed(
     out: Out,
     both_strands: BothStrands = False,
     soft_masked: SoftMasked = None,
+    gaps: Gaps = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """One vector for each sequence: (sequences, d_model) float32 as .npy, the names beside it as .names.txt."""
     import numpy as np
 
-    from statescan.evaluate.genomes import embed_sequence
+    from statescan.evaluate.genomes import embed_records
     from statescan.files import atomic_file, want_folder
 
     want_folder(out)
-    language_model, genome = _open(model, sequences, device, soft_masked)
+    language_model, genome = _open(model, sequences, device, soft_masked, gaps)
     vectors = np.empty((len(genome), language_model.config.d_model), np.float32)
     with progress("reading", unit="sequences") as bar:
-        for number in range(len(genome)):
-            ids = genome.tokens[genome.offsets[number] : genome.offsets[number + 1]]
-            vectors[number] = embed_sequence(language_model, ids, both_strands=both_strands)
-            bar(number + 1, len(genome))
+        done = 0
+        for numbers, some in embed_records(language_model, genome, both_strands=both_strands):
+            vectors[numbers] = some
+            done += len(numbers)
+            bar(done, len(genome))
     names = out.with_name(out.name.removesuffix(".npy") + ".names.txt")
     with atomic_file(out) as temporary, open(temporary, "wb") as stream:
         np.save(stream, vectors)
@@ -155,6 +165,7 @@ def track(
     ] = None,
     both_strands: BothStrands = False,
     soft_masked: SoftMasked = None,
+    gaps: Gaps = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -166,7 +177,7 @@ def track(
     from statescan.files import atomic_file, want_folder
 
     want_folder(out)
-    language_model, opened = _open(model, genome, device, soft_masked)
+    language_model, opened = _open(model, genome, device, soft_masked, gaps)
     asked = read_bed(regions) if regions else _records(opened)
     # A bedGraph says one thing of a base: what overlaps is one stretch.
     spans = [(int(start), int(end)) for start, end in opened.spans(asked)]
@@ -211,6 +222,7 @@ def variants(
     context: Annotated[int, typer.Option("--context", min=1, help="Bases that are read on either side.")] = 512,
     one_strand: Annotated[bool, typer.Option("--one-strand", help="The given strand alone, not the mean.")] = False,
     soft_masked: SoftMasked = None,
+    gaps: Gaps = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -219,7 +231,7 @@ def variants(
     from statescan.files import atomic_file, want_folder
 
     want_folder(out)
-    language_model, opened = _open(model, genome, device, soft_masked)
+    language_model, opened = _open(model, genome, device, soft_masked, gaps)
     head = (
         '##INFO=<ID=LLR,Number=A,Type=Float,Description="log p(ALT) - log p(REF) in nats, '
         f'{context} bases on either side, statescan {model.name}">\n'
@@ -256,7 +268,8 @@ def variants(
     if as_json:
         emit_json({"out": out, "variants": count, "unknown": unknown})
         return
-    print_rows(("variants", f"{count:,}, of {unknown:,} nothing is said"), ("written", str(out)))
+    shown = f"{count:,}, of {unknown:,} nothing is said" if count else f"none stand in '{vcf}'"
+    print_rows(("variants", shown), ("written", str(out)))
 
 
 @dna.command(epilog="Example: statescan dna window --length 1048576 --device cuda")
@@ -298,8 +311,10 @@ def window(
     )
 
 
-def _open(model: Path, paths: list[str], device: str, soft_masked: str | None) -> tuple[CausalLM, Genome]:
-    """The model, and the sequences as its tokenizer reads them, but for lower case where something else is asked."""
+def _open(
+    model: Path, paths: list[str], device: str, soft_masked: str | None, gaps: str | None
+) -> tuple[CausalLM, Genome]:
+    """The model, and the sequences as its tokenizer reads them, but for lower case and gaps where it is asked."""
     from statescan.cli.models import open_model
     from statescan.data import DnaTokenizer, Genome
     from statescan.errors import ConfigError
@@ -310,8 +325,7 @@ def _open(model: Path, paths: list[str], device: str, soft_masked: str | None) -
             f"dna: wanted a model of bases, got '{model}', which reads {tokenizer.name}; train one with "
             "statescan train --modality dna"
         )
-    if soft_masked is not None:
-        tokenizer = DnaTokenizer(soft_masked, tokenizer.gaps)
+    tokenizer = DnaTokenizer(soft_masked or tokenizer.soft_masked, gaps or tokenizer.gaps)
     return language_model, Genome(list(paths), tokenizer)
 
 

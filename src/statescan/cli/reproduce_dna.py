@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from statescan.cli.dna import Gaps
 from statescan.cli.reproducing import Device, Json, chosen_rows, default_device, going_on, print_results
 from statescan.cli.terminal import command, note
 
@@ -41,8 +42,13 @@ def dna_pretraining(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Updates, of 131,072 bases each.")] = 1000,
     context: Annotated[int, typer.Option("--context", min=2, help="Bases of a window that is judged.")] = 1 << 17,
     carried: Annotated[
-        int, typer.Option("--carried", help="Bases over which a state is carried, of regions that are as long.")
-    ] = 1 << 20,
+        int | None,
+        typer.Option(
+            "--carried",
+            show_default="as far as a region held out reaches, up to 2^20",
+            help="Bases over which a state is carried.",
+        ),
+    ] = None,
     valid_regions: Annotated[
         Path | None,
         typer.Option("--valid-regions", show_default="a twentieth of all", help="BED file of what is held out."),
@@ -59,7 +65,13 @@ def dna_pretraining(
     on = [f"train.accelerator={default_device(device).partition(':')[0]}"]
     runs = {
         name: recipe.pretraining_run(
-            name, data, length=length, valid_regions=regions, steps=steps, overrides=[*on, *(overrides or [])]
+            name,
+            data,
+            length=length,
+            valid_regions=regions,
+            steps=steps,
+            judged=max(context, carried or 0),
+            overrides=[*on, *(overrides or [])],
         )
         for name in rows
     }
@@ -77,21 +89,23 @@ def microbes(
     length: Lengths = None,
     seed: Seed = 0,
     seconds: Seconds = None,
+    gaps: Gaps = None,
     device: Device = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Which microbe a window of 256 or 1,024 bases is from, beside a logistic regression on 4-mers."""
-    from statescan.data import find_sources
+    from statescan.data import DnaTokenizer, find_sources
     from statescan.recipes import dna_species as recipe
 
+    tokenizer = DnaTokenizer(gaps=gaps or "error")
     on = [f"train.accelerator={default_device(device).partition(':')[0]}"]
     with going_on():
         for bases in length or (256, 1024):
             run = recipe.microbe_run(
                 bases, max(2, len(find_sources(data))), seed=seed, overrides=[*on, *(overrides or [])]
             )
-            splits, names = recipe.microbe_splits(data, bases, run.rows, seed=run.data_seed)
+            splits, names = recipe.microbe_splits(data, bases, run.rows, seed=run.data_seed, tokenizer=tokenizer)
             recipe.dna_species(run, splits, out, species=names, seconds=seconds, say=note)
     print_results(out, recipe.report(out), as_json)
 
@@ -112,19 +126,26 @@ def great_apes(
     ] = None,
     seed: Seed = 0,
     seconds: Seconds = None,
+    gaps: Gaps = None,
     device: Device = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Appendix E.3: which great ape a window of up to 2^17 bases is from, unknown bases masked alike in all."""
     from statescan.cli.models import model_folder, read_config
+    from statescan.data import DnaTokenizer
+    from statescan.data.aligned import mask_alike, read_blocks
     from statescan.models import MambaConfig
     from statescan.recipes import dna_species as recipe
 
     start = None if pretrained is None else model_folder(pretrained)
     backbone = MambaConfig(d_model=128, n_layer=12, vocab_size=5) if start is None else read_config(start)
     on = [f"train.accelerator={default_device(device).partition(':')[0]}"]
-    aligned = recipe.mask_alike(recipe.read_blocks(data))
+    blocks = read_blocks(data, DnaTokenizer(gaps=gaps or "error"))
+    apart = start is not None and recipe.kept_apart(start, blocks)
+    if start is not None and not apart:
+        note(f"no record says that '{start}' has read nothing of the test, nor of its homologues: the table marks it")
+    aligned = mask_alike(blocks)
     with going_on():
         for bases in length or [1 << 13, 1 << 15]:
             run = recipe.ape_run(
@@ -137,6 +158,14 @@ def great_apes(
             )
             splits = recipe.ape_splits(aligned, bases, run.rows, seed=run.data_seed, mask=False)
             recipe.dna_species(
-                run, splits, out, species=aligned.names, pretrained=start, kmers=5, seconds=seconds, say=note
+                run,
+                splits,
+                out,
+                species=aligned.names,
+                pretrained=start,
+                apart=apart,
+                kmers=5,
+                seconds=seconds,
+                say=note,
             )
     print_results(out, recipe.report(out), as_json)

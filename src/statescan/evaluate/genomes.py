@@ -7,7 +7,6 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from statescan.data.dna import UNKNOWN, Genome, reverse_complement
+from statescan.data.dna import UNKNOWN, Genome, open_lines, reverse_complement
 from statescan.data.tokenizer import DNA_LETTERS, DnaTokenizer
 from statescan.errors import ConfigError, DataError
 from statescan.evaluate.likelihood import row_bits
@@ -24,6 +23,7 @@ __all__ = [
     "Variant",
     "base_log_likelihoods",
     "bed_graph",
+    "embed_records",
     "embed_sequence",
     "read_vcf",
     "region_log_likelihoods",
@@ -128,7 +128,6 @@ def bed_graph(record: str, start: int, said: NDArray[np.float64]) -> Iterator[st
             begun = place
 
 
-@torch.no_grad()
 def embed_sequence(model: nn.Module, ids: NDArray[Any], *, both_strands: bool = False) -> NDArray[np.float32]:
     """One vector for a sequence of any length: the mean over its bases of what the model's last norm gives.
 
@@ -140,18 +139,43 @@ def embed_sequence(model: nn.Module, ids: NDArray[Any], *, both_strands: bool = 
     Returns:
         (d_model,) float32.
     """
-    where = next(model.parameters()).device
-    state: Any = None if len(ids) <= _PIECE else model.init_state(1)  # type: ignore[operator]
+    return _embed(model, np.asarray(ids)[None], both_strands)[0]
+
+
+def embed_records(
+    model: nn.Module, genome: Genome, *, both_strands: bool = False
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """What `embed_sequence` gives of every record; records of one length go through the model together.
+
+    Yields:
+        The numbers of some records, (rows,), and their vectors, (rows, d_model). Each record comes once.
+    """
+    sizes = np.diff(genome.offsets)
+    order = np.argsort(sizes, kind="stable")
+    for alike in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
+        size = int(sizes[alike[0]])
+        rows = max(1, _PIECE // size)
+        for start in range(0, len(alike), rows):
+            some = alike[start : start + rows]
+            ids = genome.tokens[genome.offsets[some, None] + np.arange(size)]
+            yield some, _embed(model, ids, both_strands)
+
+
+@torch.no_grad()
+def _embed(model: nn.Module, ids: NDArray[Any], both_strands: bool) -> NDArray[np.float32]:
+    """(rows, d_model) of sequences of one length, (rows, bases)."""
+    where, (rows, length) = next(model.parameters()).device, ids.shape
+    state: Any = None if length <= _PIECE else model.init_state(rows)  # type: ignore[operator]
     total: Any = 0.0
-    for start in range(0, len(ids), _PIECE):
-        piece = torch.from_numpy(np.asarray(ids[start : start + _PIECE]).astype(np.int64))[None].to(where)
+    for start in range(0, length, _PIECE):
+        piece = torch.from_numpy(ids[:, start : start + _PIECE].astype(np.int64)).to(where)
         output = model.backbone(piece, state=state)  # type: ignore[operator]
         state = output.state
-        total = total + output.hidden[0].double().sum(0)
-    vector = (total / len(ids)).float().cpu().numpy()
+        total = total + output.hidden.double().sum(1)
+    vectors = (total / length).float().cpu().numpy()
     if both_strands:
-        return (vector + embed_sequence(model, reverse_complement(np.asarray(ids)))) / 2
-    return vector
+        return (vectors + _embed(model, reverse_complement(ids), False)) / 2
+    return vectors
 
 
 class Variant(NamedTuple):
@@ -170,21 +194,24 @@ def read_vcf(path: str | os.PathLike[str]) -> Iterator[str | Variant]:
     """The lines of a VCF, plain or .gz: those of its head as text, then its variants, one at a time.
 
     Raises:
-        DataError: the file can't be read, is cut short, or a line is no variant.
+        DataError: the file can't be read, is cut short, has no line #CHROM before its variants, or a line is no
+            variant.
     """
-    path = Path(path)
+    headed = False
     try:
-        with (gzip.open if path.suffix in (".gz", ".bgz") else open)(path, "rt", encoding="utf-8") as lines:
+        with open_lines(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.startswith("#"):
+                    headed = headed or line.startswith("#CHROM")
                     yield line
                     continue
                 if not line.strip():
                     continue
                 fields = line.rstrip("\r\n").split("\t")
-                if len(fields) < 8 or not fields[1].isdecimal() or int(fields[1]) < 1:
+                if not headed or len(fields) < 8 or not fields[1].isdecimal() or int(fields[1]) < 1:
+                    wanted = "a variant" if headed else "the line that begins with #CHROM, and then variants"
                     raise DataError(
-                        f"vcf: {path}:{number}: wanted a variant, CHROM POS ID REF ALT QUAL FILTER INFO with tabs "
+                        f"vcf: {path}:{number}: wanted {wanted}, CHROM POS ID REF ALT QUAL FILTER INFO with tabs "
                         f"between, got {line.strip()[:80]!r}"
                     )
                 yield Variant(fields, f"{path}:{number}")
@@ -192,6 +219,8 @@ def read_vcf(path: str | os.PathLike[str]) -> Iterator[str | Variant]:
         raise DataError(f"vcf: '{path}' is cut short or damaged ({problem}); copy it again") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"vcf: '{path}' can't be read ({problem})") from None
+    if not headed:
+        raise DataError(f"vcf: wanted a VCF, whose head ends with a line #CHROM, in '{path}', got none; is it whole?")
 
 
 def variant_effects(

@@ -3,6 +3,7 @@ a dilated convolution and a Transformer with as many parameters, trained on the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from statescan.errors import ConfigError
+from statescan.errors import ConfigError, DataError
 from statescan.evaluate import Evaluation, evaluate_tokens
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM, MambaConfig, ModelConfig
@@ -21,7 +22,7 @@ from statescan.recipes.synthetic import figure, machine_facts, save_figure
 from statescan.train import DataConfig, RunConfig, TrainConfig, train
 from statescan.train.config import apply_overrides
 from statescan.train.finished import run_status
-from statescan.train.loop import RUN_FILE, read_genome
+from statescan.train.loop import RUN_FILE, Corpus, read_genome
 
 __all__ = ["ROWS", "dna_pretraining", "pretraining_run", "report"]
 
@@ -37,6 +38,8 @@ _NAMES = {"mamba": "Mamba", "s4": "S4D", "conv": "dilated convolution", "transfo
 # Those whose state has a fixed size are judged with it carried through whole regions, too.
 _CARRIED = ("mamba", "s4")
 _SCORES = "context.json"
+# Bases over which it is carried where a region held out is as long.
+_FAR = 1 << 20
 
 
 def pretraining_run(
@@ -46,6 +49,7 @@ def pretraining_run(
     length: int = 1 << 15,
     valid_regions: str = "",
     steps: int = 1000,
+    judged: int = 0,
     overrides: Sequence[str] = (),
 ) -> RunConfig:
     """The configuration that this package pretrains a row with.
@@ -55,10 +59,11 @@ def pretraining_run(
 
     Args:
         row: one of `ROWS`.
-        paths: FASTA, FASTQ or .npz files.
+        paths: FASTA, FASTQ or .npz files; of aligned species (see `DataConfig`) the blocks give what is held out.
         length: bases of a window in the end, a power of two.
         valid_regions: BED file with what is held out; "" for a twentieth of all.
         steps: updates.
+        judged: bases of the windows in which it will be judged: what is held out comes in blocks of one more.
         overrides: "model.d_model=64", "train.lr=1e-3", ...; see `statescan.train.apply_overrides`.
 
     Raises:
@@ -84,7 +89,10 @@ def pretraining_run(
         log_every=max(1, steps // 50),
         evaluate_tokens=1 << 17,
     )
-    data = DataConfig(paths=tuple(paths), modality="dna", tokenizer="dna", valid_regions=valid_regions)
+    block = 0 if valid_regions else max(2 * length, 1 << 16, judged + 1)
+    data = DataConfig(
+        paths=tuple(paths), modality="dna", tokenizer="dna", valid_regions=valid_regions, valid_block=block
+    )
     return apply_overrides(RunConfig(model, data, config), overrides)
 
 
@@ -93,7 +101,7 @@ def dna_pretraining(
     out: str | os.PathLike[str],
     *,
     context: int = 1 << 17,
-    carried: int = 1 << 20,
+    carried: int | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Trains rows, or goes on with them, judges each on what is held out, and leaves table and figure.
@@ -102,18 +110,21 @@ def dna_pretraining(
         runs: by the row's name.
         out: folder of the runs, each in a folder of its name, and of the report.
         context: bases of a window in which the loss is followed over the position.
-        carried: bases over which a model with a state of fixed size is followed with the state carried, in regions that
-            are that long.
+        carried: bases over which a model with a state of fixed size is followed with the state carried. Default: the
+            longest power of two above `context`, up to 2^20, that a region held out is long; none where there is none.
         say: called with lines of progress.
 
     Returns:
         What results.json holds.
 
     Raises:
+        DataError: nothing that is held out is as long as a window that shall be judged; nothing was trained.
         CheckpointError: the folder holds a finished run of a row with other settings, or of other bases.
         KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out = make_folder(out)
+    # Before anything is trained: what can't be judged.
+    lengths = {row: _lengths(row, _regions(read_genome(run)), context, carried) for row, run in runs.items()}
     for row, run in runs.items():
         folder = out / row
         # A finished run is of these bases, too: files may have changed under their names.
@@ -126,32 +137,53 @@ def dna_pretraining(
                 raise KeyboardInterrupt
             say(f"{row}: trained, {result.tokens_per_second:,.0f} bases/s, loss {result.train_loss:.4f} nats")
         scores = folder / _SCORES
-        lengths = {"context": context, "carried": carried}
-        if not scores.exists() or json.loads(scores.read_text(encoding="utf-8")).get("lengths") != lengths:
-            judged = _judge(row, run, folder, context, carried)
-            lack = f"nothing held out is longer than {context:,} bases, judge it in shorter windows (--context)"
-            say(f"{row}: " + ("judged" if judged else f"not judged: {lack}"))
+        if not scores.exists() or json.loads(scores.read_text(encoding="utf-8")).get("lengths") != lengths[row]:
+            _judge(run, folder, lengths[row])
+            say(f"{row}: judged")
         report(out)
     return report(out)
 
 
-def _judge(row: str, run: RunConfig, folder: Path, context: int, carried: int) -> bool:
-    """Leaves the scores in a run's folder; False where no region held out is as long as a window."""
+def _regions(corpus: Corpus) -> list[tuple[int, int]]:
+    """Where the regions that are held out begin and end in the ids that are."""
+    ends = corpus.valid_documents
+    assert ends is not None
+    return list(itertools.pairwise(ends.tolist()))
+
+
+def _lengths(row: str, regions: Sequence[tuple[int, int]], context: int, carried: int | None) -> dict[str, int | None]:
+    """The lengths at which a row is judged.
+
+    Raises:
+        DataError: no region holds a window.
+    """
+    longest = max((end - start for start, end in regions), default=0) - 1
+    for name, length in (("context", context), ("carried", carried)):
+        if length is not None and length > longest:
+            raise DataError(
+                f"pretraining: wanted a region held out of more than {length:,} bases, which --{name} judges together, "
+                f"got {max(0, longest + 1):,} at most; lower --{name}, hold out more with --set data.valid_fraction="
+                "0.1, or longer regions with --valid-regions"
+            )
+    if carried is None:
+        power = min(1 << (longest.bit_length() - 1), _FAR)
+        carried = power if power > context else None
+    return {"context": context, "carried": carried if row in _CARRIED else None}
+
+
+def _judge(run: RunConfig, folder: Path, lengths: Mapping[str, int | None]) -> None:
+    """Leaves the scores in a run's folder."""
     corpus = read_genome(run)
-    assert corpus.valid_documents is not None
     device = "cuda" if torch.cuda.is_available() and run.train.accelerator != "cpu" else "cpu"
     model = CausalLM.from_pretrained(folder, device=device).eval()
-    ends = corpus.valid_documents
 
-    def judge(length: int, carry: bool) -> Evaluation | None:
+    def judge(length: int, carry: bool) -> Evaluation:
         # Regions that are whole windows long, so that every position is judged on the same ones.
         kept, bounds = [], [0]
-        for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        for start, end in _regions(corpus):
             for first in range(start, end - length, length):
                 kept.append(corpus.valid[first : first + length + 1])
                 bounds.append(bounds[-1] + length + 1)
-        if not kept:
-            return None
         tokens = np.concatenate(kept)
         with torch.autocast(device, torch.bfloat16, enabled=run.train.precision == "bf16"):
             return evaluate_tokens(
@@ -164,15 +196,14 @@ def _judge(row: str, run: RunConfig, folder: Path, context: int, carried: int) -
                 documents=bounds,
             )
 
+    context, carried = lengths["context"], lengths["carried"]
+    assert context is not None
     scores: dict[str, Any] = {"machine": machine_facts(device), "parameters": model.parameter_count()}
-    scores["lengths"] = {"context": context, "carried": carried}
-    window = judge(context, False)
-    scores["window"] = None if window is None else window.to_dict()
-    far = judge(carried, True) if row in _CARRIED and carried > context else None
-    scores["carried"] = None if far is None else far.to_dict()
+    scores["lengths"] = dict(lengths)
+    scores["window"] = judge(context, False).to_dict()
+    scores["carried"] = None if carried is None else judge(carried, True).to_dict()
     with atomic_file(folder / _SCORES) as temporary:
         temporary.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    return window is not None
 
 
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -200,7 +231,7 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with atomic_file(out / "results.md") as temporary:
         temporary.write_text(_table(rows), encoding="utf-8")
-    if any(row["window"] for row in rows):
+    if rows:
         _draw(rows, out / "context.svg")
     return results
 
@@ -231,25 +262,30 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    curves = {row["row"]: octaves(row["window"]) for row in rows if row["window"]}
+    curves = {row["row"]: octaves(row["window"]) for row in rows}
     lengths = sorted({length for curve in curves.values() for length in curve if length >= 64})
     head = ["model", "parameters", "bases seen", "bits per base", *(f"{length:,}" for length in lengths)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        if not row["window"]:
-            continue
         curve = curves[row["row"]]
         cells = [_name(row), f"{row['parameters']:,}", f"{row['bases']:,}"]
         cells.append(f"{row['window']['bits_per_token']:.4f}")
-        cells += [f"{curve[length][0]:.4f}" if length in curve else "" for length in lengths]
+        cells += [_shown(curve[length]) if length in curve else "" for length in lengths]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Columns by length: bits per base after so many bases, to twice as many."]
+    lines.append("± is the standard error over the windows, or over the bases where there is one window.")
     for row in rows:
         if row["carried"]:
             curve = octaves(row["carried"])
-            shown = ", ".join(f"{length:,}: {curve[length][0]:.4f}" for length in sorted(curve) if length >= 1 << 10)
+            shown = ", ".join(f"{length:,}: {_shown(curve[length])}" for length in sorted(curve) if length >= 1 << 10)
             lines.append(f"\n{_name(row)}, state carried: {shown}.")
     return "\n".join(lines) + "\n"
+
+
+def _shown(point: tuple[float, float]) -> str:
+    """A mean and its standard error, which is 0 where one window alone was judged."""
+    mean, error = point
+    return f"{mean:.4f} ± {error:.4f}" if error else f"{mean:.4f}"
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -260,8 +296,10 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 continue
             curve = {length: point for length, point in octaves(row[kind]).items() if length >= 16}
             label = _name(row) + (", state carried" if kind == "carried" else "")
-            means = [mean for mean, _ in curve.values()]
-            axes.plot(list(curve), means, style, markersize=3, label=label, color=f"C{number}")
+            means, errors = zip(*curve.values(), strict=True)
+            axes.errorbar(
+                list(curve), means, errors, fmt=style, markersize=3, capsize=2, label=label, color=f"C{number}"
+            )
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bases of context")
     axes.set_ylabel("bits per base")

@@ -8,42 +8,42 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from statescan.data.dna import UNKNOWN, Genome, outside, split_regions, without_gaps
+from statescan.data.aligned import AlignedBlocks, mask_alike
+from statescan.data.dna import Genome, refuse_repeats, split_regions, without_gaps
 from statescan.data.text import find_sources
+from statescan.data.tokenizer import DnaTokenizer
 from statescan.data.windows import LabelledWindows, window_rows
 from statescan.errors import ConfigError, DataError
 from statescan.evaluate.kmers import kmer_regression
 from statescan.files import atomic_file, make_folder
 from statescan.models import MambaConfig
-from statescan.models.backbone_classifier import BackboneClassifierConfig
+from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
 from statescan.recipes.synthetic import figure, interval, percent, save_figure
-from statescan.train.classify import ClassifyConfig, Splits, train_classifier
+from statescan.train.classify import ClassifyConfig, Splits, pick_device, predictions, train_classifier
 from statescan.train.config import apply_overrides
 from statescan.train.finished import run_status, weights_digest
 from statescan.train.loop import RUN_FILE
 
 __all__ = [
     "PAPER",
-    "AlignedBlocks",
     "SpeciesRun",
     "ape_run",
     "ape_splits",
     "dna_species",
-    "mask_alike",
+    "kept_apart",
     "microbe_run",
     "microbe_splits",
-    "read_blocks",
     "report",
+    "resampled",
 ]
 
 # The table of great apes in the paper (appendix E.3), five species (chance 20 %): length to accuracy in per cent.
@@ -54,9 +54,7 @@ PAPER = {
 }
 # Of a species: what is held out for the test and for the choice of the epoch.
 _TEST, _VALID = 0.1, 0.05
-# Of aligned genomes: the first 90 % of the blocks are for training, their last twentieth for the choice of the epoch.
-_TEST_BLOCKS = 0.9
-_KMERS = "kmers.json"
+_PREDICTIONS = "predictions.npz"
 
 
 @dataclass(frozen=True)
@@ -87,32 +85,13 @@ class SpeciesRun:
         return f"{self.task}-{self.length}-{self.origin}-seed{self.train.seed}"
 
 
-@dataclass(frozen=True)
-class AlignedBlocks:
-    """Genomes whose blocks i are orthologous.
-
-    Args:
-        names: of the species.
-        tokens: (bases,) uint8, all species end to end.
-        offsets: (species, blocks + 1) int64, where each block of each species begins in them, and the end.
-    """
-
-    names: list[str]
-    tokens: NDArray[np.uint8]
-    offsets: NDArray[np.int64] = field(repr=False)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of each species."""
-        return self.offsets.shape[1] - 1
-
-
 def microbe_splits(
     paths: str | Path | Sequence[str | Path],
     length: int,
     rows: int,
     *,
     seed: int = 0,
+    tokenizer: DnaTokenizer | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> tuple[Splits, list[str]]:
     """Windows of several genomes, one file a species, parted by blocks of the genomes; none with an unknown base.
@@ -125,17 +104,22 @@ def microbe_splits(
         rows: windows for training of each species and epoch. Judged are all windows that lie side by side in the parts
             held out, of every species as many as of the one that has fewest.
         seed: of the split.
+        tokenizer: how letters become ids. Default: `DnaTokenizer()`.
         cache: folder of the token files. Default: the user's.
 
+    All genomes lie in memory, a byte a base, and in training on the device.
+
     Raises:
-        DataError: fewer than two files, or one without a stretch of known bases as long as a window in a part.
+        DataError: fewer than two files, one without a stretch of known bases as long as a window in a part, or a
+            record that is there twice.
     """
     sources = find_sources(paths)
     if len(sources) < 2:
         raise DataError(f"species: wanted a file for each of at least two species, got {len(sources)}")
+    genomes = [Genome(source.path, tokenizer, cache=cache) for source in sources]
+    refuse_repeats(genomes)
     tokens, found, offset = [], [], 0
-    for source in sources:
-        genome = Genome(source.path, cache=cache)
+    for genome in genomes:
         # Blocks of many windows, and enough of them in a small genome.
         block = max(min(1 << 14, len(genome.tokens) // 64), 4 * length)
         parts = split_regions(genome.spans(), [_TEST, _VALID], block=block, seed=seed)
@@ -164,76 +148,6 @@ def microbe_splits(
     return Splits(*made), [source.path.name.split(".")[0] for source in sources]
 
 
-def read_blocks(path: str | Path, *, cache: str | os.PathLike[str] | None = None) -> AlignedBlocks:
-    """Aligned genomes: a .npz with NAME (bases,) uint8 and NAME_blocklen (blocks,) for each species, or a folder with a
-    FASTA file a species whose i-th records are orthologous.
-
-    Raises:
-        DataError: the file can't be read, holds no bases or blocks that don't add up to them, or the species have not
-            as many blocks.
-    """
-    path = Path(path)
-    names: list[str] = []
-    tokens: list[NDArray[np.uint8]] = []
-    lengths: list[NDArray[np.int64]] = []
-    if path.suffix == ".npz":
-        try:
-            with np.load(str(path), allow_pickle=False) as held:
-                names = [name.removesuffix("_blocklen") for name in held.files if name.endswith("_blocklen")]
-                for name in names:
-                    tokens.append(held[name])
-                    lengths.append(held[f"{name}_blocklen"].astype(np.int64))
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as problem:
-            raise DataError(f"species: '{path}' can't be read as aligned blocks: {problem}") from None
-        for name, bases, length in zip(names, tokens, lengths, strict=True):
-            whole = bases.dtype == np.uint8 and bases.ndim == 1 and length.ndim == 1 and (length > 0).all()
-            if not whole or int(length.sum()) != len(bases) or int(bases.max(initial=0)) > UNKNOWN:
-                raise DataError(
-                    f"species: '{path}' must hold {name} as (bases,) uint8 of A C G T N as 0 to 4, and {name}_blocklen "
-                    f"as the bases of each block, at least 1, got {bases.dtype} {bases.shape} up to "
-                    f"{bases.max(initial=0)}, and {int(length.sum()):,} bases in {length.size:,} blocks"
-                )
-    else:
-        for source in find_sources(path):
-            genome = Genome(source.path, cache=cache)
-            names.append(source.path.name.split(".")[0])
-            tokens.append(np.asarray(genome.tokens))
-            lengths.append(np.diff(genome.offsets))
-    counts = {len(length) for length in lengths}
-    if len(names) < 2 or len(counts) != 1:
-        raise DataError(
-            f"species: wanted at least two species with as many blocks each in '{path}', got {len(names)} with "
-            f"{sorted(counts)}"
-        )
-    offsets, start = [], 0
-    for length in lengths:
-        offsets.append(start + np.concatenate([[0], np.cumsum(length)]))
-        start = int(offsets[-1][-1])
-    return AlignedBlocks(names, np.concatenate(tokens), np.stack(offsets))
-
-
-def mask_alike(aligned: AlignedBlocks) -> AlignedBlocks:
-    """The same with every base unknown, in all species, that is unknown in one of them.
-
-    Which bases an assembly could not read tells the species: by their number alone half of all long windows are told
-    apart. So a stretch of N in a block of one species is masked at the same part of that block in every other.
-    """
-    tokens = aligned.tokens.copy()
-    for here, ends in enumerate(aligned.offsets):
-        whole = ends[[0, -1]].reshape(1, 2)
-        for start, end in outside(whole, without_gaps(aligned.tokens, whole, 0)).tolist():
-            first, last = np.searchsorted(ends, [start, end - 1], side="right") - 1
-            for block in range(int(first), int(last) + 1):
-                size = int(ends[block + 1] - ends[block])
-                low, high = max(start, int(ends[block])) - ends[block], min(end, int(ends[block + 1])) - ends[block]
-                for species, other in enumerate(aligned.offsets):
-                    if species != here:
-                        length = int(other[block + 1] - other[block])
-                        from_, to = other[block] + int(low) * length // size, -(-int(high) * length // size)
-                        tokens[from_ : other[block] + to] = UNKNOWN
-    return replace(aligned, tokens=tokens)
-
-
 def ape_splits(aligned: AlignedBlocks, length: int, rows: int, *, seed: int = 0, mask: bool = True) -> Splits:
     """Windows of aligned genomes, parted by the blocks' numbers, which are the same for all species.
 
@@ -241,7 +155,7 @@ def ape_splits(aligned: AlignedBlocks, length: int, rows: int, *, seed: int = 0,
     the gradient.
 
     Args:
-        aligned: from `read_blocks`.
+        aligned: from `statescan.data.aligned.read_blocks`.
         length: bases of a window, which may reach over several blocks.
         rows: windows for training of each species and epoch; where they are fewer, they come several times.
         seed: of the choice.
@@ -251,14 +165,12 @@ def ape_splits(aligned: AlignedBlocks, length: int, rows: int, *, seed: int = 0,
         DataError: a part is shorter than a window.
     """
     aligned = mask_alike(aligned) if mask else aligned
-    last = int(aligned.blocks * _TEST_BLOCKS)
-    valid = last - int(aligned.blocks * _VALID)
     made = []
-    for begin, end, wanted in ((0, valid, rows), (valid, last, None), (last, aligned.blocks, None)):
+    for part, wanted in (("train", rows), ("valid", None), ("test", None)):
+        _, end = aligned.part(part)
         each = []
-        for ends in aligned.offsets:
-            span = np.array([[ends[begin], ends[end]]])
-            each.append(window_rows(span, length))
+        for span in aligned.spans(part):
+            each.append(window_rows(span[None], length))
         count = min(len(first) for first, _ in each)
         chosen = np.arange(count)
         if wanted is not None:
@@ -287,7 +199,7 @@ def ape_splits(aligned: AlignedBlocks, length: int, rows: int, *, seed: int = 0,
                 np.tile(np.arange(species, dtype=np.uint8), len(first)),
                 species,
                 length,
-                together=species if wanted is not None else 1,
+                together=species,
             )
         )
     return Splits(*made)
@@ -348,6 +260,7 @@ def dna_species(
     *,
     species: Sequence[str],
     pretrained: str | os.PathLike[str] | None = None,
+    apart: bool = False,
     kmers: int = 4,
     seconds: float | None = None,
     say: Callable[[str], object] = print,
@@ -360,6 +273,7 @@ def dna_species(
         out: folder of all runs, each in a folder of its name.
         species: the names of the labels.
         pretrained: a language model whose backbone it starts from.
+        apart: it is on record that this model read nothing of the test, see `kept_apart`; else the table says so.
         kmers: bases of the regression's words.
         seconds: leave off training after so many; the next call goes on.
         say: called with a line when there is something to tell.
@@ -379,7 +293,7 @@ def dna_species(
     facts = {"species": list(species), "length": run.length, "rows": run.rows, "data_seed": run.data_seed}
     facts |= {"task": run.task, "origin": run.origin}
     if pretrained is not None:
-        facts["start"] = weights_digest(pretrained)
+        facts |= {"start": weights_digest(pretrained), "apart": apart}
     digests = {name: {"digest": part.digest} for name, part in zip(Splits._fields, splits, strict=True)}
     status = run_status(folder, {"model": run.model, "train": run.train}, facts | digests)
     if status != "finished":
@@ -396,13 +310,7 @@ def dna_species(
         if result.interrupted or result.signalled:
             raise KeyboardInterrupt
     done = json.loads(path.read_text(encoding="utf-8"))
-    words = folder / _KMERS
-    if not words.exists() or json.loads(words.read_text(encoding="utf-8"))["k"] != kmers:
-        assert isinstance(splits.train, LabelledWindows)
-        assert isinstance(splits.test, LabelledWindows)
-        right, judged = kmer_regression(splits.train, splits.test, kmers)
-        with atomic_file(words) as temporary:
-            temporary.write_text(json.dumps({"k": kmers, "right": right, "judged": judged}) + "\n", encoding="utf-8")
+    _predict(run, folder, splits, kmers)
     test = done["test"]["best"]
     say(
         f"{run.name}: {percent(test['accuracy'])} % right on the test (epoch {test['epoch']}, chosen by validation), "
@@ -411,28 +319,78 @@ def dna_species(
     return done
 
 
+def kept_apart(pretrained: str | os.PathLike[str], aligned: AlignedBlocks) -> bool:
+    """Whether a model's run says that it was pretrained on the training part of aligned blocks, and so on none of
+    their test, nor of what is homologous to it. Where it started from other weights, these must say so, too.
+
+    Args:
+        pretrained: folder of the model: that of its run, or ``best`` in it.
+        aligned: the blocks, as they are read, nothing masked.
+
+    Returns:
+        False where the model has no such run: what it has read is not known.
+
+    Raises:
+        DataError: the run was trained on these very bases, parted otherwise: on the test, that is.
+    """
+    folder = Path(pretrained)
+    path = (folder.parent if folder.name == "best" else folder) / RUN_FILE
+    if not path.exists():
+        return False
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        data, start = told["data"], told["config"]["train"].get("weights", "")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    facts = aligned.facts()
+    if data.get("aligned") == facts:
+        return not start or kept_apart(start, aligned)
+    if facts["digest"] in (data.get("digest"), (data.get("aligned") or {}).get("digest")):
+        raise DataError(
+            f"species: wanted a pretrained model that read nothing of the test, got '{pretrained}', which was trained "
+            "on these very bases parted otherwise; pretrain with data.aligned=true, or on the .npz of the blocks"
+        )
+    return False
+
+
+def _predict(run: SpeciesRun, folder: Path, splits: Splits, kmers: int) -> None:
+    """Leaves what is said of each window of the test: by the model of the best and of the last epoch, and by k-mers."""
+    path = folder / _PREDICTIONS
+    if path.exists():
+        with np.load(path) as held:
+            if int(held["k"]) == kmers:
+                return
+    assert isinstance(splits.train, LabelledWindows)
+    assert isinstance(splits.test, LabelledWindows)
+    device = pick_device(run.train.accelerator)
+    autocast = torch.bfloat16 if run.train.precision == "bf16" else None
+    said: dict[str, Any] = {"kmers": kmer_regression(splits.train, splits.test, kmers)}
+    for name, place in (("best", folder / "best"), ("final", folder)):
+        model = BackboneClassifier.from_pretrained(place).to(device)
+        said[name] = predictions(model, splits.test, autocast=autocast)
+    with atomic_file(path) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, k=kmers, together=splits.test.together, labels=splits.test.labels, **said)
+
+
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:
     """The table of all finished runs in a folder: results.json and results.md, and apes.svg where there are apes."""
     out = Path(out)
     rows = []
     for path in sorted(out.glob(f"*/{RUN_FILE}")):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts.get("status") != "finished" or "species" not in facts.get("data", {}):
+        said = path.parent / _PREDICTIONS
+        if facts.get("status") != "finished" or "species" not in facts.get("data", {}) or not said.exists():
             continue
-        kmers = json.loads((path.parent / _KMERS).read_text(encoding="utf-8"))
-        judged = facts["data"]["test"]["examples"]
         rows.append(
             {
                 "task": facts["data"]["task"],
                 "length": facts["data"]["length"],
                 "origin": facts["data"]["origin"],
+                "apart": facts["data"].get("apart"),
                 "species": facts["data"]["species"],
                 "seed": facts["config"]["train"]["seed"],
                 "parameters": facts["parameters"],
-                "right": round(facts["test"]["best"]["accuracy"] * judged),
-                "right_final": round(facts["test"]["final"]["accuracy"] * judged),
-                "judged": judged,
-                "kmers": kmers,
+                **_scores(said),
                 "steps": facts["steps"],
                 "seconds": round(facts["seconds"], 1),
                 "device": facts["device"],
@@ -451,20 +409,87 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
     return results
 
 
+def _scores(path: Path) -> dict[str, Any]:
+    """What the predictions of a run come to, with 95 % intervals in per cent."""
+    with np.load(path) as held:
+        together, labels, k = int(held["together"]), held["labels"], int(held["k"])
+        right = {name: held[name] == labels for name in ("best", "final", "kmers")}
+        classes = int(labels.max()) + 1
+        confusion = np.zeros((classes, classes), int)
+        np.add.at(confusion, (labels, held["best"]), 1)
+    return {
+        "right": int(right["best"].sum()),
+        "right_final": int(right["final"].sum()),
+        "judged": len(labels),
+        "loci": len(labels) // together,
+        "interval": _interval(right["best"], together),
+        "interval_final": _interval(right["final"], together),
+        "kmers": {"k": k, "right": int(right["kmers"].sum()), "interval": _interval(right["kmers"], together)},
+        # In points of a hundred, of the same windows.
+        "above_kmers": 100 * float(right["best"].mean() - right["kmers"].mean()),
+        "above_kmers_interval": resampled(100.0 * right["best"] - 100.0 * right["kmers"], together),
+        # Rows: the species that it is; columns: the one that is said.
+        "confusion": confusion.tolist(),
+    }
+
+
+def _interval(right: NDArray[np.bool_], together: int) -> tuple[float, float]:
+    if together == 1:
+        low, high = interval(int(right.sum()), len(right))
+        return float(low), float(high)
+    return resampled(100.0 * right, together)
+
+
+def resampled(values: NDArray[Any], together: int) -> tuple[float, float]:
+    """The 95 % interval of a mean by the bootstrap, percentiles of 10,000 samples.
+
+    Args:
+        values: (count,).
+        together: so many neighbours are drawn as one: the homologous windows of several species, which are right or
+            wrong together.
+    """
+    means = values.reshape(-1, together).mean(1)
+    draw = np.random.Generator(np.random.PCG64(0))
+    # In parts, of bounded size.
+    found = [means[draw.integers(0, len(means), (100, len(means)))].mean(1) for _ in range(100)]
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+    return float(low), float(high)
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| task | nt | start | accuracy, % | 95 % interval | judged | k-mer regression, % | parameters | updates | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    head = [
+        "task",
+        "nt",
+        "start",
+        "accuracy, %",
+        "95 % interval",
+        "last epoch, %",
+        "k-mer regression, %",
+        "95 % interval",
     ]
+    head += ["above k-mers, points", "windows", "loci", "parameters", "updates", "s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        kmers = row["kmers"]
-        lines.append(
-            f"| {row['task']} | {row['length']:,} | {row['origin']} | {percent(row['right'] / row['judged'])} | "
-            f"{' to '.join(interval(row['right'], row['judged']))} | {row['judged']:,} | "
-            f"{percent(kmers['right'] / kmers['judged'])} (k = {kmers['k']}) | {row['parameters']:,} | "
-            f"{row['steps']:,} | {row['seconds']:.0f} |"
-        )
+        kmers, judged = row["kmers"], row["judged"]
+        low, high = row["above_kmers_interval"]
+        cells = [row["task"], f"{row['length']:,}", row["origin"] + ("*" if row["apart"] is False else "")]
+        cells += [percent(row["right"] / judged), _bounds(row["interval"]), percent(row["right_final"] / judged)]
+        cells += [f"{percent(kmers['right'] / judged)} (k = {kmers['k']})", _bounds(kmers["interval"])]
+        cells += [f"{row['above_kmers']:+.2f} ({low:+.2f} to {high:+.2f})", f"{judged:,}", f"{row['loci']:,}"]
+        cells += [f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Accuracy: of the epoch that validation chose. Intervals: Wilson's where every window is a locus of its own,",
+    ]
+    lines += ["else, and of differences, the bootstrap over loci, whose homologous windows are drawn together."]
+    if any(row["apart"] is False for row in rows):
+        lines += ["\\* whether the pretrained model has read the test, or what is homologous to it, is not on record."]
     return "\n".join(lines) + "\n"
+
+
+def _bounds(pair: Sequence[float]) -> str:
+    return f"{pair[0]:.2f} to {pair[1]:.2f}"
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -476,7 +501,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         if not some:
             continue
         shown = [100 * row["right"] / row["judged"] for row in some]
-        bounds = [[float(bound) for bound in interval(row["right"], row["judged"])] for row in some]
+        bounds = [row["interval"] for row in some]
         error = [[value - low for value, (low, _) in zip(shown, bounds, strict=True)]]
         error.append([high - value for value, (_, high) in zip(shown, bounds, strict=True)])
         axes.errorbar([row["length"] for row in some], shown, yerr=error, fmt="o-", capsize=3, label=f"here, {origin}")

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from statescan import __version__
@@ -32,7 +33,16 @@ from statescan.train.logs import CsvLog, Progress
 from statescan.train.loop import RUN_FILE, Interruption, check_folder
 from statescan.train.optim import learning_rate, parameter_groups
 
-__all__ = ["ClassifyConfig", "ClassifyResult", "Judgement", "Splits", "judge", "pick_device", "train_classifier"]
+__all__ = [
+    "ClassifyConfig",
+    "ClassifyResult",
+    "Judgement",
+    "Splits",
+    "judge",
+    "pick_device",
+    "predictions",
+    "train_classifier",
+]
 
 _LOG_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "epoch", "accuracy", "loss")
@@ -283,17 +293,26 @@ def judge(
         autocast: dtype of `torch.autocast`; None for none.
     """
     device = next(model.parameters()).device
-    return _judge(model, _resident(data, device), batch_size, autocast)
+    return _judge(model, _resident(data, device), batch_size, autocast)[0]
+
+
+def predictions(
+    model: Classifier, data: LabelledSequences | LabelledWindows, *, autocast: torch.dtype | None = None
+) -> NDArray[np.int64]:
+    """The label that a classifier gives each row of a split, (rows,) int64; arguments as of `judge`."""
+    device = next(model.parameters()).device
+    return _judge(model, _resident(data, device), _JUDGED_AT_ONCE, autocast)[1]
 
 
 def _judge(
     model: Classifier, data: _Resident | _ResidentWindows, batch_size: int, autocast: torch.dtype | None
-) -> Judgement:
+) -> tuple[Judgement, NDArray[np.int64]]:
     device, lengths = data.labels.device, data.data.lengths
     # Of long rows fewer at once.
     batch_size = max(1, min(batch_size, _JUDGED_POSITIONS // data.data.length))
     order = np.arange(len(data.data)) if lengths is None else np.argsort(lengths, kind="stable")
-    right, loss = torch.zeros((), device=device, dtype=torch.int64), torch.zeros((), device=device, dtype=torch.float64)
+    loss = torch.zeros((), device=device, dtype=torch.float64)
+    given: list[Tensor] = []
     was_training = model.training
     model.eval()
     try:
@@ -303,11 +322,13 @@ def _judge(
                 length = data.data.length if lengths is None else int(lengths[rows].max())
                 inputs, labels, mask = data.batch(torch.from_numpy(rows).to(device), length)
                 logits = model(inputs, mask=mask).logits
-                right += (logits.argmax(-1) == labels).sum()
+                given.append(logits.argmax(-1))
                 loss += F.cross_entropy(logits, labels, reduction="sum")
     finally:
         model.train(was_training)
-    return Judgement(int(right) / len(order), float(loss) / len(order))
+    chosen = np.empty(len(order), np.int64)
+    chosen[order] = torch.cat(given).cpu().numpy()
+    return Judgement(float((chosen == data.data.labels).mean()), float(loss) / len(order)), chosen
 
 
 class _ResidentWindows:
@@ -501,7 +522,7 @@ class _ClassifierTrainer:
             )
 
     def _evaluate(self, epoch: int) -> None:
-        judged = _judge(self.model, self.valid, _JUDGED_AT_ONCE, self.autocast)
+        judged, _ = _judge(self.model, self.valid, _JUDGED_AT_ONCE, self.autocast)
         best = max((accuracy for _, accuracy in self.evaluations), default=-1.0)
         self.evaluations.append((epoch, judged.accuracy))
         if judged.accuracy > best:
@@ -529,9 +550,9 @@ class _ClassifierTrainer:
         results: dict[str, Any] = {}
         if not interrupted:
             test = _resident(self.test, self.device)
-            final = _judge(self.model, test, _JUDGED_AT_ONCE, self.autocast)
+            final, _ = _judge(self.model, test, _JUDGED_AT_ONCE, self.autocast)
             chosen = type(self.model).from_pretrained(self.out / "best").to(self.device)
-            best = _judge(chosen, test, _JUDGED_AT_ONCE, self.autocast)
+            best, _ = _judge(chosen, test, _JUDGED_AT_ONCE, self.autocast)
             results["test"] = {
                 "final": {"epoch": self.evaluations[-1][0], "valid": self.evaluations[-1][1], **final._asdict()},
                 "best": {"epoch": best_epoch, "valid": best_accuracy, **best._asdict()},
