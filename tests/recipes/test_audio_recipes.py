@@ -298,6 +298,10 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     assert json.loads((out / "made.json").read_text())["model"] == weights_digest(out / "conditional" / "best")
     assert judged["train"]["frechet"] == pytest.approx(0, abs=1e-6)
     assert np.sum(judged["confused"]) == 20
+    # Of a model that knows nothing no sound ends; and all are shorter than recordings of 160 samples.
+    right = round(20 * judged["made"]["accuracy"])
+    assert judged["endless"] == judged["early"] == {"sounds": 20, "recognised": right}
+    assert f"20 did not end within 64 samples; {right} of them were recognised." in (out / "results.md").read_text()
     assert "| made (20) |" in (out / "results.md").read_text()
     assert len(list((tmp_path / "wav").glob("*.wav"))) == 10
     assert (tmp_path / "wav" / "spectrograms.png").exists()

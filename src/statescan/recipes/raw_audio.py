@@ -370,7 +370,9 @@ def judge_sounds(sounds: Recordings, classifier: str | os.PathLike[str], recordi
 
     Returns:
         "made", "test", "train": `SoundScores` each as a dictionary, the Fréchet distance to the training recordings;
-        "each": the part recognised of each label; "confused": (labels, labels) counts, asked for by heard.
+        "each": the part recognised of each label; "confused": (labels, labels) counts, asked for by heard; "early":
+        made sounds that are shorter than every recording that was learnt from, and how many of them are recognised;
+        "endless": the same of those that did not fall silent.
 
     Raises:
         CheckpointError: no classifier of spoken digits, one of another split, or one that learnt from other recordings.
@@ -387,8 +389,10 @@ def judge_sounds(sounds: Recordings, classifier: str | os.PathLike[str], recordi
         name: sound_scores(*read[name], real, labels, part.labels)._asdict() for name, part in parts.items()
     }
     assert sounds.labels is not None
-    confused = np.zeros((len(sounds.classes), model.config.classes), int)
-    np.add.at(confused, (sounds.labels, read["made"][0].argmax(1)), 1)
+    confused, heard = np.zeros((len(sounds.classes), model.config.classes), int), read["made"][0].argmax(1)
+    np.add.at(confused, (sounds.labels, heard), 1)
+    for name, those in (("early", sounds.lengths < learnt.lengths.min()), ("endless", sounds.lengths >= LONGEST)):
+        result[name] = {"sounds": int(those.sum()), "recognised": int((heard == sounds.labels)[those].sum())}
     result["each"] = [float(row[label] / max(1, row.sum())) for label, row in enumerate(confused)]
     result["confused"] = confused.tolist()
     result["seconds"] = {name: float(part.lengths.mean() / part.sample_rate) for name, part in parts.items()}
@@ -549,6 +553,12 @@ def table(results: Mapping[str, Any]) -> str:
             )
         each = ", ".join(f"{digit}: {100 * part:.0f}" for digit, part in enumerate(judged["each"]))
         lines += ["", f"Recognised of each digit, per cent: {each}."]
+        for name, what in (
+            ("early", "ended before the shortest recording that was learnt from"),
+            ("endless", f"did not end within {LONGEST:,} samples"),
+        ):
+            if name in judged:
+                lines.append(f"{judged[name]['sounds']} {what}; {judged[name]['recognised']} of them were recognised.")
     return "\n".join(lines) + "\n"
 
 
