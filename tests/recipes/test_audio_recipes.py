@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from statescan.data.audio import dequantize, quantize, write_audio
 from statescan.data.augment import VaryWaveforms
 from statescan.data.recordings import SILENCE, Recordings, load_recordings
 from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.models import ClassifierConfig
 from statescan.recipes import raw_audio, spoken_digits
 from statescan.recipes.spoken_digits import digit_parts, digit_run, read_digits, speaker_and_take
+from statescan.recipes.synthetic import percent
 from statescan.train import classify, waveform
+from statescan.train.config import build_config
 from statescan.train.finished import weights_digest
 
 
@@ -330,6 +334,53 @@ def test_sound_is_learnt_made_judged_and_written(data, tmp_path, monkeypatch):
     assert (len(kept), lines) == (20, [])
     assert len(raw_audio.make_digits(out / "made.npz", best, each=1, seed=3, say=lines.append)) == 10
     assert len(lines) == 1
+
+
+RECORD = Path(__file__).resolve().parents[2]
+
+
+def test_the_runs_on_record_are_the_recipes_and_the_documents_numbers():
+    """What the documents tell was made by the recipes as they are, with the settings that stand beside it."""
+    text = (RECORD / "docs" / "audio.md").read_text(encoding="utf-8")
+    held = [
+        json.loads((RECORD / "benchmarks" / "results" / "reproduce" / name).read_text(encoding="utf-8"))
+        for name in ("spoken-digits.json", "raw-audio.json")
+    ]
+    epochs = {"s4": 45, "mamba": 40, "conv": 30, "lstm": 6}
+    for run in held[0]["runs"]:
+        asked = epochs[run["row"]] if run["split"] == "official" else 20
+        wanted = digit_run(run["row"], [f"train.epochs={asked}"])
+        assert wanted.model == ClassifierConfig.from_dict(run["config"]["model"])
+        plain = build_config(classify.ClassifyConfig, run["config"]["train"])
+        assert dataclasses.replace(wanted.train, checkpoint_every=0) == plain
+        assert run["vary"] == dataclasses.asdict(VaryWaveforms())
+        last, chosen = (run["test"][name] for name in ("final", "best"))
+        right = round(last["accuracy"] * run["examples"]["test"])
+        assert f"{percent(last['accuracy'])}" in text
+        assert f"({right} of {run['examples']['test']})" in text or f"({right})" in text
+        assert f"{percent(chosen['accuracy'])} ({chosen['epoch']})" in text
+    shorter = {"lstm": ["train.steps=79"], "conditional": ["train.steps=3335", "train.evaluate_every=667"]}
+    shorter["conditional"] += ["train.evaluate_windows=64", "train.keep_best=false"]
+    for run in held[1]["runs"]:
+        wanted = raw_audio.waveform_run(run["row"], shorter.get(run["row"], ["train.steps=441"]))
+        assert wanted.model == raw_audio.WaveformConfig.from_dict(run["config"]["model"])
+        plain = build_config(waveform.WaveformTraining, run["config"]["train"])
+        assert dataclasses.replace(wanted.train, checkpoint_every=0) == plain
+        scores = run["scores"]
+        if run["row"] == "conditional":
+            assert f"{scores['all']['bits']:.3f} bits" in text
+            continue
+        # The record has a range from 8,192 on, of two recordings; here it is with the one before.
+        ends = [scores["4096"], scores["8192"]]
+        long = sum(end["bits"] * end["samples"] for end in ends) / sum(end["samples"] for end in ends)
+        cells = [f"{scores[name]['bits']:.3f}" for name in ("16", "64", "256", "1024")] + [f"{long:.3f}"]
+        whole = f"{scores['all']['bits']:.3f}"
+        line = " | ".join([whole if run["row"] == "lstm" else f"**{whole}**", *cells, f"{run['parameters']:,}"])
+        assert f"| {line} | {run['steps']} |" in text
+    for judged in held[1]["judged"].values():
+        made = judged["made"]
+        assert f"({round(made['accuracy'] * made['sounds'])}; " in text
+        assert f"| {made['inception']:.2f} | {made['activation_maximization']:.2f} | {made['frechet']:.2f} |" in text
 
 
 @pytest.mark.parametrize("at", ["first", "last"])
