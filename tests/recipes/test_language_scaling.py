@@ -371,12 +371,25 @@ def test_an_lstm_is_judged_as_all_are_and_other_seeds_are_told(novels: Path, tmp
             recipe.language_scaling(["lstm-1m"], texts, tmp_path / "out", say=_silent)
 
 
-def test_speed_is_measured_in_a_moment_of_training(novels: Path, tmp_path: Path) -> None:
+def test_speed_is_measured_in_a_moment_of_training(
+    novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = recipe.measure_speed("mamba-0.3m", novels, tmp_path, updates=50, say=_silent)
     assert told["tokens_per_second"] > 0
     assert told["bytes_per_second"] == pytest.approx(told["tokens_per_second"], rel=0.01)
     assert json.loads((tmp_path / "speed" / "mamba-0.3m.json").read_text()) == told
     assert [path.name for path in (tmp_path / "speed").iterdir()] == ["mamba-0.3m.json"]
+    assert told["model_flop_utilization"] is None, "nobody knows this device's peak"
+    # Where it is known, line and table say which part of it the model's operations took.
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(recipe, "utilization", lambda *fields: asked.append(fields) or 0.123)
+    said: list[str] = []
+    told = recipe.measure_speed("mamba-0.3m", novels, tmp_path, updates=50, say=said.append)
+    assert told["model_flop_utilization"] == 0.123
+    assert asked == [(SMALL["mamba-0.3m"], 32, told["tokens_per_second"], torch.device("cpu"), "float32")]
+    assert said[-1].endswith("tokens/s, 12.3 % of the peak in model operations")
+    recipe.language_scaling(["mamba-0.3m"], novels, tmp_path, passes=1.0, say=_silent)
+    assert f"| {told['bytes_per_second']:,.0f} (12.3 %) |" in (tmp_path / "results.md").read_text()
 
 
 def test_ids_of_pairs_are_judged_by_their_bytes(novels: Path, tmp_path: Path) -> None:
