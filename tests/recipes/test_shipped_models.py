@@ -67,9 +67,13 @@ def test_the_language_model_predicts_a_book_that_it_has_not_read() -> None:
 def test_the_language_model_is_the_one_whose_run_is_on_record() -> None:
     folder = shipped_model(BUILTIN)
     record = Path(__file__).parents[2] / "benchmarks" / "results" / "reproduce" / "builtin-model.json"
-    (run,) = [one for one in json.loads(record.read_text())["runs"] if "sha256" in one]
+    held = json.loads(record.read_text())
+    (run,) = [one for one in held["runs"] if "sha256" in one]
+    (twin,) = [one for one in held["runs"] if one["run"]["row"] == "transformer++"]
     assert run["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert run["run"] == {**LANGUAGE_ROWS["mamba"].to_dict(), "seconds": 405.0}
+    assert twin["bytes_read"] == run["bytes_read"]
+    beside, twins = held["beside_the_twin"]["novels_test"], twin["scores"]["novels_test"]
     scores, card = run["scores"]["novels_test"], (folder / "README.md").read_text(encoding="utf-8")
     told = (
         f"{scores['carried']:.4f} ± {scores['carried_standard_error']:.4f}",
@@ -77,6 +81,8 @@ def test_the_language_model_is_the_one_whose_run_is_on_record() -> None:
         f"{scores['overlapping']:.4f}",
         f"{run['steps']:,} updates",
         f"--seconds {run['run']['seconds']:.0f}",
+        f"{twins['windows']:.4f} ± {twins['windows_standard_error']:.4f}",
+        *(f"{one['difference']:+.3f} ± {one['standard_error']:.3f}" for one in (beside["all"], *beside["books"])),
     )
     assert [figure for figure in told if figure not in card] == []
 
