@@ -169,7 +169,9 @@ def generate_audio(
 
 def _class_names(model: Path, classes: int) -> list[str]:
     """The labels' names, from the run that trained the model; numbers where it tells none."""
-    run = model.parent if model.name == "best" else model
+    from statescan.train.waveform import BEST
+
+    run = model.parent if model.name == BEST else model
     try:
         names = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["classes"]
     except (OSError, ValueError, KeyError, TypeError):
