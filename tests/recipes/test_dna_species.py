@@ -248,7 +248,9 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
         assert row["kmers"]["right"] == (words == splits.test.labels).sum()
     # Homologous windows are one draw.
     assert all(ape["judged"] == 3 * ape["loci"] for ape in results["rows"][:2])
-    assert row["judged"] == row["loci"]
+    assert isinstance(splits.test, LabelledWindows)
+    stretches = set(zip(splits.test.labels.tolist(), (splits.test.first >> 14).tolist(), strict=True))
+    assert row["loci"] == len(stretches) < row["judged"]
     assert row["judged"] == len(splits.test)
     table = (out / "results.md").read_text()
     assert f"| microbes | 256 | scratch | {recipe.percent(told)} |" in table
@@ -268,7 +270,7 @@ def test_intervals_draw_homologous_windows_together() -> None:
     together = np.repeat(loci[:, None], 4, 1).astype(float)
 
     def width(values: np.ndarray, many: int) -> float:
-        low, high = recipe.resampled(values.ravel(), many)
+        low, high = recipe.resampled(values.ravel(), np.arange(1200) // many)
         assert low < values.mean() < high
         return high - low
 
@@ -276,6 +278,11 @@ def test_intervals_draw_homologous_windows_together() -> None:
     assert width(together, 4) == pytest.approx(4 * 1.96 * np.sqrt(0.25 / 1200), rel=0.1)
     assert width(together, 1) == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 1200), rel=0.1)
     assert width(alone, 4) == pytest.approx(width(alone, 1), rel=0.15)
+    # A locus weighs as much as the windows it holds.
+    assert recipe.resampled(np.array([1.0, 0.0, 0.0, 0.0]), np.array([0, 1, 1, 1])) == (0, 1)
+    sizes = [1, 3] * 200
+    low, high = recipe.resampled(np.repeat([1.0, 0.0] * 200, sizes), np.repeat(np.arange(400), sizes))
+    assert 0.2 < low < 0.25 < high < 0.3
 
 
 def test_what_a_pretrained_model_has_read(tmp_path: Path) -> None:
