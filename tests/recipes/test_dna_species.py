@@ -13,9 +13,11 @@ from statescan.data.aligned import AlignedBlocks
 from statescan.data.windows import LabelledWindows, window_rows
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.kmers import kmer_frequencies, kmer_regression
-from statescan.models import CausalLM, MambaConfig
+from statescan.models import BackboneClassifierConfig, CausalLM, MambaConfig
 from statescan.recipes import dna_species as recipe
-from statescan.train.classify import Splits
+from statescan.recipes.synthetic import interval
+from statescan.train.classify import ClassifyConfig, Splits
+from statescan.train.config import build_config
 
 
 def write(path: Path, records: list[np.ndarray]) -> None:
@@ -261,6 +263,27 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
     assert (out / "apes.svg").read_text().count("the paper") == 3
     with pytest.raises(ConfigError, match="just for a run that starts from one, got scratch"):
         recipe.dna_species(run, splits, out, species=names, pretrained=tmp_path / "lm")
+
+
+def test_the_runs_on_record_are_those_of_the_recipe() -> None:
+    """What the document tells was made by the recipe as it is, with the settings that stand beside it."""
+    record = Path(__file__).parents[2]
+    text = (record / "docs" / "dna.md").read_text(encoding="utf-8")
+    held = json.loads((record / "benchmarks" / "results" / "reproduce" / "microbes.json").read_text(encoding="utf-8"))
+    assert [row["length"] for row in held["rows"]] == [256, 1024]
+    for row, (rows, epochs) in zip(held["rows"], ((8192, 16), (4096, 4)), strict=True):
+        wanted = recipe.microbe_run(row["length"], 8, overrides=[f"rows={rows}", f"train.epochs={epochs}"])
+        assert wanted.model == BackboneClassifierConfig.from_dict(row["config"]["model"])
+        assert wanted.train == build_config(ClassifyConfig, row["config"]["train"])
+        assert wanted.rows == row["data"]["rows"] == rows
+        judged, best = row["judged"], row["test"]["best"]
+        assert row["right"] == round(best["accuracy"] * judged)
+        low, high = interval(row["right"], judged)
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row['length']:,} | {8 * rows:,} "))
+        assert f"| {row['steps']:,} | {row['seconds']:.0f} | {recipe.percent(row['right'] / judged)} (epoch" in line
+        assert f"(epoch {best['epoch']}" in line
+        assert f"| {low} to {high} | {recipe.percent(row['right_final'] / judged)} |" in line
+        assert f"| {recipe.percent(row['kmers']['right'] / judged)} | {judged:,} |" in line
 
 
 def test_intervals_draw_homologous_windows_together() -> None:
