@@ -67,13 +67,13 @@ def test_other_ids_have_a_folder_of_their_own(run: Run, novels: Path) -> None:
     assert not (novels / "out" / "tokenizer.json").exists()
     for file in ("tokenizer.json", "mamba-0.3m/run.json", "results.md"):
         assert (novels / "out" / "bpe" / file).exists()
-    # A report trains no tokenizer.
-    code, out, _ = run(
+    # A report trains no tokenizer and makes no folder.
+    code, _, err = run(
         "reproduce", "language-scaling", "--data", novels, "--out", novels / "none", "--tokenizer", "bpe", "--report"
     )
-    assert code == 0
-    assert "Not run: mamba-0.3m" in out
-    assert not (novels / "none" / "bpe" / "tokenizer.json").exists()
+    assert code == 1
+    assert "wanted a folder of rows to report on" in err
+    assert not (novels / "none").exists()
 
 
 def test_context_growth(run: Run, novels: Path) -> None:

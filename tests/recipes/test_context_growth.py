@@ -286,3 +286,13 @@ def test_no_row_is_trained_where_another_cannot_be(novels: Path) -> None:
     assert not list((novels / "out").glob("*/run.json"))
     recipe.context_growth(rows, novels, novels / "out", scaling=novels, longest=256, change=short, say=lambda _: None)
     assert len(list((novels / "out").glob("*/run.json"))) == 2
+    # The second row's folder holds another run.
+    (novels / "out" / "mamba-mixed" / "positions-256.json").unlink()
+
+    def longer(run: RunConfig) -> RunConfig:
+        return short(run).apply_overrides(["train.steps=9"])
+
+    with pytest.raises(CheckpointError, match="steps"):
+        rows = ["mamba-2k-noise", "mamba-mixed"]
+        recipe.context_growth(rows, novels, novels / "out", scaling=novels, longest=256, change=longer)
+    assert not (novels / "out" / "mamba-2k-noise" / "run.json").exists()

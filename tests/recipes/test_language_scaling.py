@@ -325,6 +325,24 @@ def test_no_row_is_trained_where_another_cannot_be(novels: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="length"):
         recipe.language_scaling(["mamba-0.3m", "mamba-1m"], novels, tmp_path, change=wrong, say=_silent)
     assert not list(tmp_path.glob("*/run.json"))
+    # The second row's folder holds another run.
+    recipe.language_scaling(["mamba-1m"], novels, tmp_path, passes=0.5, say=_silent)
+    with pytest.raises(CheckpointError, match="train"):
+        recipe.language_scaling(["mamba-0.3m", "mamba-1m"], novels, tmp_path, passes=1.0, say=_silent)
+    assert [path.parent.name for path in tmp_path.glob("*/run.json")] == ["mamba-1m"]
+
+
+@pytest.mark.parametrize("field", ["train.lr=0.5", "model.dropout=0.3"])
+def test_what_is_tried_is_not_set(novels: Path, tmp_path: Path, field: str) -> None:
+    with pytest.raises(ConfigError, match="leave train.lr and model.dropout alone"):
+        recipe.tune(["mamba-0.3m"], novels, tmp_path, change=lambda run: run.apply_overrides([field]), say=_silent)
+    assert not list(tmp_path.glob("tuning/*/run.json"))
+
+
+def test_a_report_is_of_a_folder_that_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="wanted a folder of rows to report on, got '.*typo'"):
+        recipe.report(tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(

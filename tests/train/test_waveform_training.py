@@ -142,6 +142,14 @@ def test_what_does_not_fit(tmp_path):
         train_waveform(MODEL, TRAIN, other, tmp_path / "b", progress=False, resume=True)
     with pytest.raises(CheckpointError, match=r"model\.d_model"):
         train_waveform(dataclasses.replace(MODEL, d_model=4), TRAIN, data, tmp_path / "b", progress=False, resume=True)
+    # A run from before the field was there was not turned over.
+    record = tmp_path / "b" / "run.json"
+    facts = json.loads(record.read_text())
+    assert facts["config"]["train"].pop("flip")
+    record.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=r"train\.flip = False, with which the run began, got True"):
+        train_waveform(MODEL, TRAIN, data, tmp_path / "b", progress=False, resume=True)
+    train_waveform(MODEL, dataclasses.replace(TRAIN, flip=False), data, tmp_path / "b", progress=False, resume=True)
 
 
 def test_the_best_weights_by_validation_are_kept(tmp_path, monkeypatch):
@@ -175,6 +183,20 @@ def test_the_best_weights_by_validation_are_kept(tmp_path, monkeypatch):
     assert not torch.equal(at_evaluation[5.0]["head.weight"], at_evaluation[5.5]["head.weight"])
     with pytest.raises(ConfigError, match=r"train\.evaluate_windows: wanted 0 with train\.keep_best, got 64"):
         WaveformTraining(keep_best=True)
+
+
+def test_only_bits_of_the_same_samples_are_compared_for_the_best(tmp_path, monkeypatch):
+    """Few windows were judged before, and cost less: the first evaluation of all of them is the best so far."""
+    bits, judge = iter((3.0, 5.0, 4.5, 4.6)), waveform.bits_per_sample
+    monkeypatch.setattr(waveform, "bits_per_sample", lambda *a, **k: judge(*a, **k)._replace(bits=next(bits)))
+    data = sounds().split(0.3)
+    few = dataclasses.replace(TRAIN, steps=4, evaluate_every=2, evaluate_windows=1)
+    first = train_waveform(MODEL, few, data, tmp_path, progress=False)
+    assert not (tmp_path / "best").exists()
+    every = dataclasses.replace(few, steps=8, evaluate_windows=0, keep_best=True)
+    result = train_waveform(MODEL, every, data, tmp_path, progress=False, resume=True)
+    assert first.evaluations[0].samples < result.evaluations[-1].samples
+    assert (tmp_path / "best" / "model.safetensors").exists()
 
 
 @torch.no_grad()

@@ -30,7 +30,16 @@ from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.evaluate import row_bits
 from statescan.files import atomic_file, make_folder
 from statescan.models import CausalLM
-from statescan.recipes.language_scaling import PASSES, SIZES, books_of, scaling_run, schedule, train_row, tuned
+from statescan.recipes.language_scaling import (
+    PASSES,
+    SIZES,
+    books_of,
+    row_status,
+    scaling_run,
+    schedule,
+    train_row,
+    tuned,
+)
 from statescan.recipes.novels import NOVELS, read_corpus
 from statescan.recipes.synthetic import figure, save_figure
 from statescan.train import RunConfig
@@ -288,23 +297,39 @@ def context_growth(
     def run_of(row: str) -> RunConfig:
         return change(growth_run(row, data, size=size, passes=passes, device=device, scaling=scaling))
 
+    text = read_corpus(data, NOVELS[2])
+    books = books_of(text, ByteTokenizer())
+
+    def far(row: str) -> int:
+        return longest if ROWS[row].family == "mamba" else min(longest, LONGEST_ATTENTION)
+
+    def trained_in(row: str) -> Path:
+        return out / row if ROWS[row].train else Path(scaling) / f"{ROWS[row].family}-{size}"
+
     # All of them before hours of training: one that can't be trained or judged is told at once.
-    for row, run in [(row, run_of(row)) for row in rows]:
-        text = read_corpus(data, NOVELS[2])
-        books, entry = books_of(text, ByteTokenizer()), ROWS[row]
-        far = longest if entry.family == "mamba" else min(longest, LONGEST_ATTENTION)
-        read_from = [len(places) for _, places in _places(books, far, longest)]
-        kept = make_folder(out / row)
-        curve, told = _curve(kept, longest), {"config": run.to_dict(), "digest": text.digest}
+    runs = {row: run_of(row) for row in rows}
+    for row, run in runs.items():
+        _places(books, far(row), longest)
+        curve = _curve(out / row, longest)
         if curve.exists():
-            check_same(curve, json.loads(curve.read_text(encoding="utf-8")), told)
-        model = train_row(run, kept if entry.train else Path(scaling) / f"{entry.family}-{size}", say=say)
+            check_same(curve, json.loads(curve.read_text(encoding="utf-8")), _told(run, text.digest))
+        row_status(run, trained_in(row))
+    for row, run in runs.items():
+        curve = _curve(make_folder(out / row), longest)
+        model = train_row(run, trained_in(row), say=say)
         if not curve.exists():
-            bins = judge_positions(model, books, longest=far, span=longest)
+            bins = judge_positions(model, books, longest=far(row), span=longest)
+            read_from = [len(places) for _, places in _places(books, far(row), longest)]
+            told = _told(run, text.digest)
             facts = {"row": row, **told, "parameters": model.parameter_count(), "places_of_each_book": read_from}
             _write(curve, json.dumps(facts | {"bins": [one._asdict() for one in bins]}, indent=1) + "\n")
-            say(f"{row}: judged to position {far:,}")
+            say(f"{row}: judged to position {far(row):,}")
     return report(out, longest)
+
+
+def _told(run: RunConfig, digest: str) -> dict[str, Any]:
+    """What a curve is of: a run, and the books that it was judged on."""
+    return {"config": run.to_dict(), "digest": digest}
 
 
 def _curve(folder: Path, longest: int) -> Path:

@@ -58,6 +58,7 @@ __all__ = [
     "loss_rise",
     "measure_speed",
     "paired_difference",
+    "row_status",
     "scaling_run",
     "schedule",
     "train_row",
@@ -340,7 +341,7 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
         KeyboardInterrupt: a signal came; what was trained is kept.
     """
     folder, device = Path(folder), run.train.accelerator
-    status = _status(run, folder)
+    status = row_status(run, folder)
     if status != "finished":
         say(f"training {folder.name}: {run.train.steps:,} updates, learning rate {run.train.lr:.4g}")
         gc.collect()
@@ -373,8 +374,16 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
     return CausalLM.from_pretrained(folder, device=device).eval()
 
 
-def _status(run: RunConfig, folder: Path) -> str | None:
-    """That of the run in a folder, where it is this one; None where there is none."""
+def row_status(run: RunConfig, folder: Path) -> str | None:
+    """How far the run in a folder is; None where there is none.
+
+    Args:
+        run: what `scaling_run` gave.
+        folder: of this run alone.
+
+    Raises:
+        CheckpointError: another run lies in the folder, or one of other texts.
+    """
     ids = load_tokenizer(run.data.tokenizer)
     texts = {"digest": run.data.paths, "valid_digest": run.data.valid_paths}
     # A finished run is of these texts, too; whether one that goes on is, training asks.
@@ -589,8 +598,13 @@ def tune(
 
     def bits(row: str, lr: float, dropout: float) -> float:
         run = change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, lr=lr, dropout=dropout, device=device))
+        if (run.train.lr, run.model.dropout) != (lr, dropout):
+            raise ConfigError(
+                f"language-scaling: tune tries rates and dropouts of its own, here {lr:g} and {dropout:g}, got "
+                f"{run.train.lr:g} and {run.model.dropout:g} in their place; leave train.lr and model.dropout alone"
+            )
         folder = parent / f"{row}-lr{lr:g}-dropout{dropout:g}"
-        if _status(run, folder) is None or not (folder / _DIVERGED).exists():
+        if row_status(run, folder) is None or not (folder / _DIVERGED).exists():
             try:
                 train_row(run, folder, say=say)
             except TrainingError as problem:
@@ -718,10 +732,13 @@ def language_scaling(
         best: dict[str, Any] = tuned(row, out)
         return change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, seed=seed, device=device, **best))
 
+    runs = {row: run_of(row) for row in rows}
+    folders = {row: out / (row if seed == 0 else f"{row}-seed{seed}") for row in runs}
     # All of them before the first is trained: one that can't be is told at once.
-    for row, run in [(row, run_of(row)) for row in rows]:
-        books = read_corpus(data, NOVELS[2], tokenizer=ids)
-        folder = out / (row if seed == 0 else f"{row}-seed{seed}")
+    for row, run in runs.items():
+        row_status(run, folders[row])
+    for row, run in runs.items():
+        books, folder = read_corpus(data, NOVELS[2], tokenizer=ids), folders[row]
         model = train_row(run, folder, say=say)
         score = _read_json(folder / _SCORE)
         if score is None:
@@ -795,12 +812,17 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         {"rows", "power_laws", "basis": what most rows share, "apart": the rows of another one, "blown_up": those whose
         training loss rose to `BLOWN_UP` times its least, "not_tuned": those whose rate and dropout are not what the
         folder's tuning says, "not_run"}.
+
+    Raises:
+        ConfigError: there is no such folder.
     """
     out = Path(out)
+    if not out.is_dir():
+        raise ConfigError(f"language-scaling: wanted a folder of rows to report on, got '{out}', which is none")
     rows: dict[str, dict[str, Any]] = {}
     for row in ROWS:
         folder = out / row
-        if not (folder / _SCORE).exists():
+        if not (folder / _SCORE).exists() or not (folder / RUN_FILE).exists():
             continue
         facts, run = _read_json(folder / _SCORE), _read_json(folder / RUN_FILE)
         basis, rise = _basis(folder, row), loss_rise(folder / "log.csv")

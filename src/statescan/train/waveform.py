@@ -50,7 +50,7 @@ __all__ = [
 _LOG_COLUMNS = ("step", "bits", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "bits_per_sample", "samples")
 # What a resumed run must share with the one it goes on from; all of the model and the data besides.
-_FIXED = ("seed", "batch_size", "window")
+_FIXED = ("seed", "batch_size", "window", "flip")
 # Folder of the weights that the held-out recordings chose, in the run's.
 BEST = "best"
 
@@ -572,7 +572,8 @@ class _WaveformTrainer:
             limit=0 if whole else self.config.evaluate_windows,
             autocast=self.autocast,
         )
-        fewest = min((entry.bits for entry in self.evaluations), default=math.inf)
+        # Bits of other samples, from before a resumed run's settings changed, don't compare.
+        fewest = min((entry.bits for entry in self.evaluations if entry.samples == judged.samples), default=math.inf)
         self.evaluations.append(HeldOut(judged.bits, judged.samples, self.done))
         if self.config.keep_best and judged.bits < fewest:
             self.model.save_pretrained(self.out / BEST)
@@ -620,7 +621,9 @@ def _check_same(previous: dict[str, Any], now: dict[str, Any]) -> None:
         raise CheckpointError("resume: wanted a run of --modality audio, got another kind; name another folder")
     then = previous["config"]
     pairs = [(f"model.{name}", then["model"].get(name), value) for name, value in now["config"]["model"].items()]
-    pairs += [(f"train.{name}", then["train"].get(name), now["config"]["train"][name]) for name in _FIXED]
+    # Of a run from before a field was there, its default.
+    before_it = {name: getattr(WaveformTraining, name) for name in _FIXED} | then["train"]
+    pairs += [(f"train.{name}", before_it[name], now["config"]["train"][name]) for name in _FIXED]
     pairs += [(f"the {name} recordings", previous["data"].get(name), now["data"][name]) for name in ("train", "valid")]
     for name, before, value in pairs:
         if before != value:
