@@ -292,7 +292,7 @@ def test_no_row_is_trained_where_another_cannot_be(novels: Path) -> None:
     def longer(run: RunConfig) -> RunConfig:
         return short(run).apply_overrides(["train.steps=9"])
 
+    rows = ["mamba-2k-noise", "mamba-mixed"]
     with pytest.raises(CheckpointError, match="steps"):
-        rows = ["mamba-2k-noise", "mamba-mixed"]
         recipe.context_growth(rows, novels, novels / "out", scaling=novels, longest=256, change=longer)
     assert not (novels / "out" / "mamba-2k-noise" / "run.json").exists()

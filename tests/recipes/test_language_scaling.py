@@ -334,13 +334,13 @@ def test_no_row_is_trained_where_another_cannot_be(novels: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("field", ["train.lr=0.5", "model.dropout=0.3"])
 def test_what_is_tried_is_not_set(novels: Path, tmp_path: Path, field: str) -> None:
-    with pytest.raises(ConfigError, match="leave train.lr and model.dropout alone"):
+    with pytest.raises(ConfigError, match=r"leave train\.lr and model\.dropout alone"):
         recipe.tune(["mamba-0.3m"], novels, tmp_path, change=lambda run: run.apply_overrides([field]), say=_silent)
     assert not list(tmp_path.glob("tuning/*/run.json"))
 
 
 def test_a_report_is_of_a_folder_that_is_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="wanted a folder of rows to report on, got '.*typo'"):
+    with pytest.raises(ConfigError, match=r"wanted a folder of rows to report on, got '.*typo'"):
         recipe.report(tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
 
