@@ -154,6 +154,57 @@ def test_what_is_held_out_is_long_enough_to_be_judged(tmp_path: Path) -> None:
     assert recipe._lengths("conv", regions, 1 << 10, 1 << 12) == {"context": 1 << 10, "carried": None}
 
 
+def test_a_finished_row_is_judged_in_other_windows(tmp_path: Path) -> None:
+    path = tmp_path / "g.npz"
+    bases = np.random.default_rng(0).integers(0, 4, 1_400_000).astype(np.uint8)
+    np.savez(path, seq=bases, reclen=np.array([1_400_000]), names=np.array(["a"]))
+    small = ["model.d_model=8", "model.n_layer=1", "train.batch_size=2", "train.accelerator=cpu", "train.threads=1"]
+    small += [f"data.cache={tmp_path / 'cache'}", "train.precision=float32"]
+
+    def judged(out: str, context: int, *more: str) -> dict:
+        run = recipe.pretraining_run("conv", [str(path)], length=64, steps=1, judged=context, overrides=[*small, *more])
+        recipe.dna_pretraining({"conv": run}, tmp_path / out, context=context, say=lambda line: None)
+        folder = tmp_path / out / "conv"
+        assert json.loads((folder / "context.json").read_text())["window"]["context"] == context
+        return json.loads((folder / "run.json").read_text())
+
+    begun = judged("far", 1 << 16)
+    assert begun["config"]["data"]["valid_block"] == (1 << 16) + 1
+    assert judged("far", 1 << 10) == begun, "a finished row is taken as it lies"
+    # Blocks that were asked for.
+    with pytest.raises(CheckpointError, match=r"data.valid_block = 65537, wanted 4096\)"):
+        judged("far", 1 << 10, "data.valid_block=4096")
+    # As earlier versions named none.
+    older = judged("older", 1 << 10, "data.valid_block=0")
+    assert judged("older", 1 << 11) == older
+    # Nothing it held out is as long.
+    with pytest.raises(CheckpointError, match=r"data.valid_block = 0, wanted 65537\)"):
+        judged("older", 1 << 16)
+
+
+def test_a_row_that_was_not_judged_is_named(genome: Path, tmp_path: Path) -> None:
+    small = ["model.d_model=8", "model.n_layer=1", "train.batch_size=4", "train.accelerator=cpu", "train.threads=1"]
+    small += [f"data.cache={tmp_path / 'cache'}"]
+    out = tmp_path / "out"
+
+    def judge(row: str) -> dict:
+        run = recipe.pretraining_run(row, [str(genome)], length=64, steps=1, overrides=small)
+        return recipe.dna_pretraining({row: run}, out, context=64, carried=128, say=lambda line: None)
+
+    judge("mamba")
+    path = out / "mamba" / "context.json"
+    older = {"lengths": {"context": 1 << 17, "carried": 1 << 20}, "window": None, "carried": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | older))
+    results = judge("conv")
+    assert ([row["row"] for row in results["rows"]], results["not_judged"]) == (["conv"], ["mamba"])
+    table = (out / "results.md").read_text()
+    assert "| Mamba |" not in table
+    assert "as long as a window: Mamba; call with a lower --context." in table
+    results = judge("mamba")
+    assert ([row["row"] for row in results["rows"]], results["not_judged"]) == (["mamba", "conv"], [])
+    assert "Not judged" not in (out / "results.md").read_text()
+
+
 def test_what_is_judged_was_not_trained_on(tmp_path: Path) -> None:
     """A genome that says nothing where it is held out, and all where it is trained on."""
     bases = np.tile(np.arange(4), 3000)

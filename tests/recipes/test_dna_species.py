@@ -265,6 +265,37 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
         recipe.dna_species(run, splits, out, species=names, pretrained=tmp_path / "lm")
 
 
+def test_finished_runs_of_earlier_versions(tmp_path: Path) -> None:
+    """They lack predictions, or what is on record of the model they started from."""
+    blocks, backbone, out = aligned(blocks=200), MambaConfig(d_model=8, n_layer=1, vocab_size=5), tmp_path / "out"
+    CausalLM(backbone).save_pretrained(tmp_path / "lm")
+    run = recipe.ape_run(64, backbone, classes=3, pretrained=True, overrides=[o for o in SMALL if "backbone" not in o])
+    splits = recipe.ape_splits(blocks, 64, run.rows)
+
+    def call(apart: bool) -> dict:
+        recipe.dna_species(
+            run, splits, out, species=blocks.names, pretrained=tmp_path / "lm", apart=apart, kmers=2,
+            say=lambda line: None,
+        )  # fmt: skip
+        return recipe.report(out)
+
+    assert call(apart=True)["rows"][0]["apart"] is True
+    path = out / run.name / "run.json"
+    facts = json.loads(path.read_text())
+    del facts["data"]["apart"]
+    path.write_text(json.dumps(facts))
+    (out / run.name / "predictions.npz").unlink()
+    results = recipe.report(out)
+    assert (results["rows"], results["not_judged"]) == ([], {run.name: facts["test"]["best"]["accuracy"]})
+    told = f"{run.name}: {recipe.percent(facts['test']['best']['accuracy'])} % right, not in the table for want of"
+    assert told in (out / "results.md").read_text()
+    for apart in (False, True):
+        results = call(apart)
+        assert (results["rows"][0]["apart"], results["not_judged"]) == (False, {})
+        assert "| apes | 64 | pretrained* |" in (out / "results.md").read_text()
+    assert json.loads(path.read_text()) == facts, "taken as they lie"
+
+
 def test_the_runs_on_record_are_those_of_the_recipe() -> None:
     """What the document tells was made by the recipe as it is, with the settings that stand beside it."""
     record = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,16 @@ def pretraining_run(
         log_every=max(1, steps // 50),
         evaluate_tokens=1 << 17,
     )
-    block = 0 if valid_regions else max(2 * length, 1 << 16, judged + 1)
+    block = 0 if valid_regions else _block(length, judged)
     data = DataConfig(
         paths=tuple(paths), modality="dna", tokenizer="dna", valid_regions=valid_regions, valid_block=block
     )
     return apply_overrides(RunConfig(model, data, config), overrides)
+
+
+def _block(length: int, judged: int) -> int:
+    """Bases of a block that is held out."""
+    return max(2 * length, 1 << 16, judged + 1)
 
 
 def dna_pretraining(
@@ -105,6 +111,8 @@ def dna_pretraining(
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Trains rows, or goes on with them, judges each on what is held out, and leaves table and figure.
+
+    A row that was begun for other windows keeps the blocks it holds out, where these are long enough.
 
     Args:
         runs: by the row's name.
@@ -123,6 +131,7 @@ def dna_pretraining(
         KeyboardInterrupt: interrupted; what was trained is kept.
     """
     out = make_folder(out)
+    runs = {row: _as_begun(row, run, out / row, context, carried) for row, run in runs.items()}
     # Before anything is trained: what can't be judged.
     lengths = {row: _lengths(row, _regions(read_genome(run)), context, carried) for row, run in runs.items()}
     for row, run in runs.items():
@@ -142,6 +151,21 @@ def dna_pretraining(
             say(f"{row}: judged")
         report(out)
     return report(out)
+
+
+def _as_begun(row: str, run: RunConfig, folder: Path, context: int, carried: int | None) -> RunConfig:
+    """The run with the blocks of the one in its folder, where it is only what is judged now that calls for others, and
+    they are long enough for it."""
+    usual = _block(run.train.length, max(context, carried or 0))
+    if run_status(folder) is None or run.data.valid_block != usual:
+        return run
+    config = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["config"]
+    begun = replace(run, data=replace(run.data, valid_block=config.get("data", {}).get("valid_block", 0)))
+    try:
+        _lengths(row, _regions(read_genome(begun)), context, carried)
+    except DataError:
+        return run
+    return begun
 
 
 def _regions(corpus: Corpus) -> list[tuple[int, int]]:
@@ -207,11 +231,15 @@ def _judge(run: RunConfig, folder: Path, lengths: Mapping[str, int | None]) -> N
 
 
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """results.json, results.md and context.svg of all judged rows in a folder."""
+    """results.json, results.md and context.svg of all judged rows in a folder, and the names of those that were not."""
     out = Path(out)
-    rows = []
+    rows, missing = [], []
     for path in sorted(out.glob(f"*/{_SCORES}")):
         scores = json.loads(path.read_text(encoding="utf-8"))
+        # Earlier versions trained rows that they could not judge.
+        if scores["window"] is None:
+            missing.append(path.parent.name)
+            continue
         facts = json.loads((path.parent / RUN_FILE).read_text(encoding="utf-8"))
         rows.append(
             {
@@ -226,11 +254,11 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         )
     order = list(ROWS)
     rows.sort(key=lambda row: order.index(row["row"]) if row["row"] in order else len(order))
-    results = {"benchmark": "dna-pretraining", "rows": rows}
+    results = {"benchmark": "dna-pretraining", "rows": rows, "not_judged": missing}
     with atomic_file(out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with atomic_file(out / "results.md") as temporary:
-        temporary.write_text(_table(rows), encoding="utf-8")
+        temporary.write_text(_table(rows, missing), encoding="utf-8")
     if rows:
         _draw(rows, out / "context.svg")
     return results
@@ -261,7 +289,7 @@ def _name(row: Mapping[str, Any]) -> str:
     return _NAMES.get(str(row["row"]), str(row["row"]))
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
     curves = {row["row"]: octaves(row["window"]) for row in rows}
     lengths = sorted({length for curve in curves.values() for length in curve if length >= 64})
     head = ["model", "parameters", "bases seen", "bits per base", *(f"{length:,}" for length in lengths)]
@@ -279,6 +307,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             curve = octaves(row["carried"])
             shown = ", ".join(f"{length:,}: {_shown(curve[length])}" for length in sorted(curve) if length >= 1 << 10)
             lines.append(f"\n{_name(row)}, state carried: {shown}.")
+    if missing:
+        names = ", ".join(_NAMES.get(name, name) for name in missing)
+        lines.append(
+            f"\nNot judged, for nothing held out was as long as a window: {names}; call with a lower --context."
+        )
     return "\n".join(lines) + "\n"
 
 
