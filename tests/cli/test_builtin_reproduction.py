@@ -66,6 +66,7 @@ def test_the_grid_is_gone_through_and_told(
     row = json.loads(run(*line[:-1], "--json").out)["mamba"]
     assert row["run"]["lr"] == recipe.tuned("mamba", tmp_path / "out")["lr"]
     assert "--steps is for a call without --tune" in run(*line, "--steps", 3).err
+    assert "tuning sets lr itself" in run(*line, "--set", "lr=0.001").err
     assert "--share is for a call with --tune" in run(*line[:-1], "--share", 0.5).err
 
 

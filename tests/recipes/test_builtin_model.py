@@ -35,6 +35,7 @@ from statescan.recipes.builtin_model import (
     window_bits,
 )
 from statescan.recipes.language_scaling import initial_spread
+from statescan.train.config import apply_overrides
 
 SMALL = LanguageRun(
     "mamba", MambaConfig(16, 1, 256), seconds=0.0, steps=12, batch_size=2, length=16, warmup=3, lr=1e-2, carried=0.5
@@ -228,9 +229,9 @@ def test_rows_of_a_folder_are_trained_once_and_the_twin_as_long_as_mamba(
     assert (out / "mamba" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match="other settings"):
         builtin_model(**small, change=lambda run: replace(run, lr=1.0))
-    with pytest.raises(ConfigError, match="must read what the Mamba"):
+    with pytest.raises(ConfigError, match="must read what 'mamba'"):
         builtin_model(**small, rows=["transformer++"], steps=13)
-    with pytest.raises(ConfigError, match="must read what the Mamba"):
+    with pytest.raises(ConfigError, match="must read what 'mamba'"):
         builtin_model(**small, rows=["transformer++"], change=lambda run: replace(run, batch_size=4))
     (small["data"] / f"{recipe.SHIPPED_TEXTS[0]}.txt.xz").write_bytes(lzma.compress(text.tobytes()[:700]))
     with pytest.raises(CheckpointError, match="other texts"):
@@ -245,6 +246,139 @@ def test_a_twin_alone_takes_the_updates_of_its_row_or_those_asked_for(small: dic
         builtin_model(**small, rows=["transformer++"], change=lambda run: replace(run, seconds=1.0))
     small["out"] = small["out"].with_name("other")
     assert builtin_model(**small, rows=["transformer++"], steps=3)["transformer++"]["steps"] == 3
+
+
+def test_a_mamba_after_its_twin_takes_as_many_updates(small: dict[str, Any], text: np.ndarray) -> None:
+    out = small["out"]
+    builtin_model(**small, rows=["transformer++"])
+    asked: list[dict[str, Any]] = [
+        {"steps": 12},
+        {"seconds": 1.0},
+        # As many, if the time is long enough for them.
+        {"steps": 9, "change": lambda run: replace(run, seconds=1.0)},
+        {"steps": 9, "change": lambda run: replace(run, length=8)},
+    ]
+    for wrong in asked:
+        with pytest.raises(ConfigError, match=r"'mamba' must read what 'transformer\+\+' in .*name another folder"):
+            builtin_model(**small, **wrong)
+    path = small["data"] / f"{recipe.SHIPPED_TEXTS[0]}.txt.xz"
+    before = path.read_bytes()
+    path.write_bytes(lzma.compress(text.tobytes()[:700]))
+    with pytest.raises(CheckpointError, match="other texts"):
+        builtin_model(**small, steps=9)
+    assert not (out / "mamba").exists()
+    path.write_bytes(before)
+    assert "beside_transformer++" in builtin_model(**small, steps=9)["mamba"]
+
+
+def test_a_mamba_by_time_is_told_again_beside_its_twin(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROWS, "mamba", replace(SMALL, steps=0, seconds=0.1))
+    results = builtin_model(**small, rows=list(ROWS))
+    assert results["transformer++"]["steps"] == results["mamba"]["steps"] > 0
+    assert builtin_model(**small) == results
+
+
+def test_all_rows_are_checked_before_the_first_is_trained(small: dict[str, Any]) -> None:
+    def carried(run: LanguageRun) -> LanguageRun:
+        return replace(run, carried=0.25)
+
+    for call in (builtin_model, tune):
+        with pytest.raises(ConfigError, match="carried by Mamba alone"):
+            call(**small, rows=list(ROWS), change=carried)
+        with pytest.raises(ConfigError, match="row must stay 'mamba', got 'rose'"):
+            call(**small, rows=["mamba"], change=lambda run: replace(run, row="rose"))
+    assert not list(small["out"].iterdir())
+    builtin_model(**small, rows=["transformer++"], steps=12)
+    with pytest.raises(CheckpointError, match="other settings"):
+        builtin_model(**small, rows=list(ROWS), change=lambda run: replace(run, lr=1.0))
+    assert not (small["out"] / "mamba").exists()
+    # How many updates the twin takes is known when Mamba is trained.
+    assert builtin_model(**small, rows=list(ROWS))["mamba"]["steps"] == 12
+
+
+def test_scores_are_of_the_text_as_it_is(small: dict[str, Any], text: np.ndarray) -> None:
+    lines: list[str] = []
+    small["say"] = lines.append
+    before = builtin_model(**small, rows=list(ROWS))["mamba"]["scores"]["novels_test"]
+    assert builtin_model(**small)["mamba"]["scores"]["novels_test"] == before
+    (small["data"] / "novels_test.txt.xz").write_bytes(lzma.compress(text.tobytes()[:500]))
+    lines.clear()
+    results = builtin_model(**small)
+    assert results["mamba"]["scores"]["novels_test"]["bytes"] < before["bytes"]
+    assert results["transformer++"]["scores"] == {}
+    assert "beside_transformer++" not in results["mamba"]
+    assert any(line.startswith("transformer++: left out") for line in lines)
+    assert "beside_transformer++" in builtin_model(**small, rows=list(ROWS))["mamba"]
+
+
+def test_a_twin_is_told_where_mamba_is_gone_or_not_judged(small: dict[str, Any]) -> None:
+    builtin_model(**small, rows=list(ROWS))
+    path = small["out"] / "mamba" / "trained.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    # As a run that was broken off before it was judged.
+    path.write_text(json.dumps({name: value for name, value in facts.items() if name != "scores"}))
+    assert "beside_transformer++" not in builtin_model(**small, rows=["transformer++"])["mamba"]
+    path.unlink()
+    assert list(builtin_model(**small, rows=["transformer++"], steps=12)) == ["transformer++"]
+
+
+def test_what_was_tuned_with_other_settings_is_no_care_of_this_run(
+    small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def single(run: LanguageRun) -> LanguageRun:
+        return replace(run, batch_size=1)
+
+    out = small["out"]
+    monkeypatch.setattr(recipe, "UPDATES", 4)
+    tune(**small, rows=["mamba"], share=0.5, change=single)
+    care = tuned("mamba", out, single(SMALL).to_dict())
+    assert set(care) == {"lr", "dropout"}
+    assert care["lr"] != SMALL.lr
+    assert tuned("mamba", out) == {}
+    assert builtin_model(**small)["mamba"]["run"]["lr"] == SMALL.lr
+    assert "not from a grid gone through in this folder: mamba" in (out / "results.md").read_text(encoding="utf-8")
+    (out / "mamba" / "trained.json").unlink()
+    assert builtin_model(**small, change=single)["mamba"]["run"]["lr"] == care["lr"]
+    assert "not from a grid" not in (out / "results.md").read_text(encoding="utf-8")
+    # Older files don't say with what.
+    told = json.loads((out / "tuning.json").read_text(encoding="utf-8"))
+    for one in told:
+        del one["beyond"]
+    (out / "tuning.json").write_text(json.dumps(told))
+    assert tuned("mamba", out) == care
+
+
+@pytest.mark.parametrize("field", ["lr", "steps", "seconds", "model.dropout"])
+def test_what_the_grid_sets_cannot_be_changed(small: dict[str, Any], field: str) -> None:
+    # A rate and a dropout of the grid itself: some of its points stay as they are.
+    value = {"lr": GRID[0], "steps": 2, "seconds": 1.0, "model.dropout": DROPOUTS[0]}[field]
+    with pytest.raises(ConfigError, match=f"tuning sets {field} itself"):
+        tune(**small, rows=["mamba"], change=lambda run: apply_overrides(run, [f"{field}={value}"]))
+    assert not list(small["out"].iterdir())
+
+
+def test_a_diverged_run_of_other_settings_is_not_taken(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverges(*_: Any, **__: Any) -> dict[str, Any]:
+        raise TrainingError("the loss is nan")
+
+    monkeypatch.setattr(recipe, "train_language_model", diverges)
+    assert {one["bits_per_byte"] for one in tune(**small, rows=["mamba"])} == {None}
+    with pytest.raises(CheckpointError, match=r"diverged\.json.* \(batch_size = 2, wanted 1\)"):
+        tune(**small, rows=["mamba"], change=lambda run: replace(run, batch_size=1))
+
+
+def test_a_grid_is_judged_on_the_text_as_it_is(
+    small: dict[str, Any], text: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "UPDATES", 4)
+
+    def bits() -> set[float]:
+        told = tune(**small, rows=["mamba"], share=0.5)
+        return {one["bits_per_byte"] for one in told if one["dropout"] == DROPOUTS[0]}
+
+    before = bits()
+    (small["data"] / "novels_valid.txt.xz").write_bytes(lzma.compress(text.tobytes()[:100]))
+    assert not before & bits()
 
 
 def test_both_rows_are_tuned_over_one_grid_and_go_by_it(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,3 +445,6 @@ def test_runs_that_cannot_be_are_refused(text: np.ndarray) -> None:
         replace(TWIN, carried=0.5)
     with pytest.raises(ConfigError, match="at least length"):
         recipe._Windows(SMALL, 10)
+    for name, value in {"batch_size": 0, "length": 0, "seed": -1}.items():
+        with pytest.raises(ConfigError, match=f"{name} must be at least {value + 1}, got {value}"):
+            replace(SMALL, **{name: value})

@@ -13,14 +13,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import operator
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,9 @@ class LanguageRun:
     def __post_init__(self) -> None:
         if self.steps <= 0 and self.seconds <= 0:
             raise ConfigError("builtin-model: a run must end: wanted seconds > 0 or steps > 0, got neither")
+        for name, least in (("batch_size", 1), ("length", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"builtin-model: {name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.carried <= 1 or not 0 <= self.fresh <= 1:
             raise ConfigError(
                 f"builtin-model: carried and fresh must be in [0, 1], got {self.carried} and {self.fresh}"
@@ -476,7 +480,7 @@ def _blocks(bits: NDArray[np.float64], documents: NDArray[np.int64], length: int
     """The bits (bytes - 1,) of a text, of which the first byte is not judged, by blocks of `length` bytes of a book."""
     first: list[int] = []
     book: list[int] = []
-    for number, (start, end) in enumerate(pairwise(documents.tolist())):
+    for number, (start, end) in enumerate(itertools.pairwise(documents.tolist())):
         here = range(max(start - 1, 0), end - 1, length)
         first += here
         book += [number] * len(here)
@@ -525,18 +529,23 @@ def compare(mamba: Mapping[str, Judged], twin: Mapping[str, Judged]) -> dict[str
     return found
 
 
-def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
+def tuned(row: str, out: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> dict[str, float]:
     """The learning rate and dropout that `tune` found best for a row.
 
     Args:
         row: of `ROWS`.
         out: the folder that was tuned in.
+        run: whom they are for, as `LanguageRun.to_dict` gives it: what was tuned with another batch, say, is left out.
+            Default: the row's own.
 
     Returns:
         {"lr", "dropout"}; empty where the grid was not gone through: some of it is not the same care.
     """
     path = Path(out) / _TUNING
     told: list[dict[str, Any]] = [one for one in _read(path) if one["row"] == row] if path.exists() else []
+    beyond = _beyond_the_grid(ROWS[row].to_dict() if run is None else run)
+    # An older file doesn't say with what else it was tuned: it counts.
+    told = [one for one in told if one.get("beyond", beyond) == beyond]
     bits = {(one["lr"], one["dropout"]): math.inf if (b := one["bits_per_byte"]) is None else b for one in told}
 
     def best(tried: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
@@ -547,6 +556,12 @@ def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
     found = best([(lr, DROPOUTS[0]) for lr in GRID])
     found = None if found is None else best([(found[0], dropout) for dropout in DROPOUTS])
     return {} if found is None else {"lr": found[0], "dropout": found[1]}
+
+
+def _beyond_the_grid(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What `tune` leaves as it is of a run."""
+    rest = {name: value for name, value in run.items() if name not in ("lr", "steps", "seconds")}
+    return rest | {"model": {name: value for name, value in run["model"].items() if name != "dropout"}}
 
 
 def tune(
@@ -570,30 +585,42 @@ def tune(
         out: a folder for each run in its ``tuning/``; what is done is not done again.
         rows: of `ROWS`. Default: all, since the same care is what it is for.
         share: of the packaged run's updates that each run makes. Default 1/8.
-        change: what is made of each run before it starts.
+        change: what is made of each run before it starts; rate, dropout and length of the run are the grid's.
         device, cache, say: as for `builtin_model`.
 
     Returns:
-        What tuning.json holds, all that lies in ``tuning/``: {"row", "lr", "dropout", "updates", "bits_per_byte"}, the
-        latter None where it diverged.
+        What tuning.json holds, all that lies in ``tuning/``: {"row", "lr", "dropout", "updates", "bits_per_byte",
+        "beyond"}, bits_per_byte None where it diverged, and beyond the run's other settings.
 
     Raises:
-        ConfigError: an unknown row, or a share that is not in (0, 1].
+        ConfigError: an unknown row, a share that is not in (0, 1], or a change of what the grid sets.
         DataError: a text is missing.
         CheckpointError: a folder holds such a run with other settings.
     """
     rows, out, device = _in_order(rows), make_folder(out), torch.device(device)
     if not 0 < share <= 1:
         raise ConfigError(f"builtin-model: share must be in (0, 1], got {share}")
+
+    def run_of(row: str, lr: float, dropout: float) -> LanguageRun:
+        run = _with_care(ROWS[row], lr, dropout)
+        run = dataclasses.replace(run, steps=max(1, round(share * UPDATES)), seconds=0.0)
+        asked = _changed(run, change)
+        for name in ("lr", "steps", "seconds", "model.dropout"):
+            wanted, got = (operator.attrgetter(name)(one) for one in (run, asked))
+            if got != wanted:
+                raise ConfigError(
+                    f"builtin-model: tuning sets {name} itself, wanted {wanted:g} here, got {got:g}; leave it out"
+                )
+        return asked
+
+    for row, lr, dropout in itertools.product(rows, GRID, DROPOUTS):
+        run_of(row, lr, dropout)
     corpus = read_corpus(data, SHIPPED_TEXTS, cache=cache)
-    held_out = np.asarray(read_corpus(data, NOVELS[1], cache=cache).tokens)
+    text = read_corpus(data, NOVELS[1], cache=cache)
+    held_out = np.asarray(text.tokens)
 
     def bits(row: str, lr: float, dropout: float) -> float:
-        run = ROWS[row]
-        run = dataclasses.replace(
-            run, model=run.model.replace(dropout=dropout), lr=lr, steps=max(1, round(share * UPDATES)), seconds=0.0
-        )
-        run, folder = change(run), out / "tuning" / f"{row}-lr{lr:g}-dropout{dropout:g}"
+        run, folder = run_of(row, lr, dropout), out / "tuning" / f"{row}-lr{lr:g}-dropout{dropout:g}"
         if (folder / _DIVERGED).exists():
             check_same(folder / _DIVERGED, _read(folder / _DIVERGED)["run"], run.to_dict())
             return math.inf
@@ -603,10 +630,11 @@ def tune(
             _write(make_folder(folder) / _DIVERGED, {"run": run.to_dict(), "error": str(problem)})
             say(f"{folder.name}: diverged")
         else:
-            if "bits_per_byte" not in trained:
+            if "bits_per_byte" not in trained or trained.setdefault("text_digest", text.digest) != text.digest:
                 model = CausalLM.from_pretrained(folder, device=device).eval()
                 length = min(run.length, len(held_out) - 1)
                 trained["bits_per_byte"] = float(window_bits(model, held_out, length, length).mean())
+                trained["text_digest"] = text.digest
                 _write(folder / _TRAINED, trained)
                 say(f"{folder.name}: {trained['bits_per_byte']:.4f} bits per byte of {NOVELS[1]}")
         told = _tuning(out)
@@ -638,6 +666,7 @@ def _tuning(out: Path) -> list[dict[str, Any]]:
                 "dropout": run["model"]["dropout"],
                 "updates": run["steps"],
                 "bits_per_byte": bits if math.isfinite(bits) else None,
+                "beyond": _beyond_the_grid(run),
             }
         )
     return found
@@ -659,8 +688,9 @@ def builtin_model(
     """Trains and judges rows; what lies finished in the folder is not done again.
 
     Mamba comes first. Its twin takes as many updates as the Mamba of the same folder, so that both have read the same
-    number of bytes; where there is none, as many as the packaged one (`UPDATES`), or `steps`. Rate and dropout come
-    from the folder's tuning, see `tune`, where it has one.
+    number of bytes; where there is none, as many as the packaged one (`UPDATES`), or `steps`; a Mamba that comes after
+    its twin must take as many as that. Rate and dropout come from the folder's tuning, see `tune`, where it has one of
+    such runs. All rows are checked before the first is trained.
 
     Args:
         data: folder of the texts, see `statescan.recipes.novels`.
@@ -678,7 +708,7 @@ def builtin_model(
         What results.json holds: each row's facts and scores; in Mamba's, how it stands beside its twin.
 
     Raises:
-        ConfigError: an unknown row, or a twin that would not read as many bytes as Mamba.
+        ConfigError: an unknown row, or two that would not read as many bytes as each other.
         DataError: a text is missing.
         CheckpointError: a folder holds a run of that name with other settings.
     """
@@ -694,24 +724,34 @@ def builtin_model(
     unseen = read_corpus(data, judged, cache=cache)
     say(f"{len(corpus):,} bytes to learn from: {', '.join(SHIPPED_TEXTS)}; {len(unseen):,} to be judged on: {judged}")
     for row in rows:
-        run = change(_run_of(row, out, steps, seconds))
-        _check_as_long(run, out)
+        run, held = _run_of(row, out, steps, seconds, change), out / row / _TRAINED
+        _check_as_long(run, out, corpus.digest)
+        if held.exists():
+            # But for the updates: the twin's are known only when Mamba is trained.
+            check_same(held, _read(held)["run"], run.to_dict() | {"steps": _read(held)["run"]["steps"]})
+    for row in rows:
+        run = _run_of(row, out, steps, seconds, change)
+        _check_as_long(run, out, corpus.digest)
         folder = out / row
         trained = _trained(run, folder, corpus, device, say)
-        known = judged in trained.setdefault("scores", {})
+        known = _judged_on(trained, judged, unseen.digest)
         # Read back, so that what is judged is what is shipped, its rounding included.
         if not known or (not _blocks_of(folder, judged).exists() and (folder / "model.safetensors").exists()):
             say(f"{row}: judging")
             model = CausalLM.from_pretrained(folder, device=device).eval()
-            trained["scores"][judged], blocks = judge(model, unseen, run.length)
+            scores, blocks = judge(model, unseen, run.length)
+            trained["scores"][judged] = scores | {"text_digest": unseen.digest}
             _write_blocks(_blocks_of(folder, judged), blocks)
             _write(folder / _TRAINED, trained)
         scores = trained["scores"][judged]
         best = scores["carried"] or scores["overlapping"]
         say(f"{row}: {trained['parameters']:,} parameters, {best:.4f} bits per byte of {judged}")
     results = {path.parent.name: _read(path) for path in sorted(out.glob(f"*/{_TRAINED}"))}
-    both = [_blocks_of(out / row, judged) for row in ROWS]
-    if all(path.exists() for path in both):
+    for name, facts in results.items():
+        if not _judged_on(facts, judged, unseen.digest) and facts["scores"].pop(judged, None):
+            say(f"{name}: left out, since it was judged on another text named {judged}; name the row to judge it anew")
+    both = [_blocks_of(out / row, judged) for row in ROWS if row in results and judged in results[row]["scores"]]
+    if len(both) == len(ROWS) and all(path.exists() for path in both):
         results["mamba"]["beside_transformer++"] = {judged: compare(*map(_read_blocks, both))}
     _write(out / _RESULTS, results)
     with atomic_file(out / "results.md") as temporary:
@@ -727,38 +767,69 @@ def _in_order(rows: Sequence[str]) -> list[str]:
     return [name for name in ROWS if name in rows]
 
 
-def _run_of(row: str, out: Path, steps: int | None, seconds: float | None) -> LanguageRun:
+def _changed(run: LanguageRun, change: Callable[[LanguageRun], LanguageRun]) -> LanguageRun:
+    """What a caller makes of a run, which stays the same row's."""
+    asked = change(run)
+    if asked.row != run.row:
+        raise ConfigError(f"builtin-model: row must stay '{run.row}', got '{asked.row}'; leave it out")
+    return asked
+
+
+def _with_care(run: LanguageRun, lr: float, dropout: float) -> LanguageRun:
+    return dataclasses.replace(run, lr=lr, model=run.model.replace(dropout=dropout))
+
+
+def _run_of(
+    row: str,
+    out: Path,
+    steps: int | None,
+    seconds: float | None,
+    change: Callable[[LanguageRun], LanguageRun],
+) -> LanguageRun:
     """A row's run, with what its folder and the caller say of it."""
-    run, care = ROWS[row], tuned(row, out)
-    if care:
-        run = dataclasses.replace(run, lr=care["lr"], model=run.model.replace(dropout=care["dropout"]))
+    run, beside = ROWS[row], out / "mamba" / _TRAINED
     if steps:
-        return dataclasses.replace(run, steps=steps, seconds=0.0)
-    if row == "mamba":
-        return run if not seconds else dataclasses.replace(run, seconds=seconds)
-    beside = out / "mamba" / _TRAINED
-    return dataclasses.replace(run, steps=_read(beside)["steps"] if beside.exists() else run.steps)
+        run = dataclasses.replace(run, steps=steps, seconds=0.0)
+    elif row != "mamba":
+        run = dataclasses.replace(run, steps=_read(beside)["steps"] if beside.exists() else run.steps)
+    elif seconds:
+        run = dataclasses.replace(run, seconds=seconds)
+    asked = _changed(run, change)
+    care = tuned(row, out, asked.to_dict())
+    return _changed(_with_care(run, **care), change) if care else asked
 
 
-def _check_as_long(run: LanguageRun, out: Path) -> None:
-    """Refuses a twin that would not read as many bytes as the Mamba of its folder."""
-    if run.row == "mamba":
-        return
-    if run.seconds or not run.steps:
+def _check_as_long(run: LanguageRun, out: Path, corpus_digest: str) -> None:
+    """Refuses a run that would not read as many bytes as the other row in its folder, or other ones."""
+    if run.row != "mamba" and (run.seconds or not run.steps):
         raise ConfigError(
             f"builtin-model: '{run.row}' must end by steps, as many as Mamba's, got seconds = {run.seconds:g}; give "
             "steps"
         )
-    beside = out / "mamba" / _TRAINED
-    if beside.exists():
-        mamba = _read(beside)
-        wanted = (mamba["steps"], mamba["run"]["batch_size"], mamba["run"]["length"])
-        got = (run.steps, run.batch_size, run.length)
-        if got != wanted:
-            raise ConfigError(
-                f"builtin-model: '{run.row}' must read what the Mamba in '{beside.parent}' read, (steps, batch_size, "
-                f"length) = {wanted}, got {got}; leave them out, or name another folder"
-            )
+    (other,) = (row for row in ROWS if row != run.row)
+    beside, own = out / other / _TRAINED, out / run.row / _TRAINED
+    if not beside.exists():
+        return
+    facts = _read(beside)
+    steps = run.steps
+    if run.seconds:
+        # How many they are is known only of a finished run.
+        steps = _read(own)["steps"] if own.exists() else f"those of {run.seconds:g} seconds"
+    wanted = (facts["steps"], facts["run"]["batch_size"], facts["run"]["length"])
+    got = (steps, run.batch_size, run.length)
+    if got != wanted:
+        raise ConfigError(
+            f"builtin-model: '{run.row}' must read what '{other}' in '{beside.parent}' read, (steps, batch_size, "
+            f"length) = {wanted}, got {got}; take as many, name another folder, or delete that one"
+        )
+    learnt = {"corpus_digest": facts.get("corpus_digest", corpus_digest)}
+    check_same(beside, learnt, {"corpus_digest": corpus_digest}, "texts")
+
+
+def _judged_on(trained: dict[str, Any], judged: str, digest: str) -> bool:
+    """Whether a row has scores of just that text; older ones, which don't say of which, count."""
+    scores = trained.setdefault("scores", {}).get(judged)
+    return scores is not None and scores.get("text_digest", digest) == digest
 
 
 def _trained(
@@ -827,7 +898,7 @@ def _table(results: Mapping[str, Any], judged: str, out: Path) -> str:
         "of other books or seeds."
     )
     care = {name: {"lr": row["run"]["lr"], "dropout": row["run"]["model"]["dropout"]} for name, row in results.items()}
-    untuned = [name for name in care if care[name] != tuned(name, out)]
+    untuned = [name for name in care if care[name] != tuned(name, out, results[name]["run"])]
     if untuned:
         lines.append(f"\nRate and dropout not from a grid gone through in this folder: {', '.join(untuned)}.")
     return "\n".join(lines) + "\n"
