@@ -11,7 +11,7 @@ import pytest
 
 from statescan.data import ByteTokenizer
 from statescan.errors import CheckpointError
-from statescan.files import atomic_file, is_leftover, make_folder, want_folder
+from statescan.files import atomic_file, is_leftover, make_folder, want_folder, write_json, write_text
 
 
 def refused_file(path: Path, **options: bool) -> str:
@@ -98,3 +98,15 @@ def test_a_tokenizer_that_can_t_be_saved_is_named(tmp_path: Path, monkeypatch: p
     with pytest.raises(CheckpointError, match=r"could not write .*tokenizer.json: No space left.*; free some space"):
         ByteTokenizer().save(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_and_json_are_written_whole_in_utf8(tmp_path: Path) -> None:
+    write_text(tmp_path / "folder" / "a.txt", "Ω\n")
+    assert (tmp_path / "folder" / "a.txt").read_bytes() == "Ω\n".encode().replace(b"\n", os.linesep.encode())
+    for options, text in (({}, '{\n "a": [\n  1\n ]\n}\n'), ({"indent": None}, '{"a": [1]}\n')):
+        write_json(tmp_path / "b.json", {"a": [1]}, **options)
+        assert (tmp_path / "b.json").read_text(encoding="utf-8") == text
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "b.json", {"a": object()})
+    assert (tmp_path / "b.json").read_text(encoding="utf-8") == '{"a": [1]}\n'
+    assert os.listdir(tmp_path / "folder") == ["a.txt"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from statescan.errors import CheckpointError
 
-__all__ = ["atomic_file", "flush_to_disk", "is_leftover", "make_folder", "want_folder"]
+__all__ = ["atomic_file", "flush_to_disk", "is_leftover", "make_folder", "want_folder", "write_json", "write_text"]
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
@@ -133,3 +135,27 @@ def atomic_file(path: str | os.PathLike[str], *, make_parents: bool = True) -> I
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text in UTF-8, as `atomic_file` writes.
+
+    Raises:
+        CheckpointError: the system refused.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> None:
+    """Writes a value as JSON with a line's end behind it, as `atomic_file` writes.
+
+    Args:
+        path: where the file shall be.
+        value: of what JSON knows.
+        indent: spaces a level, None for one line. Default 1.
+
+    Raises:
+        CheckpointError: the system refused.
+    """
+    write_text(path, json.dumps(value, indent=indent) + "\n")

@@ -24,6 +24,7 @@ from statescan.bench.gpu import gpu_facts, gpu_samples
 from statescan.bench.measure import machine_facts, seconds_per_call
 from statescan.checkpoint import atomic_file
 from statescan.errors import ConfigError, DataError, MissingExtraError
+from statescan.files import write_json
 from statescan.nn import LSTM, MLP, S4, CausalSelfAttention, DilatedConv, Mamba
 
 __all__ = ["KINDS", "Stack", "draw_properties", "read_properties", "run_properties", "stacks"]
@@ -229,8 +230,7 @@ def run_properties(
         "rows": rows,
     }
     if out is not None:
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(out, report)
         with contextlib.suppress(MissingExtraError):
             draw_properties(report, out.with_suffix(".svg"))
     return report

@@ -18,8 +18,8 @@ import torch
 
 from statescan.bench.device_jobs import DEVICE_BENCHMARKS, DeviceJob, device_jobs
 from statescan.bench.measure import ceilings, machine_facts
-from statescan.checkpoint import atomic_file
 from statescan.errors import BackendUnavailableError, ConfigError
+from statescan.files import write_json
 
 __all__ = ["BENCHMARKS", "BenchRow", "run"]
 
@@ -522,5 +522,4 @@ def _report(machine: dict[str, Any], limits: dict[str, float], rows: list[BenchR
 
 
 def _write(out: Path, machine: dict[str, Any], limits: dict[str, float], rows: list[BenchRow]) -> None:
-    with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps(_report(machine, limits, rows), indent=1) + "\n")
+    write_json(out, _report(machine, limits, rows))

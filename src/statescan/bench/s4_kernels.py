@@ -24,8 +24,8 @@ from torch import Tensor
 from statescan.bench.costs import Cost
 from statescan.bench.gpu import gpu_ceilings, gpu_facts, gpu_samples
 from statescan.bench.measure import ceilings, machine_facts, peak_memory_bytes, seconds_per_call
-from statescan.checkpoint import atomic_file
 from statescan.errors import ConfigError
+from statescan.files import write_json
 from statescan.ops import fft_conv, s4_kernel, s4d_kernel
 from statescan.ops.hippo import hippo_nplr
 
@@ -327,8 +327,7 @@ def run_s4_kernels(
     shape = shape | {"batch of fft_conv": shared["batch"]}
     report = {"machine": machine, "ceilings": limits, "shape": shape, "rows": rows, "bars": _bars(rows)}
     if out is not None:
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(out, report)
     return report
 
 

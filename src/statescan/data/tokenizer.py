@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statescan.errors import ConfigError, DataError, MissingExtraError
-from statescan.files import atomic_file
+from statescan.files import atomic_file, write_json
 
 __all__ = [
     "DNA_LETTERS",
@@ -124,8 +124,7 @@ class ByteTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the few bytes that say "bytes" into a model's folder."""
-        with atomic_file(Path(folder) / _OWN_FILE) as temporary:
-            temporary.write_text(json.dumps({"kind": "bytes", "vocab_size": 256}) + "\n", encoding="utf-8")
+        write_json(Path(folder) / _OWN_FILE, {"kind": "bytes", "vocab_size": 256}, indent=None)
 
     def __repr__(self) -> str:
         return "ByteTokenizer()"
@@ -290,8 +289,7 @@ class DnaTokenizer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write what it is made of into a model's folder."""
         fields = {"kind": "dna", "soft_masked": self.soft_masked, "gaps": self.gaps}
-        with atomic_file(Path(folder) / _OWN_FILE) as temporary:
-            temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+        write_json(Path(folder) / _OWN_FILE, fields, indent=None)
 
     def __repr__(self) -> str:
         return f"DnaTokenizer(soft_masked={self.soft_masked!r}, gaps={self.gaps!r})"

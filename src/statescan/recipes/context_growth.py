@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from statescan.data import ByteTokenizer
 from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.evaluate import row_bits
-from statescan.files import atomic_file, make_folder
+from statescan.files import make_folder, write_json, write_text
 from statescan.models import CausalLM
 from statescan.recipes.language_scaling import (
     PASSES,
@@ -322,7 +322,7 @@ def context_growth(
             read_from = [len(places) for _, places in _places(books, far(row), longest)]
             told = _told(run, text.digest)
             facts = {"row": row, **told, "parameters": model.parameter_count(), "places_of_each_book": read_from}
-            _write(curve, json.dumps(facts | {"bins": [one._asdict() for one in bins]}, indent=1) + "\n")
+            write_json(curve, facts | {"bins": [one._asdict() for one in bins]})
             say(f"{row}: judged to position {far(row):,}")
     return report(out, longest)
 
@@ -367,8 +367,8 @@ def report(out: str | os.PathLike[str], longest: int | None = None) -> dict[str,
         facts = json.loads(_curve(out / row, longest).read_text(encoding="utf-8"))
         rows[row] = facts | summary([PositionBin(**one) for one in facts["bins"]])
     results = {"longest": longest, "rows": rows, "not_run": [row for row in ROWS if row not in rows]}
-    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
-    _write(out / "results.md", _table(results))
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", _table(results))
     # It may be of another `longest`.
     (out / "figure.svg").unlink(missing_ok=True)
     if rows:
@@ -477,8 +477,3 @@ def _draw(rows: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("bits per byte of unseen novels")
     axes.legend(frameon=False, fontsize=8)
     save_figure(made, path)
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

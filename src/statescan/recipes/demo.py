@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ from statescan import __version__
 from statescan.data import build_token_file, load_tokenizer
 from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.evaluate import NGramModel, evaluate_tokens, xz_bits_per_byte
-from statescan.files import atomic_file, is_leftover, make_folder
+from statescan.files import is_leftover, make_folder, write_json, write_text
 from statescan.generate import SamplingParams, generate
 from statescan.inspect import inspect_text
 from statescan.models import CausalLM
@@ -168,7 +167,7 @@ def demo(
     text = "".join(
         f"{s['prompt']}...\n\n-- before --\n{s['before']}\n\n-- after --\n{s['after']}\n\n----\n\n" for s in samples
     )
-    _write(out / "samples.txt", text)
+    write_text(out / "samples.txt", text)
     files += ["samples.txt", "summary.md", _SUMMARY]
 
     summary = {
@@ -198,9 +197,9 @@ def demo(
         },
         "files": files,
     }
-    _write(out / "summary.md", _markdown(summary))
+    write_text(out / "summary.md", _markdown(summary))
     # The last file: where it stands, the demo is whole.
-    _write(out / _SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_json(out / _SUMMARY, summary, indent=2)
     return summary
 
 
@@ -256,7 +255,7 @@ def _make_anew(out: Path) -> None:
     """An empty folder with a demo's mark, which is there before anything else and stays longest."""
     make_folder(out)
     if not (out / _MARK).exists():
-        _write(out / _MARK, "Made by statescan demo; the next demo into this folder replaces all of it.\n")
+        write_text(out / _MARK, "Made by statescan demo; the next demo into this folder replaces all of it.\n")
     for entry in out.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -375,8 +374,3 @@ While it learnt (the first {train_config["evaluate_tokens"]:,} held-out bytes in
 |---|---|
 {rows}
 """
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

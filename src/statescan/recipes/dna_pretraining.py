@@ -16,7 +16,7 @@ import torch
 
 from statescan.errors import ConfigError, DataError
 from statescan.evaluate import Evaluation, evaluate_tokens
-from statescan.files import atomic_file, make_folder
+from statescan.files import make_folder, write_json, write_text
 from statescan.models import CausalLM, MambaConfig, ModelConfig
 from statescan.models.baseline_config import ConvConfig, S4Config, TransformerConfig
 from statescan.recipes.synthetic import figure, machine_facts, save_figure
@@ -226,8 +226,7 @@ def _judge(run: RunConfig, folder: Path, lengths: Mapping[str, int | None]) -> N
     scores["lengths"] = dict(lengths)
     scores["window"] = judge(context, False).to_dict()
     scores["carried"] = None if carried is None else judge(carried, True).to_dict()
-    with atomic_file(folder / _SCORES) as temporary:
-        temporary.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / _SCORES, scores)
 
 
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -255,10 +254,8 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
     order = list(ROWS)
     rows.sort(key=lambda row: order.index(row["row"]) if row["row"] in order else len(order))
     results = {"benchmark": "dna-pretraining", "rows": rows, "not_judged": missing}
-    with atomic_file(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with atomic_file(out / "results.md") as temporary:
-        temporary.write_text(_table(rows, missing), encoding="utf-8")
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", _table(rows, missing))
     if rows:
         _draw(rows, out / "context.svg")
     return results

@@ -24,7 +24,7 @@ from statescan.data.tokenizer import DnaTokenizer
 from statescan.data.windows import LabelledWindows, window_rows
 from statescan.errors import ConfigError, DataError
 from statescan.evaluate.kmers import kmer_regression
-from statescan.files import atomic_file, make_folder
+from statescan.files import atomic_file, make_folder, write_json, write_text
 from statescan.models import MambaConfig
 from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
 from statescan.recipes.synthetic import figure, percent, save_figure
@@ -418,10 +418,8 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         )
     rows.sort(key=lambda row: (row["task"], row["length"], row["origin"], row["seed"]))
     results = {"benchmark": "dna-species", "rows": rows, "not_judged": missing, "paper": PAPER}
-    with atomic_file(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with atomic_file(out / "results.md") as temporary:
-        temporary.write_text(_table(rows, missing), encoding="utf-8")
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", _table(rows, missing))
     if any(row["task"] == "apes" for row in rows):
         _draw(rows, out / "apes.svg")
     return results

@@ -23,7 +23,7 @@ from statescan.data.audio import quantize, write_audio
 from statescan.data.recordings import Recordings, labelled_recordings, load_recordings, read_recordings, trim_silence
 from statescan.errors import CheckpointError, ConfigError, MissingExtraError
 from statescan.evaluate.waveforms import bits_per_sample, paired_difference, sound_scores
-from statescan.files import atomic_file, make_folder
+from statescan.files import make_folder, write_json, write_text
 from statescan.generate.waveform import generate_waveforms
 from statescan.inspect.spectrogram import draw_spectrograms
 from statescan.models import SequenceClassifier
@@ -264,8 +264,7 @@ def _judge(
         # Of each recording of the test, in its order: what paired differences need.
         "each": [[round(bits, 3), int(count)] for bits, count in judged.each],
     }
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(held) + "\n", encoding="utf-8")
+    write_json(path, held, indent=None)
 
 
 def _chosen(folder: Path) -> Path:
@@ -336,8 +335,7 @@ def make_digits(
     sounds = _as_recorded(sounds)
     told.unlink(missing_ok=True)  # of no sounds, should this be broken off in between
     sounds.save(out)
-    with atomic_file(told) as temporary:
-        temporary.write_text(json.dumps(of, indent=1) + "\n")
+    write_json(told, of)
     return sounds
 
 
@@ -470,8 +468,7 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
     if judged.exists():
         results["judged"] = json.loads(judged.read_text(encoding="utf-8"))
     for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", table(results))):
-        with atomic_file(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     with contextlib.suppress(MissingExtraError):
         draw(runs, out / "figure.svg")
     return results
@@ -625,8 +622,7 @@ def judge_digits(
     chosen = _chosen(out / CONDITIONAL)
     sounds = make_digits(out / "made.npz", chosen, each=each, temperature=temperature, seed=seed, say=say)
     judged = judge_sounds(sounds, classifier, recordings)
-    with atomic_file(out / "judged.json") as temporary:
-        temporary.write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "judged.json", judged)
     say(f"{100 * judged['made']['accuracy']:.1f} % of {len(sounds)} made digits recognised")
     report(out)
     return judged

@@ -19,7 +19,7 @@ import torch
 from statescan.data.synthetic import SelectiveCopying
 from statescan.data.tokenizer import SymbolTokenizer
 from statescan.errors import ConfigError, MissingExtraError
-from statescan.files import atomic_file, make_folder
+from statescan.files import make_folder, write_text
 from statescan.models import MambaConfig, TransformerConfig
 from statescan.models.baseline_config import RecurrentConfig
 from statescan.recipes.synthetic import (
@@ -207,8 +207,7 @@ def report(out: str | os.PathLike[str], *, machine: Mapping[str, Any] | None = N
         ("results.json", json.dumps(results, indent=1) + "\n"),
         ("results.md", table(runs, unfinished)),
     ):
-        with atomic_file(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     with contextlib.suppress(MissingExtraError):
         draw(runs, out / "figure.svg")
     return results

@@ -17,7 +17,7 @@ from statescan.data.audio import LEVELS
 from statescan.data.augment import VaryWaveforms
 from statescan.data.recordings import SILENCE, Recordings, labelled_recordings, read_recordings, refuse_repeats
 from statescan.errors import ConfigError, DataError, MissingExtraError
-from statescan.files import atomic_file, make_folder
+from statescan.files import make_folder, write_text
 from statescan.models import ClassifierConfig
 from statescan.recipes.synthetic import figure, interval, percent, save_figure
 from statescan.train.classify import ClassifyConfig, Splits, train_classifier
@@ -281,8 +281,7 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
     runs.sort(key=lambda run: (run["frame"], run["split"] != "official", order.index(run["row"]), run["split"]))
     results = {"recipe": "spoken-digits", "runs": runs}
     for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", table(runs))):
-        with atomic_file(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     with contextlib.suppress(MissingExtraError):
         draw(runs, out / "figure.svg")
     return results

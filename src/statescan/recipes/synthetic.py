@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from statescan import __version__
 from statescan.data.synthetic import InductionHeads, SyntheticBatch, SyntheticTask, example_keys
 from statescan.errors import CheckpointError, ConfigError, MissingExtraError
-from statescan.files import atomic_file, make_folder
+from statescan.files import atomic_file, make_folder, write_json
 from statescan.models import CausalLM
 from statescan.nn import Mamba
 from statescan.train.capture import CapturedStep, end_failed_capture
@@ -470,7 +470,7 @@ class _Course:
             "machine": machine_facts(self.device),
         }
         (self.folder / _SCORES).unlink(missing_ok=True)
-        _write(self.folder / _TRAINED, json.dumps(trained, indent=2) + "\n")
+        write_json(self.folder / _TRAINED, trained, indent=2)
         (self.folder / _CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -822,7 +822,7 @@ def _counted(length: str, score: Mapping[str, Any]) -> dict[str, float]:
 
 def write_scores(folder: Path, scores: Mapping[int, Mapping[str, float]]) -> None:
     """Writes the scores of each length into a run's folder."""
-    _write(folder / _SCORES, json.dumps({str(length): scores[length] for length in sorted(scores)}, indent=2) + "\n")
+    write_json(folder / _SCORES, {str(length): scores[length] for length in sorted(scores)}, indent=2)
 
 
 def score_row(score: Score, seconds: float, before: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -975,8 +975,3 @@ def save_figure(made: Any, path: Path) -> None:
 
     with matplotlib.rc_context({"svg.hashsalt": "statescan", "svg.fonttype": "none"}), atomic_file(path) as temporary:
         made.savefig(temporary, format="svg", metadata={"Date": None})
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from statescan.errors import ConfigError, MissingExtraError
-from statescan.files import atomic_file, make_folder
+from statescan.files import atomic_file, make_folder, write_text
 from statescan.models import CausalLM
 
 __all__ = ["add_adapters", "merged_weights", "save_adapters"]
@@ -87,8 +87,7 @@ def save_adapters(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
         save_file(named, temporary, metadata={"format": "pt"})
     fields = model.peft_config[_NAME].to_dict()  # type: ignore[union-attr, index]
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
-    with atomic_file(folder / "adapter_config.json") as temporary:
-        temporary.write_text(json.dumps(fields, indent=2, default=str) + "\n", encoding="utf-8")
+    write_text(folder / "adapter_config.json", json.dumps(fields, indent=2, default=str) + "\n")
     return folder
 
 

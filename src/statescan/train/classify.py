@@ -22,7 +22,7 @@ from statescan import __version__
 from statescan.data.labelled import LabelledOrder, LabelledSequences
 from statescan.data.windows import LabelledWindows
 from statescan.errors import CheckpointError, ConfigError, TrainingError
-from statescan.files import atomic_file, make_folder
+from statescan.files import make_folder, write_json
 from statescan.models import ClassifierConfig, SequenceClassifier
 from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
 from statescan.nn.reverse_complement import complement_ids
@@ -580,8 +580,7 @@ class _ClassifierTrainer:
             "versions": {"statescan": __version__, "torch": torch.__version__, "python": platform.python_version()},
             **results,
         }
-        with atomic_file(self.out / RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(self.out / RUN_FILE, facts, indent=2)
 
 
 def _plain(model: ClassifierConfig | BackboneClassifierConfig, train: ClassifyConfig) -> dict[str, Any]:

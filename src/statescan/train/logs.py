@@ -12,6 +12,7 @@ from typing import Any
 
 from statescan.checkpoint import atomic_file
 from statescan.errors import CheckpointError
+from statescan.files import write_text
 
 __all__ = ["CsvLog", "Progress", "TensorBoardLog", "draw_curve", "read_csv"]
 
@@ -39,8 +40,7 @@ class CsvLog:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        with atomic_file(path) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8")
+        write_text(path, text.getvalue())
 
     def append(self, **values: Any) -> None:
         """Add one row, in one write."""

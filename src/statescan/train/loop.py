@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from statescan import __version__
-from statescan.checkpoint import atomic_file
 from statescan.data import (
     DnaTokenizer,
     Genome,
@@ -47,7 +46,7 @@ from statescan.data.aligned import holds_blocks, read_blocks
 from statescan.data.dna import check_apart, outside, refuse_repeats, without_gaps
 from statescan.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from statescan.evaluate import evaluate_tokens
-from statescan.files import is_leftover, make_folder
+from statescan.files import is_leftover, make_folder, write_json
 from statescan.models import CausalLM, ModelConfig
 from statescan.train.adapters import add_adapters, merged_weights, save_adapters
 from statescan.train.capture import CapturedStep
@@ -1053,8 +1052,7 @@ class _Trainer:
             "versions": {"statescan": __version__, "torch": torch.__version__, "python": platform.python_version()},
             **results,
         }
-        with atomic_file(self.out / RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(self.out / RUN_FILE, facts, indent=2)
 
 
 def _resume_command(out: Path) -> str:

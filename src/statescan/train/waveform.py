@@ -24,7 +24,7 @@ from statescan.data.audio import LEVELS, find_audio
 from statescan.data.recordings import SILENCE, Recordings, read_recordings, refuse_repeats
 from statescan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from statescan.evaluate.waveforms import bits_per_sample
-from statescan.files import atomic_file, make_folder
+from statescan.files import make_folder, write_json
 from statescan.models.waveform import WaveformConfig, WaveformModel
 from statescan.train.capture import CapturedStep
 from statescan.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -611,8 +611,7 @@ class _WaveformTrainer:
             "versions": {"statescan": __version__, "torch": torch.__version__, "python": platform.python_version()},
             **results,
         }
-        with atomic_file(self.out / RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(self.out / RUN_FILE, facts, indent=2)
 
 
 def _check_same(previous: dict[str, Any], now: dict[str, Any]) -> None:
