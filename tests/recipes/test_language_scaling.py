@@ -332,6 +332,14 @@ def test_no_row_is_trained_where_another_cannot_be(novels: Path, tmp_path: Path)
     assert [path.parent.name for path in tmp_path.glob("*/run.json")] == ["mamba-1m"]
 
 
+def test_the_best_of_what_was_tried() -> None:
+    bits = {"a": 2.0, "b": 1.5, "c": None}
+    assert recipe.best_tried(bits, ["a", "b", "c"]) == "b"
+    assert recipe.best_tried(bits, ["a", "c"]) == "a"
+    assert recipe.best_tried(bits, ["c"]) is None
+    assert recipe.best_tried(bits, ["a", "d"]) is None
+
+
 @pytest.mark.parametrize("field", ["train.lr=0.5", "model.dropout=0.3"])
 def test_what_is_tried_is_not_set(novels: Path, tmp_path: Path, field: str) -> None:
     with pytest.raises(ConfigError, match=r"leave train\.lr and model\.dropout alone"):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from statescan.data.recordings import Recordings
 from statescan.errors import ConfigError, DataError
+from statescan.evaluate.ratios import ratio_of_sums
 from statescan.models.waveform import WaveformModel
 
 __all__ = [
@@ -139,16 +140,14 @@ def bits_per_sample(
 def paired_difference(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
     """How many bits a sample one model needs more than another one on the same recordings, and its standard error.
 
-    ``d = sum (b_i - c_i) / sum n_i``, and as of a ratio ``SE^2 = R / (R - 1) sum (b_i - c_i - d n_i)^2 / (sum n_i)^2``
-    over R recordings, each of which counts as drawn on its own. Of another seed's models it says nothing.
+    `ratio_of_sums` of the differences, each recording counting as drawn on its own. Of another seed's models it says
+    nothing.
 
     Args:
         one, other: (recordings, 2) bits and samples of each recording, as `bits_per_sample` tells them.
 
     Raises:
         DataError: fewer than two recordings, or other ones.
-
-    Source: Cochran (1977), Sampling Techniques, equation 6.13, without the finite population's correction.
     """
     first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if first.shape != second.shape or len(first) < 2 or (first[:, 1] != second[:, 1]).any():
@@ -156,10 +155,7 @@ def paired_difference(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, fl
             f"paired_difference: wanted at least two recordings, the same for both, got {first.shape} and "
             f"{second.shape}; judge both on one set"
         )
-    more, samples = first[:, 0] - second[:, 0], first[:, 1]
-    difference = more.sum() / samples.sum()
-    rest, count = more - difference * samples, len(samples)
-    return float(difference), float(np.sqrt(count / (count - 1) * (rest**2).sum()) / samples.sum())
+    return ratio_of_sums(first[:, 0] - second[:, 0], first[:, 1])
 
 
 class SoundScores(NamedTuple):

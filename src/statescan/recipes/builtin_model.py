@@ -33,9 +33,9 @@ from torch import Tensor
 from statescan.data import ByteTokenizer, TokenFile
 from statescan.errors import ConfigError, TrainingError
 from statescan.evaluate import row_bits
-from statescan.files import atomic_file, make_folder
+from statescan.files import atomic_file, make_folder, write_json, write_text
 from statescan.models import CausalLM, MambaConfig, ModelConfig, TransformerConfig
-from statescan.recipes.language_scaling import Judged, initial_spread, paired_difference
+from statescan.recipes.language_scaling import Judged, best_tried, initial_spread, paired_difference
 from statescan.recipes.novels import NOVELS, SHIPPED_TEXTS, read_corpus
 from statescan.recipes.synthetic import machine_facts, make_model
 from statescan.train.capture import CapturedStep
@@ -382,7 +382,7 @@ def _train(
         "precision": "bf16" if bf16 else "float32",
         "machine": machine_facts(device),
     }
-    _write(out / _TRAINED, trained)
+    write_json(out / _TRAINED, trained, indent=2)
     used = trained["model_flop_utilization"]
     share = "" if used is None else f", {100 * used:.1f} % of the peak in model operations"
     say(f"{run.row}: {steps:,} updates in {seconds:.1f} s, {speed / 1e6:.2f} MB/s{share}")
@@ -546,15 +546,9 @@ def tuned(row: str, out: str | os.PathLike[str], run: Mapping[str, Any] | None =
     beyond = _beyond_the_grid(ROWS[row].to_dict() if run is None else run)
     # An older file doesn't say with what else it was tuned: it counts.
     told = [one for one in told if one.get("beyond", beyond) == beyond]
-    bits = {(one["lr"], one["dropout"]): math.inf if (b := one["bits_per_byte"]) is None else b for one in told}
-
-    def best(tried: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-        if not set(tried) <= bits.keys() or not math.isfinite(min(bits[one] for one in tried)):
-            return None
-        return min(tried, key=lambda one: bits[one])
-
-    found = best([(lr, DROPOUTS[0]) for lr in GRID])
-    found = None if found is None else best([(found[0], dropout) for dropout in DROPOUTS])
+    bits = {(one["lr"], one["dropout"]): one["bits_per_byte"] for one in told}
+    found = best_tried(bits, [(lr, DROPOUTS[0]) for lr in GRID])
+    found = None if found is None else best_tried(bits, [(found[0], dropout) for dropout in DROPOUTS])
     return {} if found is None else {"lr": found[0], "dropout": found[1]}
 
 
@@ -627,7 +621,7 @@ def tune(
         try:
             trained = _trained(run, folder, corpus, device, say)
         except TrainingError as problem:
-            _write(make_folder(folder) / _DIVERGED, {"run": run.to_dict(), "error": str(problem)})
+            write_json(make_folder(folder) / _DIVERGED, {"run": run.to_dict(), "error": str(problem)}, indent=2)
             say(f"{folder.name}: diverged")
         else:
             if "bits_per_byte" not in trained or trained.setdefault("text_digest", text.digest) != text.digest:
@@ -635,10 +629,10 @@ def tune(
                 length = min(run.length, len(held_out) - 1)
                 trained["bits_per_byte"] = float(window_bits(model, held_out, length, length).mean())
                 trained["text_digest"] = text.digest
-                _write(folder / _TRAINED, trained)
+                write_json(folder / _TRAINED, trained, indent=2)
                 say(f"{folder.name}: {trained['bits_per_byte']:.4f} bits per byte of {NOVELS[1]}")
         told = _tuning(out)
-        _write(out / _TUNING, told)
+        write_json(out / _TUNING, told, indent=2)
         found = _read(folder / _TRAINED)["bits_per_byte"] if (folder / _TRAINED).exists() else math.inf
         return found if math.isfinite(found) else math.inf
 
@@ -742,7 +736,7 @@ def builtin_model(
             scores, blocks = judge(model, unseen, run.length)
             trained["scores"][judged] = scores | {"text_digest": unseen.digest}
             _write_blocks(_blocks_of(folder, judged), blocks)
-            _write(folder / _TRAINED, trained)
+            write_json(folder / _TRAINED, trained, indent=2)
         scores = trained["scores"][judged]
         best = scores["carried"] or scores["overlapping"]
         say(f"{row}: {trained['parameters']:,} parameters, {best:.4f} bits per byte of {judged}")
@@ -753,9 +747,8 @@ def builtin_model(
     both = [_blocks_of(out / row, judged) for row in ROWS if row in results and judged in results[row]["scores"]]
     if len(both) == len(ROWS) and all(path.exists() for path in both):
         results["mamba"]["beside_transformer++"] = {judged: compare(*map(_read_blocks, both))}
-    _write(out / _RESULTS, results)
-    with atomic_file(out / "results.md") as temporary:
-        temporary.write_text(_table(results, judged, out), encoding="utf-8")
+    write_json(out / _RESULTS, results, indent=2)
+    write_text(out / "results.md", _table(results, judged, out))
     return results
 
 
@@ -822,8 +815,12 @@ def _check_as_long(run: LanguageRun, out: Path, corpus_digest: str) -> None:
             f"builtin-model: '{run.row}' must read what '{other}' in '{beside.parent}' read, (steps, batch_size, "
             f"length) = {wanted}, got {got}; take as many, name another folder, or delete that one"
         )
-    learnt = {"corpus_digest": facts.get("corpus_digest", corpus_digest)}
-    check_same(beside, learnt, {"corpus_digest": corpus_digest}, "texts")
+    _check_texts(beside, facts, corpus_digest)
+
+
+def _check_texts(path: Path, trained: Mapping[str, Any], digest: str) -> None:
+    """Refuses a row that was trained on other texts; older ones, which don't say on which, are let be."""
+    check_same(path, {"corpus_digest": trained.get("corpus_digest", digest)}, {"corpus_digest": digest}, "texts")
 
 
 def _judged_on(trained: dict[str, Any], judged: str, digest: str) -> bool:
@@ -839,12 +836,11 @@ def _trained(
     if (folder / _TRAINED).exists():
         trained = _read(folder / _TRAINED)
         check_same(folder / _TRAINED, trained["run"], run.to_dict())
-        learnt = {"corpus_digest": trained.get("corpus_digest", corpus.digest)}
-        check_same(folder / _TRAINED, learnt, {"corpus_digest": corpus.digest}, "texts")
+        _check_texts(folder / _TRAINED, trained, corpus.digest)
         return trained
     trained = train_language_model(run, np.asarray(corpus.tokens), folder, device=device, say=say)
     trained["corpus_digest"] = corpus.digest
-    _write(folder / _TRAINED, trained)
+    write_json(folder / _TRAINED, trained, indent=2)
     return trained
 
 
@@ -912,8 +908,3 @@ def _told(mean: float | None, error: float | None, sign: str = "") -> str:
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, values: Any) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -19,10 +19,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from statescan.data import TokenFile, Tokenizer, build_token_file, load_tokenizer, read_texts
 from statescan.errors import ConfigError, MissingExtraError, TrainingError
 from statescan.evaluate import row_bits
-from statescan.files import atomic_file, make_folder
+from statescan.evaluate.ratios import ratio_of_sums
+from statescan.files import atomic_file, make_folder, write_json, write_text
 from statescan.models import CausalLM, MambaConfig, ModelConfig
 from statescan.models.baseline_config import RecurrentConfig, S4Config, TransformerConfig
 from statescan.recipes.novels import NOVELS, find_text, read_corpus
@@ -50,6 +51,7 @@ __all__ = [
     "SIZES",
     "Judged",
     "PowerLaw",
+    "best_tried",
     "bpe_tokenizer",
     "fit_power_law",
     "initial_spread",
@@ -67,6 +69,9 @@ __all__ = [
     "tuned_at",
     "verified_at",
 ]
+
+# Whatever tells one trial of a grid from another.
+_Tried = TypeVar("_Tried", bound=Hashable)
 
 FAMILIES = {
     "mamba": "Mamba",
@@ -198,6 +203,22 @@ def verified_at(row: str) -> str | None:
     return f"{family}-{_VERIFIED}" if size in _FROM_THERE and family not in _OF_ONE_SIZE else None
 
 
+def best_tried(bits: Mapping[_Tried, float | None], tried: Sequence[_Tried]) -> _Tried | None:
+    """What of a grid came to the fewest bits.
+
+    Args:
+        bits: of what was tried so far; None where it diverged, which is worse than any other.
+        tried: all that must have been.
+
+    Returns:
+        None where some of it is missing, or all of it diverged.
+    """
+    if not set(tried) <= bits.keys():
+        return None
+    found = {one: value for one in tried if (value := bits[one]) is not None and math.isfinite(value)}
+    return min(found, key=found.__getitem__) if found else None
+
+
 def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
     """What `tune` found best for a row's family at its smallest size, carried to the row by the rule, and by the factor
     on the rule that it found best where that was tried.
@@ -211,24 +232,16 @@ def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
         it is not the same care.
     """
     told = _read_json(Path(out) / "tuning.json") or ()
-    bits = {
-        (one["row"], one["lr"], one["dropout"]): math.inf if (b := one["bits_per_byte"]) is None else b for one in told
-    }
-
-    def best(tried: list[tuple[str, float, float]]) -> tuple[str, float, float] | None:
-        if not set(tried) <= bits.keys() or not math.isfinite(min(bits[one] for one in tried)):
-            return None
-        return min(tried, key=lambda one: bits[one])
-
+    bits = {(one["row"], one["lr"], one["dropout"]): one["bits_per_byte"] for one in told}
     smallest, larger, factor = tuned_at(row), verified_at(row), 1.0
-    found = best([(smallest, lr, DROPOUTS[0]) for lr in GRID])
-    found = None if found is None else best([(smallest, found[1], dropout) for dropout in DROPOUTS])
+    found = best_tried(bits, [(smallest, lr, DROPOUTS[0]) for lr in GRID])
+    found = None if found is None else best_tried(bits, [(smallest, found[1], dropout) for dropout in DROPOUTS])
     if found is None:
         return {}
     _, rate, dropout = found
     if larger is not None:
         factors = {(larger, learning_rate_of(larger, rate, one), dropout): one for one in FACTORS}
-        kept = best(list(factors))
+        kept = best_tried(bits, list(factors))
         if kept is None:
             return {}
         factor = factors[kept]
@@ -363,7 +376,7 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
             "seconds": round(time.perf_counter() - begun, 2),
             "machine": machine_facts(device),
         }
-        _write_json(folder / _SPEED, facts)
+        write_json(folder / _SPEED, facts)
         bits = f"{result.evaluations[-1][1]:.4f} bits per byte of the held-out books, " if result.evaluations else ""
         share = "" if used is None else f", {100 * used:.1f} % of the peak in model operations"
         say(f"{folder.name}: {bits}{facts['seconds']:.1f} s, {pace or math.nan:,.0f} tokens/s{share}")
@@ -405,7 +418,7 @@ class Judged(NamedTuple):
 
     def mean(self) -> tuple[float, float]:
         """(bits per byte, its standard error), the windows taken as independent."""
-        return _ratio(self.bits, self.bytes)
+        return ratio_of_sums(self.bits, self.bytes)
 
 
 def judge(model: CausalLM, file: TokenFile, tokenizer: Tokenizer, length: int) -> Judged:
@@ -455,15 +468,7 @@ def paired_difference(one: Judged, other: Judged) -> tuple[float, float]:
     """
     if not np.array_equal(one.bytes, other.bytes):
         raise ConfigError("language-scaling: wanted two models judged on the same windows; judge both anew")
-    return _ratio(one.bits - other.bits, one.bytes)
-
-
-def _ratio(sums: NDArray[Any], sizes: NDArray[Any]) -> tuple[float, float]:
-    """(sum s / sum n, its standard error), ``SE^2 = G / (G - 1) sum (s_g - m n_g)^2 / (sum n)^2``."""
-    total, groups = float(sizes.sum()), len(sums)
-    mean = float(sums.sum()) / total
-    spread = float(((sums - mean * sizes) ** 2).sum())
-    return mean, math.sqrt(groups / (groups - 1) * spread) / total if groups > 1 else math.nan
+    return ratio_of_sums(one.bits - other.bits, one.bytes)
 
 
 class PowerLaw(NamedTuple):
@@ -608,7 +613,7 @@ def tune(
             try:
                 train_row(run, folder, say=say)
             except TrainingError as problem:
-                _write_json(folder / _DIVERGED, {"error": str(problem)})
+                write_json(folder / _DIVERGED, {"error": str(problem)})
                 say(f"{folder.name}: diverged")
         found = _tuning_bits(folder)
         # A diverged run is worse than any other.
@@ -640,7 +645,7 @@ def tune(
                     "bits_per_byte": _tuning_bits(path.parent),
                 }
             )
-    _write_json(Path(out) / "tuning.json", found)
+    write_json(Path(out) / "tuning.json", found)
     return found
 
 
@@ -690,7 +695,7 @@ def measure_speed(
     file = read_corpus(data, NOVELS[0], tokenizer=load_tokenizer(tokenizer))
     pace = facts["tokens_per_second"]
     facts["bytes_per_second"] = None if pace is None else pace * file.bytes_per_token
-    _write_json(place.parent / f"{row}.json", facts)
+    write_json(place.parent / f"{row}.json", facts)
     shutil.rmtree(place)
     return facts
 
@@ -769,7 +774,7 @@ def write_score(folder: Path, row: str, model: CausalLM, judged: Judged, digest:
     books = []
     for number in np.unique(judged.book):
         here = judged.book == number
-        one, spread = _ratio(judged.bits[here], judged.bytes[here])
+        one, spread = ratio_of_sums(judged.bits[here], judged.bytes[here])
         books.append(
             {
                 "bytes": int(judged.bytes[here].sum()),
@@ -777,7 +782,7 @@ def write_score(folder: Path, row: str, model: CausalLM, judged: Judged, digest:
                 "standard_error": spread if math.isfinite(spread) else None,
             }
         )
-    _write_json(
+    write_json(
         folder / _SCORE,
         {
             "row": row,
@@ -873,9 +878,8 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         "not_tuned": not_tuned,
         "not_run": [row for row in ROWS if row not in rows],
     }
-    _write_json(out / "results.json", results)
-    with atomic_file(out / "results.md") as temporary:
-        temporary.write_text(_table(results), encoding="utf-8")
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", _table(results))
     if rows:
         with contextlib.suppress(MissingExtraError):  # the table says all that the picture does
             _draw(results, out / "figure.svg")
@@ -1008,8 +1012,3 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
