@@ -86,6 +86,77 @@ def test_padding_changes_nothing(pooling: str) -> None:
     assert torch.equal(together.loss, expected)
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_next_tokens_are_predicted_of_each_strand_beside_the_labels(both: bool) -> None:
+    """Against every prediction made by itself; an unknown base is read, and not predicted."""
+    model = classifier(reverse_complement=both)
+    ids, labels = bases(3, 20), torch.tensor([0, 2, 1])
+    found = model.joint_losses(ids, labels)
+    classes = model(ids, labels).loss
+    assert torch.equal(found.classes, classes)
+    judged = []
+    for strand in (ids, complement_ids(ids)) if both else (ids,):
+        for row in strand:
+            for t in range(1, 20):
+                if row[t] != 4:
+                    logits = model.backbone(row[None, :t]).hidden[0, -1] @ model.backbone.embedding.weight.T
+                    judged.append(-logits.log_softmax(-1)[row[t]])
+    assert 0.6 * 57 < len(judged) / (1 + both) < 0.95 * 57, "some are unknown"
+    plain = torch.stack(judged).mean()
+    assert torch.allclose(found.next_token, plain)
+    parameters = dict(model.named_parameters())
+    for got, wanted in ((found.classes, classes), (found.next_token, plain)):
+        pairs = [
+            torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for loss in (got, wanted)
+        ]
+        for name, one, other in zip(parameters, *pairs, strict=True):
+            assert (one is None) == (other is None) == (got is found.next_token and name.startswith("head.")), name
+            assert one is None or torch.allclose(one, other, atol=1e-8), name
+
+
+def test_both_strands_are_predicted_alike() -> None:
+    ids, labels = bases(3, 20), torch.tensor([0, 2, 1])
+    both, one = classifier(reverse_complement=True), classifier()
+    turned = both.joint_losses(complement_ids(ids), labels)
+    for got, wanted in zip(turned, both.joint_losses(ids, labels), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6)
+    this, other = (one.joint_losses(strand, labels).next_token for strand in (ids, complement_ids(ids)))
+    assert not torch.allclose(this, other, atol=1e-4)
+
+
+def test_what_is_not_predicted() -> None:
+    model = classifier()
+    ids, labels = bases(2, 12), torch.tensor([0, 2])
+    mask = torch.arange(12) < torch.tensor([[7], [12]])
+    ids[0, 0], ids[1] = 4, torch.arange(12) % 4
+    # Padding: row 0 has what it has alone.
+    together = model.joint_losses(ids, labels, mask=mask).next_token
+    counts = [int((ids[0, 1:7] != 4).sum()), 11]
+    alone = [model.joint_losses(ids[i : i + 1, :n], labels[i : i + 1]).next_token for i, n in ((0, 7), (1, 12))]
+    assert torch.allclose(together, (counts[0] * alone[0] + counts[1] * alone[1]) / sum(counts))
+    for nothing in (torch.full((2, 6), 4), bases(2, 1)):
+        assert model.joint_losses(nothing, labels).next_token.item() == 0
+    # Where tokens are no bases, 4 is one of them.
+    model = classifier(backbone=BACKBONE.replace(vocab_size=6))
+    found = model.joint_losses(torch.tensor([[0, 4]]), torch.tensor([0])).next_token
+    logits = model.backbone(torch.tensor([[0]])).hidden[0, 0] @ model.backbone.embedding.weight.T
+    assert torch.allclose(found, -logits.log_softmax(-1)[4])
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", ["dropout", "embedding_dropout"])
+def test_dropout_of_the_backbone_is_on_in_training_alone(name: str, both: bool) -> None:
+    ids, labels = bases(3, 40), torch.tensor([0, 2, 1])
+    model = classifier(backbone=BACKBONE.replace(**{name: 0.3}), reverse_complement=both)
+    plain = classifier(reverse_complement=both)
+    for got, wanted in zip(model.joint_losses(ids, labels), plain.joint_losses(ids, labels), strict=True):
+        assert torch.equal(got, wanted)
+    model.train()
+    for first, second in zip(model.joint_losses(ids, labels), model.joint_losses(ids, labels), strict=True):
+        assert not torch.allclose(first, second, atol=1e-5)
+
+
 def test_pretrained_weights_are_taken_and_others_refused(tmp_path: Path) -> None:
     language_model = CausalLM(BACKBONE)
     language_model.save_pretrained(tmp_path)

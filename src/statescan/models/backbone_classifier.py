@@ -7,22 +7,25 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from statescan.data.tokenizer import DNA_LETTERS, DnaTokenizer
 from statescan.errors import CheckpointError, ConfigError, ShapeError
 from statescan.models.baseline_config import ModelConfig, config_from_dict
-from statescan.models.causal_lm import Backbone, CausalLM
+from statescan.models.causal_lm import Backbone, CausalLM, next_token_targets
 from statescan.models.classifier import ClassifierOutput, pooled
 from statescan.models.own_folder import load_own_weights, own_config, save_own
-from statescan.nn.reverse_complement import ReverseComplement, strand_pair
+from statescan.nn.reverse_complement import ReverseComplement, complement_ids, strand_pair
+from statescan.ops import linear_cross_entropy
 
-__all__ = ["BackboneClassifier", "BackboneClassifierConfig"]
+__all__ = ["BackboneClassifier", "BackboneClassifierConfig", "JointLosses"]
 
 _ARCHITECTURE = "BackboneClassifier"
+_IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,13 @@ class BackboneClassifierConfig:
         return cls(**{**fields, "backbone": config_from_dict(fields["backbone"])})
 
 
+class JointLosses(NamedTuple):
+    """Scalars in nats. classes: of the labels; next_token: mean over the tokens that are predicted."""
+
+    classes: Tensor
+    next_token: Tensor
+
+
 class BackboneClassifier(nn.Module):
     """Backbone, a pooled position, a linear head.
 
@@ -132,6 +142,42 @@ class BackboneClassifier(nn.Module):
         Raises:
             ShapeError: an argument doesn't fit.
         """
+        return self._classify(self._hidden(inputs, mask), labels, mask)
+
+    def joint_losses(self, inputs: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> JointLosses:
+        """The loss of the labels and, of one pass through the backbone, that of each next token, as a second task.
+
+        The head of the tokens is the embedding's matrix, as in a language model whose two are tied. With
+        reverse_complement the backbone predicts either strand, each in its own direction. Of bases (vocab_size 5) an
+        unknown one is read and not predicted.
+
+        Args:
+            inputs: (batch, length) token ids.
+            labels: (batch,) int64.
+            mask: (batch, length), 1 at real positions, padding behind them, which is not predicted. Default: all are
+                real.
+
+        Returns:
+            JointLosses; next_token is 0 where there is nothing to predict.
+
+        Raises:
+            ShapeError: an argument doesn't fit.
+        """
+        hidden = self._hidden(inputs, mask)
+        classes = self._classify(hidden, labels, mask).loss
+        assert classes is not None
+        ids = inputs
+        if self.config.reverse_complement:
+            this, other = hidden.chunk(2, -1)
+            hidden, ids = torch.cat([this, other.flip(1, 2)]), torch.cat([inputs, complement_ids(inputs)])
+        targets = next_token_targets(ids, ids.shape[0], ids.shape[1], mask, None)
+        if self.config.vocab_size == len(DNA_LETTERS):
+            targets = targets.masked_fill(targets == DnaTokenizer.unjudged, _IGNORED)
+        weight = self.backbone.embedding.weight
+        return JointLosses(classes, linear_cross_entropy(hidden, weight, targets, ignore_index=_IGNORED))
+
+    def _hidden(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """(batch, length, d_model); of both strands (batch, length, 2 d_model), as `ReverseComplement` gives them."""
         if self.config.reverse_complement:
             if mask is not None:
                 raise ShapeError(
@@ -139,16 +185,21 @@ class BackboneClassifier(nn.Module):
                     "strand would begin with padding"
                 )
             pair = strand_pair(lambda ids: self.backbone.embed("BackboneClassifier", ids, None, 2), inputs)
-            this, other = ReverseComplement(lambda x: self.backbone.run(x, None, None).hidden)(pair).chunk(2, -1)
+            return ReverseComplement(lambda x: self.backbone.run(x, None, None).hidden)(pair)
+        return self.backbone(inputs, mask=mask).hidden
+
+    def _classify(self, hidden: Tensor, labels: Tensor | None, mask: Tensor | None) -> ClassifierOutput:
+        if self.config.reverse_complement:
+            this, other = hidden.chunk(2, -1)
             rows = (this.mean(1) + other.flip(2).mean(1)) / 2
         else:
-            rows = pooled(self.backbone(inputs, mask=mask).hidden, mask, self.config.pooling)
+            rows = pooled(hidden, mask, self.config.pooling)
         logits = self.head(self.dropout(rows)).float()
         if labels is None:
             return ClassifierOutput(logits, None)
-        if tuple(labels.shape) != (inputs.shape[0],):
+        if tuple(labels.shape) != (hidden.shape[0],):
             raise ShapeError(
-                f"BackboneClassifier: labels must be (batch,) = ({inputs.shape[0]},), got {tuple(labels.shape)}"
+                f"BackboneClassifier: labels must be (batch,) = ({hidden.shape[0]},), got {tuple(labels.shape)}"
             )
         return ClassifierOutput(logits, F.cross_entropy(logits, labels.long()))
 
