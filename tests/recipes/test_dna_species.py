@@ -193,6 +193,18 @@ SMALL = ["model.backbone.d_model=8", "model.backbone.n_layer=1", "train.batch_si
 SMALL += ["train.precision=float32", "train.accelerator=cpu", "train.threads=1", "rows=24"]
 
 
+@pytest.mark.parametrize("length", [64, 256, 1024, 4096])
+def test_microbes_of_every_length_cost_as_many_bases(length: int) -> None:
+    run = recipe.microbe_run(length, 8)
+    assert run.train.epochs * (8 * run.rows // run.train.batch_size) == 8192
+    assert run.train.batch_size * length == 65_536
+
+
+def test_a_second_task_and_dropout_are_set_by_overrides() -> None:
+    run = recipe.microbe_run(256, 8, overrides=["train.next_token=0.3", "model.backbone.embedding_dropout=0.1"])
+    assert (run.train.next_token, run.model.backbone.embedding_dropout) == (0.3, 0.1)
+
+
 def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
     out, lines = tmp_path / "out", []
     run = recipe.microbe_run(256, 3, overrides=SMALL)
