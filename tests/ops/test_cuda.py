@@ -7,6 +7,7 @@ import struct
 import threading
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_what_a_cubin_is_kept_under(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 class Driver:
     """cuLaunchKernelEx: keeps what it is handed, as the driver would read it."""
 
-    def __init__(self, formats: str = "", code: int = 0) -> None:
+    def __init__(self, formats: Sequence[str] = "", code: int = 0) -> None:
         self.formats, self.code = formats, code
         self.seen: list[dict[str, Any]] = []
 
@@ -234,6 +235,17 @@ def test_what_a_launch_hands_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> N
     first = driver.seen[0]
     assert (first["function"], first["grid"], first["block"]) == (77, (3, 2, 1), (128, 1, 1))
     assert (first["shared"], first["stream"], first["attributes"]) == (1024, 1234, [])
+
+
+def test_a_launch_hands_structures_over_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A structure has its own size; what comes after it still begins at its own place."""
+    driver = Driver(["128s", "i", "20s", "q"])
+    kernel = made_kernel(monkeypatch, driver)
+    for turn in range(2):
+        kernel((1, 1, 1), bytes([turn]) * 128, _cuda.i32(-7), b"x" * 20, 2**40 + turn)
+    assert [seen["values"] for seen in driver.seen] == [
+        [bytes([turn]) * 128, -7, b"x" * 20, 2**40 + turn] for turn in range(2)
+    ]
 
 
 def test_a_launch_of_clusters_a_cooperative_one_and_one_that_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,9 +300,19 @@ def test_a_kernel_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
         _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, shared=1),
         _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, cluster=2),
         _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, early=True),
+        _cuda.kernel(file, "forward", {"N": 16, "G": 1}, 128, 0, specific=True),
     ]
-    assert len({id(one) for one in (first, *others)}) == len(made) == 8
-    assert made[0] == ("scan.cu", "forward", ("G=1", "N=16"), 128, 0, 0, False, 1, False)
+    assert len({id(one) for one in (first, *others)}) == len(made) == 9
+    assert made[0] == ("scan.cu", "forward", ("G=1", "N=16"), 128, 0, 0, False, 1, False, False)
+
+
+def test_a_kernel_of_one_architecture_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(_cuda, "_core", Compiler)
+    monkeypatch.setattr(_cuda, "_cached", lambda source, options, arch: asked.append(arch) or b"cubin")
+    for specific in (False, True):
+        _cuda._module.__wrapped__(str(_cuda._COMMON), ("ONE=1",), 0, specific)
+    assert asked == ["sm_90", "sm_90a"]
 
 
 def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import struct
 import tempfile
@@ -208,7 +209,8 @@ if hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
-# What a kernel's parameter is, by what is handed over: 8 bytes each, of which the kernel reads as many as it declares.
+# What a kernel's parameter is, by what is handed over: 8 bytes each, of which the kernel reads as many as it declares;
+# bytes are a structure of their own size.
 _FORMATS = {int: "q", float: "d", ctypes.c_double: "d", ctypes.c_int32: "i4x", ctypes.c_float: "f4x"}
 
 
@@ -217,11 +219,13 @@ class _Prepared:
 
     def __init__(self, kernel: Kernel, arguments: tuple[Any, ...]) -> None:
         kinds = (int if a is None or isinstance(a, torch.Tensor) else type(a) for a in arguments)
-        layout = struct.Struct("=" + "".join(_FORMATS[kind] for kind in kinds))
+        formats = [f"{len(a)}s" if kind is bytes else _FORMATS[kind] for a, kind in zip(arguments, kinds, strict=True)]
+        layout = struct.Struct("=" + "".join(formats))
         self._values = ctypes.create_string_buffer(max(layout.size, 1))
         self.fill = functools.partial(layout.pack_into, self._values, 0)
-        start = ctypes.addressof(self._values)
-        self._pointers = (ctypes.c_void_p * max(len(arguments), 1))(*range(start, start + layout.size, 8))
+        sizes = [struct.calcsize(f"={one}") for one in formats]
+        places = itertools.accumulate(sizes[:-1], initial=ctypes.addressof(self._values))
+        self._pointers = (ctypes.c_void_p * max(len(arguments), 1))(*(places if arguments else ()))
         self.pointers = ctypes.addressof(self._pointers)
         attributes = kernel.attributes
         self.configuration = _Configuration(
@@ -231,8 +235,8 @@ class _Prepared:
 
 
 class Kernel:
-    """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit, and
-    floats as ``ctypes.c_float`` or plain 64-bit)."""
+    """One compiled function; call it with a grid and its arguments (tensors, None, ints as `i32` or plain 64-bit,
+    floats as ``ctypes.c_float`` or plain 64-bit, and structures as bytes, of one size in all calls)."""
 
     def __init__(
         self,
@@ -278,7 +282,7 @@ class Kernel:
         ready.fill(
             *[
                 a
-                if (kind := type(a)) is int or kind is float
+                if (kind := type(a)) is int or kind is float or kind is bytes
                 else a.value
                 if kind is i32 or kind is ctypes.c_float
                 else 0
@@ -301,12 +305,12 @@ class Kernel:
 
 
 @functools.cache
-def _module(file: str, options: tuple[str, ...], device: int) -> Any:
+def _module(file: str, options: tuple[str, ...], device: int, specific: bool) -> Any:
     core = _core()
     core.Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
     source = _COMMON.read_text() + Path(file).read_text()
-    return core.ObjectCode.from_cubin(_cached(source, options, f"sm_{major}{minor}"))
+    return core.ObjectCode.from_cubin(_cached(source, options, f"sm_{major}{minor}{'a' * specific}"))
 
 
 @functools.cache
@@ -320,8 +324,10 @@ def _function(
     cooperative: bool,
     cluster: int,
     early: bool,
+    specific: bool,
 ) -> Kernel:
-    return Kernel(_module(file, options, device).get_kernel(name), threads, shared, cooperative, cluster, early)
+    function = _module(file, options, device, specific).get_kernel(name)
+    return Kernel(function, threads, shared, cooperative, cluster, early)
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -337,20 +343,22 @@ def kernel(
     cooperative: bool = False,
     cluster: int = 1,
     early: bool = False,
+    specific: bool = False,
 ) -> Kernel:
     """The function `name` of `file`, compiled with the macros `options` for this device; made once a process.
     `shared`: bytes of dynamic shared memory a block. `cooperative`: all blocks of a launch run at once, or it fails.
     `cluster`: blocks of a cluster; the grid then counts clusters. `early`: it may begin before the launch in front has
     ended, for which it waits itself (``griddepcontrol.wait``) before it touches memory; compute capability 9.0.
+    `specific`: it uses instructions of this architecture alone (``sm_90a``).
 
     Raises:
         BackendUnavailableError: the compiler refuses it.
     """
     # To put the macros into words takes longer than the launch.
-    key = (file, name, threads, device, shared, cooperative, cluster, early, *options.items())
+    key = (file, name, threads, device, shared, cooperative, cluster, early, specific, *options.items())
     found = _kernels.get(key)
     if found is None:
         settings = tuple(f"{k}={v}" for k, v in sorted(options.items()))
-        found = _function(str(file), name, settings, threads, device, shared, cooperative, cluster, early)
+        found = _function(str(file), name, settings, threads, device, shared, cooperative, cluster, early, specific)
         _kernels[key] = found
     return found
