@@ -14,7 +14,6 @@
 #ifndef ITEMS
 #define ITEMS 7  // logits of a thread
 #endif
-typedef unsigned long long u64;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
 struct alignas(8) Slot {  // mirrors generate/graphs.py

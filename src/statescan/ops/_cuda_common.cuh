@@ -202,3 +202,19 @@ DEV bool column_sum(const real* partial, int rows, i64 columns, real& total) {
   total = part[0][lane];
   return row == 0 && column < columns;
 }
+
+// Barriers in shared memory that count arrivals and, from compute capability 9.0 on, bytes of bulk copies.
+typedef unsigned long long u64;
+DEV u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEV void bar_init(u64* b, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(n)); }
+DEV void bar_expect(u64* b, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
+}
+DEV void bar_arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory"); }
+DEV void bar_wait(u64* b, u32 parity) {
+  u32 done;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(address(b)), "r"(parity) : "memory");
+  } while (!done);
+}

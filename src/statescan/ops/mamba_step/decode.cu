@@ -45,7 +45,6 @@
 #ifndef CACHE_HINT
 #define CACHE_HINT 1    // weights leave the cache first: the states stay
 #endif
-typedef unsigned long long u64;
 #if WT == 0
 typedef float wt;
 #define WB 4  // bytes of a weight
@@ -80,19 +79,6 @@ struct Shared {
   float squares[NT / 32];
 };
 
-DEV u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEV void bar_init(u64* b, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(n)); }
-DEV void bar_expect(u64* b, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
-}
-DEV void bar_arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory"); }
-DEV void bar_wait(u64* b, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(address(b)), "r"(parity) : "memory");
-  } while (!done);
-}
 DEV void bulk(void* to, const void* from, u32 bytes, u64* b, u64 policy) {
 #if CACHE_HINT
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"

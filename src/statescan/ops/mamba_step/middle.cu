@@ -24,7 +24,6 @@
 #define PAIRS (CE / 2)
 #define ITEMS ((ROWS * PAIRS + NT - 1) / NT)
 #define MAX2(a, b) ((a) > (b) ? (a) : (b))
-typedef unsigned long long u64;
 #ifndef CONV
 #define CONV 0
 #endif
@@ -51,19 +50,6 @@ DEV float2 wide2(const float2& v) { return v; }
 DEV float2 wide2(u32 v) { return make_float2(to_real(act(v)), to_real(act(v >> 16))); }
 DEV void keep(float2& to, u32 v) { to = wide2(v); }
 DEV void keep(u32& to, u32 v) { to = v; }
-DEV u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEV void bar_init(u64* b, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(n)); }
-DEV void bar_expect(u64* b, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
-}
-DEV void bar_arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory"); }
-DEV void bar_wait(u64* b, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(address(b)), "r"(parity) : "memory");
-  } while (!done);
-}
 DEV void sync() { asm volatile("bar.sync 1, %0;" ::"n"(NT) : "memory"); }
 
 // What other blocks of this launch have written is read past the first-level cache.

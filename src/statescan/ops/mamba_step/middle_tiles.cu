@@ -31,7 +31,6 @@
 #define PASSES (CE / 128)            // of dt and of the states: a warp takes eight channels in each
 #define DCHUNKS (R / 32)
 #define PART (ROWS * X)              // numbers of a part
-typedef unsigned long long u64;
 #if CONV
 typedef act kept;
 typedef uint2 kept4;
@@ -57,19 +56,6 @@ struct Shared {
   alignas(16) act low[ROWS][R + (R % 64 ? 0 : 32)];
 };
 
-DEV u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEV void bar_init(u64* b, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(n)); }
-DEV void bar_expect(u64* b, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
-}
-DEV void bar_arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory"); }
-DEV void bar_wait(u64* b, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(address(b)), "r"(parity) : "memory");
-  } while (!done);
-}
 // What other blocks of this launch have written is read past the first-level cache.
 DEV float4 fresh4(const float* p) {
   float4 v;
