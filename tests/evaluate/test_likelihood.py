@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from statescan.data import ByteTokenizer
 from statescan.errors import CheckpointError, ConfigError, DataError
-from statescan.evaluate import Evaluation, draw_by_position, evaluate_tokens
+from statescan.evaluate import Evaluation, draw_by_position, evaluate_tokens, window_bits
 
 
 class Output(NamedTuple):
@@ -259,3 +259,22 @@ def test_a_language_models_windows_are_its_losses(language_model, tokens):
         loss = float(language_model(windows[:, :-1], labels=windows).loss) / math.log(2)
     result = evaluate_tokens(language_model, tokens, tokenizer=ByteTokenizer(), context=100, batch_size=3)
     np.testing.assert_allclose(result.bits_per_byte, loss, **ROUNDING)
+
+
+def test_windows_that_overlap_judge_every_token_once() -> None:
+    model, text = Recurrent().eval(), np.random.default_rng(0).integers(0, 256, 200)
+    # Of a length that no stride divides: the last window is a shorter one.
+    for some in (text[: 1 + 16 * 5], text[: 1 + 16 * 5 + 11]):
+        whole = evaluate_tokens(model, some, total_bytes=len(some), context=16)
+        assert window_bits(model, some, 16, 16).mean() == pytest.approx(whole.bits_per_token, rel=1e-6)
+        # By hand: the first window whole, then what is new in each.
+        bits: list[float] = []
+        for start in range(0, len(some) - 1 - 8, 8):
+            ids = torch.from_numpy(some[start : start + 17].astype(np.int64))
+            losses = torch.nn.functional.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
+            bits += (losses / np.log(2)).tolist()[len(bits) - start :]
+        np.testing.assert_allclose(window_bits(model, some, 16, 8, batch_size=3), bits, rtol=1e-4)
+    with pytest.raises(ConfigError, match="stride must be in"):
+        window_bits(model, text, 16, 17)
+    with pytest.raises(ConfigError, match="at least length"):
+        window_bits(model, text[:10], 16, 16)

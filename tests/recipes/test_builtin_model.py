@@ -17,7 +17,7 @@ import torch
 
 from statescan.data import ByteTokenizer, TokenFile, build_token_file
 from statescan.errors import CheckpointError, ConfigError, TrainingError
-from statescan.evaluate import evaluate_tokens
+from statescan.evaluate import evaluate_tokens, window_bits
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 from statescan.recipes import builtin_model as recipe
 from statescan.recipes.builtin_model import (
@@ -32,7 +32,6 @@ from statescan.recipes.builtin_model import (
     train_language_model,
     tune,
     tuned,
-    window_bits,
 )
 from statescan.recipes.language_scaling import initial_spread
 from statescan.train.config import apply_overrides
@@ -135,26 +134,6 @@ def test_carried_states_reach_the_next_window(text: np.ndarray) -> None:
     assert course._initial is not None
     for held, wanted in zip(course._initial._held, whole, strict=True):
         torch.testing.assert_close(held.ssm, wanted.ssm, rtol=1e-4, atol=1e-5)
-
-
-def test_windows_judge_every_byte_once(text: np.ndarray) -> None:
-    torch.manual_seed(0)
-    model = CausalLM(MambaConfig(16, 1, 256)).eval()
-    # Of a length that no stride divides: the last window is a shorter one.
-    for some in (text[: 1 + 16 * 5], text[: 1 + 16 * 5 + 11]):
-        whole = evaluate_tokens(model, some, total_bytes=len(some), context=16)
-        assert window_bits(model, some, 16, 16).mean() == pytest.approx(whole.bits_per_token, rel=1e-6)
-        # By hand: the first window whole, then what is new in each.
-        bits: list[float] = []
-        for start in range(0, len(some) - 1 - 8, 8):
-            ids = torch.from_numpy(some[start : start + 17].astype(np.int64))
-            losses = torch.nn.functional.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
-            bits += (losses / np.log(2)).tolist()[len(bits) - start :]
-        np.testing.assert_allclose(window_bits(model, some, 16, 8, batch_size=3), bits, rtol=1e-4)
-    with pytest.raises(ConfigError, match="stride must be in"):
-        window_bits(model, text, 16, 17)
-    with pytest.raises(ConfigError, match="at least length"):
-        window_bits(model, text[:10], 16, 16)
 
 
 @pytest.fixture

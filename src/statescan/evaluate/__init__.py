@@ -10,7 +10,14 @@ from statescan.evaluate.continuations import (
     StateReader,
     encode_pairs,
 )
-from statescan.evaluate.likelihood import Evaluation, PositionBucket, draw_by_position, evaluate_tokens, row_bits
+from statescan.evaluate.likelihood import (
+    Evaluation,
+    PositionBucket,
+    draw_by_position,
+    evaluate_tokens,
+    row_bits,
+    window_bits,
+)
 from statescan.evaluate.tasks import TASKS, Metric, Question, Task, TaskResult, evaluate_tasks, read_questions
 from statescan.evaluate.yardsticks import NGramModel, ngram_bits_per_byte, xz_bits_per_byte
 
@@ -35,5 +42,6 @@ __all__ = [
     "ngram_bits_per_byte",
     "read_questions",
     "row_bits",
+    "window_bits",
     "xz_bits_per_byte",
 ]

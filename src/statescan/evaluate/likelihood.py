@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.files import atomic_file
 
-__all__ = ["Evaluation", "PositionBucket", "draw_by_position", "evaluate_tokens", "row_bits"]
+__all__ = ["Evaluation", "PositionBucket", "draw_by_position", "evaluate_tokens", "row_bits", "window_bits"]
 
 # A forward pass holds at most so many logits (256 MB in float32, twice with their log-softmax): longer windows are cut,
 # and the state is carried from piece to piece.
@@ -307,6 +307,49 @@ def row_bits(
         state = output.state
         loss = F.cross_entropy(output.logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         yield offset, loss.double().cpu().numpy().reshape(len(starts), piece) / math.log(2)
+
+
+def window_bits(
+    model: nn.Module, tokens: Any, length: int, stride: int, *, batch_size: int = 16
+) -> NDArray[np.float64]:
+    """Bits of every token of a text but the first, each with length - stride + 1 to length tokens before it, but for
+    those of the first window, which have what there is.
+
+    Windows of `length` start every `stride` tokens, each from an empty state, and are judged on their last `stride`
+    predictions alone (the first one on all): what a model without a state of fixed size is fairly judged by. With
+    stride = length they follow each other. What is left at the end is a shorter window.
+
+    Args:
+        model: as in `evaluate_tokens`, in evaluation mode, on any device.
+        tokens: (tokens,) ids.
+        length: predictions of a window.
+        stride: new predictions of a window.
+        batch_size: windows at once. Default 16.
+
+    Returns:
+        (tokens - 1,) float64.
+
+    Raises:
+        ConfigError: the stride is out of range, or the text shorter than a window.
+    """
+    judged = len(tokens) - 1
+    if not 0 < stride <= length:
+        raise ConfigError(f"window_bits: stride must be in [1, length = {length}], got {stride}")
+    if judged < length:
+        raise ConfigError(f"window_bits: wanted at least length + 1 = {length + 1} tokens, got {len(tokens)}")
+    starts = list(range(0, judged - length + 1, stride))
+    bits, where = np.empty(judged), next(model.parameters()).device
+    for first in range(0, len(starts), batch_size):
+        some = starts[first : first + batch_size]
+        pieces = [piece for _, piece in row_bits(model, tokens, some, length, length, where)]
+        for start, row in zip(some, np.concatenate(pieces, axis=1), strict=True):
+            new = stride if start else length
+            bits[start + length - new : start + length] = row[-new:]
+    end, last = starts[-1] + length, starts[-1] + stride
+    if end < judged:
+        ((_, row),) = row_bits(model, tokens, [last], judged - last, judged - last, where)
+        bits[end:] = row[0, end - judged :]
+    return bits
 
 
 def _vocab_size(model: nn.Module) -> int | None:

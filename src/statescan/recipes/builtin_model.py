@@ -32,7 +32,7 @@ from torch import Tensor
 
 from statescan.data import ByteTokenizer, TokenFile
 from statescan.errors import ConfigError, TrainingError
-from statescan.evaluate import row_bits
+from statescan.evaluate import row_bits, window_bits
 from statescan.files import atomic_file, make_folder, write_json, write_text
 from statescan.models import CausalLM, MambaConfig, ModelConfig, TransformerConfig
 from statescan.recipes.language_scaling import Judged, best_tried, initial_spread, paired_difference
@@ -57,7 +57,6 @@ __all__ = [
     "train_language_model",
     "tune",
     "tuned",
-    "window_bits",
 ]
 
 _TRAINED, _LOG, _RESULTS, _TUNING, _DIVERGED = "trained.json", "log.csv", "results.json", "tuning.json", "diverged.json"
@@ -392,48 +391,6 @@ def _train(
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def window_bits(
-    model: CausalLM, tokens: NDArray[np.uint8], length: int, stride: int, *, batch_size: int = 16
-) -> NDArray[np.float64]:
-    """Bits of every byte of a text but the first, each with at least length - stride bytes before it.
-
-    Windows of `length` start every `stride` bytes, each from an empty state, and are judged on their last `stride`
-    predictions alone (the first one on all): what a model without a state of fixed size is fairly judged by. With
-    stride = length they follow each other. What is left at the end is a shorter window.
-
-    Args:
-        model: of bytes, in evaluation mode, on any device.
-        tokens: (bytes,) uint8.
-        length: predictions of a window.
-        stride: new predictions of a window.
-        batch_size: windows at once. Default 16.
-
-    Returns:
-        (bytes - 1,) float64.
-
-    Raises:
-        ConfigError: the stride is out of range, or the text shorter than a window.
-    """
-    judged = len(tokens) - 1
-    if not 0 < stride <= length:
-        raise ConfigError(f"window_bits: stride must be in [1, length = {length}], got {stride}")
-    if judged < length:
-        raise ConfigError(f"window_bits: wanted at least length + 1 = {length + 1} bytes, got {len(tokens)}")
-    starts = list(range(0, judged - length + 1, stride))
-    bits, where = np.empty(judged), model.lm_head.weight.device
-    for first in range(0, len(starts), batch_size):
-        some = starts[first : first + batch_size]
-        pieces = [piece for _, piece in row_bits(model, tokens, some, length, length, where)]
-        for start, row in zip(some, np.concatenate(pieces, axis=1), strict=True):
-            new = stride if start else length
-            bits[start + length - new : start + length] = row[-new:]
-    end, last = starts[-1] + length, starts[-1] + stride
-    if end < judged:
-        ((_, row),) = row_bits(model, tokens, [last], judged - last, judged - last, where)
-        bits[end:] = row[0, end - judged :]
-    return bits
 
 
 def judge(model: CausalLM, text: TokenFile, length: int = 2048) -> tuple[dict[str, Any], dict[str, Judged]]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from statescan.data import ByteTokenizer
 from statescan.errors import ConfigError, DataError, MissingExtraError
-from statescan.evaluate import row_bits
+from statescan.evaluate import row_bits, window_bits
 from statescan.files import make_folder, write_json, write_text
 from statescan.models import CausalLM
 from statescan.recipes.language_scaling import (
@@ -201,13 +201,8 @@ def judge_positions(
     inside: list[NDArray[np.float64]] = []
     gains: list[NDArray[np.float64]] = []
     for book, places in where:
-        starts = range(0, places[-1] + span, window)
-        alone = [
-            bits.ravel()
-            for some in _batches(starts, max(1, _LOGITS // (window * vocabulary)))
-            for _, bits in row_bits(model, book, some, window, window, device)
-        ]
-        plain = np.concatenate(alone)
+        read = book[: places[-1] + span + 1]
+        plain = window_bits(model, read, window, window, batch_size=max(1, _LOGITS // (window * vocabulary)))
         inside += [plain[start : start + span].reshape(1, -1, window) for start in places]
         for some in _batches(places, max(1, _LOGITS // (piece * vocabulary))):
             pieces = [bits for _, bits in row_bits(model, book, some, longest, piece, device)]
