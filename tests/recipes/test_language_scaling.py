@@ -306,6 +306,45 @@ def test_a_loss_that_blew_up_is_told_and_in_no_law(
     assert f"in no power law: mamba-4m (2.50 times, by update {cells[0]})." in (tmp_path / "results.md").read_text()
 
 
+def test_a_row_whose_loss_blew_up_is_trained_anew_at_half_the_rate(
+    novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, rate, said = "mamba-1m", recipe.learning_rate_of("mamba-1m"), []
+    blows_up_above = 0.6 * rate
+
+    def rise(log: Path) -> tuple[float, int]:
+        run = json.loads((Path(log).parent / "run.json").read_text())
+        return (2.0 if run["config"]["train"]["lr"] > blows_up_above else 1.1), 7
+
+    monkeypatch.setattr(recipe, "loss_rise", rise)
+    results = recipe.language_scaling([row], novels, tmp_path, say=said.append)
+    assert results["rows"][row]["config"]["train"]["lr"] == rate / 2
+    assert results["blown_up"] == []
+    aside = tmp_path / "blown-up" / f"{row}-lr{rate:g}"
+    assert json.loads((aside / "run.json").read_text())["config"]["train"]["lr"] == rate
+    assert [text for text in said if "trained anew at half the rate" in text]
+    assert recipe.own_settings(row, tmp_path) == {"lr": rate / 2}
+    assert recipe.own_settings("mamba-4m", tmp_path) == {}
+    # The same command takes what is done; another seed takes the rate that came out.
+    said.clear()
+    assert recipe.language_scaling([row], novels, tmp_path, say=said.append)["rows"][row]["config"]["train"]["lr"] == (
+        rate / 2
+    )
+    assert not said
+    recipe.language_scaling([row], novels, tmp_path, seed=1, say=_silent)
+    assert json.loads((tmp_path / f"{row}-seed1" / "run.json").read_text())["config"]["train"]["lr"] == rate / 2
+    # Two halvings at most, and none of a rate that was asked for.
+    blows_up_above = 0.0
+    recipe.language_scaling([row], novels, tmp_path, say=_silent)
+    results = recipe.language_scaling([row], novels, tmp_path, say=_silent)
+    assert (recipe.halvings(row, tmp_path), results["blown_up"]) == (recipe.HALVINGS, [row])
+    other = tmp_path / "asked"
+    results = recipe.language_scaling(
+        [row], novels, other, change=lambda run: run.apply_overrides(["train.lr=0.5"]), say=_silent
+    )
+    assert (results["blown_up"], recipe.halvings(row, other)) == ([row], 0)
+
+
 def test_how_far_a_loss_rose(tmp_path: Path) -> None:
     def told(*losses: object) -> tuple[float, int] | None:
         rows = [f"{10 * number},{loss}\n" for number, loss in enumerate(losses, 1)]

@@ -34,11 +34,11 @@ from statescan.recipes.language_scaling import (
     PASSES,
     SIZES,
     books_of,
+    own_settings,
     row_status,
     scaling_run,
     schedule,
     train_row,
-    tuned,
 )
 from statescan.recipes.novels import NOVELS, read_corpus
 from statescan.recipes.synthetic import figure, save_figure
@@ -132,7 +132,7 @@ def growth_run(
         )
     entry = ROWS[row]
     name = f"{entry.family}-{size}"
-    best: dict[str, Any] = {} if scaling is None else tuned(name, scaling)
+    best: dict[str, Any] = {} if scaling is None else own_settings(name, scaling)
     run = scaling_run(name, data, passes=passes, device=device, **best)
     if not entry.train:
         return run

@@ -47,6 +47,7 @@ __all__ = [
     "FACTORS",
     "FAMILIES",
     "GRID",
+    "HALVINGS",
     "ROWS",
     "SIZES",
     "Judged",
@@ -54,11 +55,13 @@ __all__ = [
     "best_tried",
     "bpe_tokenizer",
     "fit_power_law",
+    "halvings",
     "initial_spread",
     "judge",
     "language_scaling",
     "loss_rise",
     "measure_speed",
+    "own_settings",
     "paired_difference",
     "row_status",
     "scaling_run",
@@ -162,6 +165,8 @@ DROPOUT = {"mamba": 0.0, "transformer++": 0.0, "pythia": 0.1, "lstm": 0.0, "s4":
 # A row of the training's log above the least before it by this factor is a loss that blew up: harder text, where books
 # are read one after the other, comes to 1.2.
 BLOWN_UP = 1.5
+# Such a row of any family is set aside and trained anew at half its rate, so often at most.
+HALVINGS, _ASIDE = 2, "blown-up"
 # Tokens of a window that hold about as many bytes, where ids are of BPE.
 _BPE_LENGTH, _BPE_VOCABULARY = 512, 8192
 
@@ -221,7 +226,7 @@ def best_tried(bits: Mapping[_Tried, float | None], tried: Sequence[_Tried]) -> 
 
 def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
     """What `tune` found best for a row's family at its smallest size, carried to the row by the rule, and by the factor
-    on the rule that it found best where that was tried.
+    on the rule that it found best where that was tried; halved as often as the row's loss blew up there.
 
     Args:
         row: of `ROWS`.
@@ -245,7 +250,22 @@ def tuned(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
         if kept is None:
             return {}
         factor = factors[kept]
-    return {"lr": learning_rate_of(row, rate, factor), "dropout": dropout}
+    return {"lr": learning_rate_of(row, rate, factor) / 2 ** halvings(row, out), "dropout": dropout}
+
+
+def halvings(row: str, out: str | os.PathLike[str]) -> int:
+    """How often a row's rate is halved in a folder of the table: once for each of its runs that lies aside since its
+    loss blew up."""
+    return len(list((Path(out) / _ASIDE).glob(f"{row}-lr*")))
+
+
+def own_settings(row: str, out: str | os.PathLike[str]) -> dict[str, float]:
+    """What a folder of the table says of a row's rate and dropout: "lr" and "dropout" where it was tuned there, see
+    `tuned`; else "lr" alone where it was halved; else nothing, and the recipe's own hold."""
+    found = tuned(row, out)
+    if not found and (halved := halvings(row, out)):
+        found = {"lr": learning_rate_of(row) / 2**halved}
+    return found
 
 
 def schedule(steps: int) -> dict[str, int]:
@@ -718,7 +738,8 @@ def language_scaling(
         rows: of `ROWS`; none to write the report alone.
         data: folder of the novels.
         out: folder of the rows' folders, ``results.json``, ``results.md`` and ``figure.svg``; rates and dropouts come
-            from its tuning, where it has one.
+            from its tuning, where it has one. A row whose loss blew up (`loss_rise` above `BLOWN_UP`) is kept in
+            ``blown-up/`` and trained anew at half the rate, twice at most; other seeds take the rate as it is then.
         tokenizer, passes, seed, device: as for `scaling_run`.
         change: what is made of each run before it starts, for runs of another size.
         say: called with lines of progress.
@@ -734,7 +755,7 @@ def language_scaling(
     ids = load_tokenizer(tokenizer)
 
     def run_of(row: str) -> RunConfig:
-        best: dict[str, Any] = tuned(row, out)
+        best: dict[str, Any] = own_settings(row, out)
         return change(scaling_run(row, data, tokenizer=tokenizer, passes=passes, seed=seed, device=device, **best))
 
     runs = {row: run_of(row) for row in rows}
@@ -745,6 +766,9 @@ def language_scaling(
     for row, run in runs.items():
         books, folder = read_corpus(data, NOVELS[2], tokenizer=ids), folders[row]
         model = train_row(run, folder, say=say)
+        while seed == 0 and _set_aside(row, run, out, say):
+            run = run_of(row)
+            model = train_row(run, folder, say=say)
         score = _read_json(folder / _SCORE)
         if score is None:
             write_score(
@@ -754,6 +778,22 @@ def language_scaling(
         else:
             check_same(folder / _SCORE, score, {"digest": books.digest}, "books")
     return report(out)
+
+
+def _set_aside(row: str, run: RunConfig, out: Path, say: Callable[[str], object]) -> bool:
+    """Moves a trained row out of the table where its loss blew up and its rate may be halved once more."""
+    rise = loss_rise(out / row / "log.csv")
+    if rise is None or rise[0] <= BLOWN_UP or halvings(row, out) >= HALVINGS:
+        return False
+    if run.train.lr != own_settings(row, out).get("lr", learning_rate_of(row)):
+        return False  # a rate that was asked for
+    place = make_folder(out / _ASIDE) / f"{row}-lr{run.train.lr:g}"
+    os.replace(out / row, place)
+    say(
+        f"{row}: the loss rose to {rise[0]:.2f} times its least by update {rise[1]:,}; kept in '{place}', trained anew "
+        "at half the rate"
+    )
+    return True
 
 
 def judged_length(row: str, length: int) -> int:
