@@ -130,7 +130,7 @@ def test_one_launch_is_float32_arithmetic_whatever_the_weights_are(name: str, dt
     assert all(torch.equal(a, b) for a, b in zip(*again, strict=True)), "two runs differ"
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 16, 37, 100, 128])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 37, 64, 100, 128])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_several_rows(name: str, dtype: str, rows: int) -> None:
@@ -159,6 +159,34 @@ def test_several_rows(name: str, dtype: str, rows: int) -> None:
             usual = low.eval()(ids.T).logits.transpose(0, 1).flatten(0, 1)
         assert_within_budget(torch.cat(got).bfloat16(), wanted, usual, "logits")
     assert torch.equal(slots.state.ssm[:, rows:], before[:, rows:])
+
+
+@pytest.mark.parametrize("rows", [64, 96, 128])
+def test_graphs_of_many_rows_are_equal_run_by_run(rows: int) -> None:
+    """With the products' and the middle's launches that begin before the one in front has ended."""
+    slots = decoder("d_model 2048", "bfloat16", rows)
+    assert slots.in_proj_refusal is None
+    assert slots.out_proj_refusal is None
+    assert slots._in_projection.pays(rows)
+    assert slots._out_projection.pays(rows)
+    assert slots._tiles.pays(rows) == (rows > 64)
+    ids = torch.randint(0, CONFIGS["d_model 2048"].vocab_size, (rows,), device="cuda").int()
+    runs = []
+    for graph in (True, True, False):
+        slots.state.conv.zero_()
+        slots.state.ssm.zero_()
+        for slot in range(rows):
+            slots.place(slot, SamplingParams(temperature=0), 0, [])
+        slots.tokens.copy_(ids)
+        for _ in range(6):
+            if graph:
+                slots.step(rows)
+            else:
+                slots._step_rows(rows)
+                slots._launch_draw(slots.logits, 0, rows)
+        runs.append([one.clone() for one in (slots.logits, slots.tokens, slots.state.conv, slots.state.ssm)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 def random_block(d_model: int, d_inner: int, rank: int, dtype: torch.dtype, bare: bool) -> BlockWeights:
@@ -214,8 +242,9 @@ def check_middle(run: Any, w: BlockWeights, rows: int, narrow: bool = False) -> 
     ssm = torch.randn(rows, d_inner, 16, generator=g, device="cuda")
 
     def launch(first: int) -> list[Tensor]:
-        y = torch.full((first, d_inner), float("nan"), dtype=dtype, device="cuda")
         states = conv[:first].clone(), ssm[:first].clone()
+        # The launch in front of the middle's: the states are there when it begins.
+        y = torch.full((first, d_inner), float("nan"), dtype=dtype, device="cuda")
         run(uz[:first], *states, w, y)
         return [y, *states]
 
@@ -251,6 +280,36 @@ def test_the_middle_in_tiles(sizes: tuple[int, int, int], dtype: torch.dtype, ba
     w = random_block(*sizes, dtype, bare)
     assert refuses_tiles(w, torch.device("cuda")) is None
     check_middle(MiddleTiles(w, torch.device("cuda")), w, rows, narrow=bare)
+
+
+@pytest.mark.parametrize("rows", [1, 37, 64, 100, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "columns", "parts"), [(8192, 2048, 1), (2048, 4096, 4), (384, 192, 1)])
+def test_projections(outputs: int, columns: int, parts: int, dtype: torch.dtype, rows: int) -> None:
+    """Within the budget of torch's product; equal run by run; and for a row alone what it is among others."""
+    from statescan.ops.mamba_step.projection import Projection, refuses_projection
+
+    g = torch.Generator("cuda").manual_seed(rows)
+    weights = [torch.randn(outputs, columns, generator=g, device="cuda").to(dtype) for _ in range(2)]
+    bias = torch.randn(outputs, generator=g, device="cuda")
+    x = torch.randn(rows, columns, generator=g, device="cuda").to(dtype)
+    assert refuses_projection(weights, parts) is None
+    run = Projection(weights, parts)
+    for i, weight in enumerate(weights):
+        got = run(i, x, bias)
+        assert got.shape == ((rows, outputs) if parts == 1 else (parts, rows, outputs))
+        exact = torch.addmm(bias.double(), x.double(), weight.double().T)
+        if parts == 1:
+            assert_within_budget(got, exact, torch.addmm(bias, x.float(), weight.float().T).to(dtype), "y")
+        else:
+            pieces = zip(x.chunk(parts, 1), weight.chunk(parts, 1), strict=True)
+            shares = torch.stack([a.double() @ b.double().T for a, b in pieces])
+            shares[0] += bias.double()
+            assert_within_budget(got, shares, shares.float().to(dtype), "parts of y")
+        assert torch.equal(run(i, x, bias), got), "two runs differ"
+        few = max(1, rows // 2)
+        alone = run(i, x[:few].clone(), bias)
+        assert torch.equal(alone, got[..., :few, :])
 
 
 def test_what_the_middle_refuses() -> None:

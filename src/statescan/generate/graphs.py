@@ -3,9 +3,9 @@
 `GraphDecoder` does so for packed Mamba models, `StepGraph` for the `step` of any other model, without drawing.
 
 One row runs on `statescan.ops.mamba_step.decode.Stack`, a single launch that streams the weights once. More rows run
-cuBLAS's two large products of a block with `mamba_step.middle` between them, or all its products with the pieces of
-mamba_step. Then `sample.cu` draws every row's token on the device and writes it where the next step reads it, and
-into the host's memory where the host finds it in its own time.
+the two large products of a block, cuBLAS's or those of `mamba_step.projection`, with `mamba_step.middle` between them,
+or all its products by cuBLAS with the pieces of mamba_step. Then `sample.cu` draws every row's token on the device and
+writes it where the next step reads it, and into the host's memory where the host finds it in its own time.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class GraphDecoder(DrawingSlots):
         from statescan.ops.mamba_step.cuda import Pieces
         from statescan.ops.mamba_step.decode import Stack, refuses_stack
         from statescan.ops.mamba_step.middle import Middle, MiddleTiles, refuses_middle, refuses_tiles
+        from statescan.ops.mamba_step.projection import Projection, refuses_projection
 
         device = packed.device
         super().__init__(device, capacity, vocabulary, packed.vocab_size)
@@ -79,6 +80,12 @@ class GraphDecoder(DrawingSlots):
         self._middle = None if self.middle_refusal else Middle(packed.blocks[0], device)
         self.tiles_refusal = refuses_tiles(packed.blocks[0], device)
         self._tiles = None if self.tiles_refusal else MiddleTiles(packed.blocks[0], device)
+        in_weights = [block.in_proj.data for block in packed.blocks]
+        self.in_proj_refusal = refuses_projection(in_weights, 1)
+        self._in_projection = None if self.in_proj_refusal else Projection(in_weights)
+        out_weights = [block.out_proj.data for block in packed.blocks]
+        self.out_proj_refusal = refuses_projection(out_weights, _OUT_PARTS)
+        self._out_projection = None if self.out_proj_refusal else Projection(out_weights, _OUT_PARTS)
         self.state = packed.init_state(capacity)
         # The convolution's inputs are the activations: where several rows run they are kept in as many bits.
         if capacity > 1 and self._act.itemsize == 2:
@@ -156,12 +163,18 @@ class GraphDecoder(DrawingSlots):
         normed = torch.empty(rows, first.d_model, dtype=act, device=device)
         u, y = (torch.empty(rows, d_inner, dtype=act, device=device) for _ in range(2))
         middle: Any = next((one for one in (self._middle, self._tiles) if one is not None and one.pays(rows)), None)
+        in_projection, out_projection = (
+            one if one is not None and one.pays(rows) else None for one in (self._in_projection, self._out_projection)
+        )
         before = None
         for i, block in enumerate(packed.blocks):
             in_bias, x_bias, out_bias = self._biases[i]
             pieces.add_norm(x, before, stream, block.norm, block.epsilon, normed)
             before = stream
-            uz = F.linear(normed, block.in_proj.data, in_bias)
+            if in_projection is not None:
+                uz = in_projection(i, normed, block.in_bias)
+            else:
+                uz = F.linear(normed, block.in_proj.data, in_bias)
             if middle is not None:
                 middle(uz, state.conv[i], state.ssm[i], block, y)
             else:
@@ -171,7 +184,10 @@ class GraphDecoder(DrawingSlots):
                 dt = F.linear(low, block.dt_proj.data)
                 z = uz[:, d_inner:]
                 pieces.state_step(state.ssm[i], u, z, dt, block.A, B, C, block.D, block.dt_bias, y)
-            x = self._out_proj(y, block.out_proj.data, out_bias)
+            if out_projection is not None:
+                x = out_projection(i, y, block.out_bias)
+            else:
+                x = self._out_proj(y, block.out_proj.data, out_bias)
         pieces.add_norm(x, before, stream, packed.norm_f, packed.epsilon, normed)
         logits = self.logits[:rows]
         if act == torch.float32:

@@ -22,6 +22,7 @@ _SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block can have on compute
 _TYPES = {torch.bfloat16: 1, torch.float16: 2}
 _MOST_ROWS = 128
 _TILE_ROWS, _TILE_CHANNELS, _TILES_THREADS = 16, 256, 512  # of a block of middle_tiles.cu
+_TILE_RANK = 192  # largest dt_rank there: x_proj's weights of the block fit its ring
 _MOST_STATES = 64 * 4096  # channels of all rows up to which it was faster than the pieces where measured
 
 
@@ -73,13 +74,12 @@ class Middle:
 
     most_rows = _MOST_ROWS
 
-    def __init__(self, block: BlockWeights, device: torch.device, **options: int) -> None:
+    def __init__(self, block: BlockWeights, device: torch.device) -> None:
         channels = _channels(block.d_inner, device)
         assert channels is not None
         self._channels, self._rank, self._inner, self._width = channels, block.dt_rank, block.d_inner, block.width
         self._dtype = block.x_proj.data.dtype
         self._device = device.index or 0
-        self._options = options
         rows = self.most_rows
         self._u = torch.empty(rows, block.d_inner, dtype=self._dtype, device=device)
         self._low = torch.empty(rows, block.dt_rank, dtype=self._dtype, device=device)
@@ -109,9 +109,8 @@ class Middle:
             "SLOTS": slots,
             "FLIGHT": 6,
             "CONV": int(conv != torch.float32),
-            **self._options,
         }
-        shared = options["SLOTS"] * (slot + 16) + rest + 128
+        shared = slots * (slot + 16) + rest + 128
         return _cuda.kernel(_SOURCE, "middle_step", options, _THREADS, self._device, shared=shared, cooperative=True)
 
     def __call__(
@@ -159,37 +158,44 @@ def refuses_tiles(block: BlockWeights, device: torch.device) -> str | None:
     reason = refuses_middle(block, device)
     if reason is not None:
         return reason
-    if block.dt_rank % 32 or block.dt_rank > 256:
-        return f"dt_rank must be a multiple of 32 up to 256, it is {block.dt_rank}"
+    if block.dt_rank % 32 or block.dt_rank > _TILE_RANK:
+        return f"dt_rank must be a multiple of 32 up to {_TILE_RANK}, it is {block.dt_rank}"
     if block.width < 2:
         return f"the convolution must have 2 taps or more, it has {block.width}"
     return None
 
 
+def _tiles_memory(rank: int) -> tuple[int, int]:
+    """Slots of the ring of a block of middle_tiles.cu, and all its shared memory in bytes."""
+    slot = _TILE_CHANNELS * 64
+    rest = _TILE_ROWS * (2 * (_TILE_CHANNELS + 32) + 2 * _TILE_CHANNELS + 16 * (rank + 40) + 128)
+    rest += _TILE_ROWS * 2 * (rank + (0 if rank % 64 else 32)) + 264
+    slots = min((_SHARED_LIMIT - rest) // (slot + 16), _TILE_ROWS)
+    return slots, slots * (slot + 16) + rest
+
+
 class MiddleTiles:
     """What lies between in_proj and out_proj for many rows, one launch a block of the model: see middle_tiles.cu.
 
-    Launches of one object must follow each other on one stream: they share their buffers.
+    Launches of one object must follow each other on one stream: they share their buffers. A launch begins while the one
+    in front of it may still run, and reads weights and states before that has ended: it may make uz, and no more.
 
     Args:
         block: any block of the model; all have its sizes.
         device: a CUDA device.
-        options: macros of middle_tiles.cu.
     """
 
-    def __init__(self, block: BlockWeights, device: torch.device, **options: int) -> None:
+    def __init__(self, block: BlockWeights, device: torch.device) -> None:
         self._rank, self._inner, self._width = block.dt_rank, block.d_inner, block.width
         self._dtype = block.x_proj.data.dtype
         self._device = device.index or 0
-        self._cooperative = bool(options.pop("COOPERATIVE", 1))
-        self._options = options
         blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self._sharing = block.d_inner // _TILE_CHANNELS  # blocks of the same rows
         tiles = blocks // self._sharing
         self.most_rows = tiles * _TILE_ROWS
-        outputs = block.dt_rank + 2 * block.d_state
-        self._parts = torch.empty(tiles * self._sharing * _TILE_ROWS * outputs, device=device)
-        self._counters = torch.zeros(tiles * (64 + 16 * self._sharing), dtype=torch.int32, device=device)
+        part = _TILE_ROWS * (2 * block.dt_rank + 4 * 2 * block.d_state)  # bytes that a block gives the others
+        self._parts = torch.empty(tiles * self._sharing * part, dtype=torch.uint8, device=device)
+        self._counters = torch.zeros(tiles * 64, dtype=torch.int32, device=device)
 
     def pays(self, rows: int) -> bool:
         """Whether so many rows are best taken by it: they fill most multiprocessors, and no more."""
@@ -197,24 +203,16 @@ class MiddleTiles:
         return rows <= self.most_rows and rows * self._inner > _MOST_STATES and tiles * 4 >= self.most_rows // 16 * 3
 
     def _kernel(self, conv: torch.dtype) -> _cuda.Kernel:
-        rank, channels = self._rank, _TILE_CHANNELS
-        outputs = rank + 32
-        slot = channels * 64
-        rest = _TILE_ROWS * (2 * (channels + 32) + 2 * channels + 16 * (outputs + 8) + 128)
-        rest += _TILE_ROWS * 2 * (rank + (0 if rank % 64 else 32)) + 256
+        slots, shared = _tiles_memory(self._rank)
         options = {
             "IN": _TYPES[self._dtype],
             "E": self._inner,
-            "R": rank,
+            "R": self._rank,
             "W": self._width,
-            "CE": channels,
-            "SLOTS": min((_SHARED_LIMIT - rest) // (slot + 16), _TILE_ROWS),
+            "CE": _TILE_CHANNELS,
+            "SLOTS": slots,
             "CONV": int(conv != torch.float32),
-            "FIRST": 6,
-            "EARLY": 1,
-            **self._options,
         }
-        shared = options["SLOTS"] * (slot + 16) + rest
         return _cuda.kernel(
             _TILES_SOURCE,
             "middle_tiles",
@@ -222,8 +220,8 @@ class MiddleTiles:
             _TILES_THREADS,
             self._device,
             shared=shared,
-            cooperative=self._cooperative,
-            early=bool(options["EARLY"]),
+            cooperative=True,
+            early=True,
         )
 
     def __call__(
