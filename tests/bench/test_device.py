@@ -364,18 +364,47 @@ def test_figures_of_other_files_are_refused(tmp_path: Path, capsys: pytest.Captu
     assert "holds rows of attention" in capsys.readouterr().err
 
 
-def test_the_sanitizer_says_why_it_is_skipped(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("GPU", "torch sees no CUDA device"),
+        ("tool", "compute-sanitizer is not installed"),
+        ("backend", "selective_scan, triton: triton does not import"),
+        (None, ""),
+    ],
+)
+def test_the_sanitizer_is_not_green_where_something_is_missing(
+    missing: str | None, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Unless that is asked for."""
     import runpy
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["sanitize.py"])
-    script = Path(__file__).parents[1] / "gpu" / "sanitize.py"
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == 0
-    assert "skipped: torch sees no CUDA device" in capsys.readouterr().out
+    main = runpy.run_path(str(Path(__file__).parents[1] / "gpu" / "sanitize.py"))["main"]
+    found = main.__globals__
+    checked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: missing != "GPU")
+    monkeypatch.setattr(found["shutil"], "which", lambda name: None if missing == "tool" else f"/bin/{name}")
+    monkeypatch.setitem(found, "ELSEWHERE", "/nowhere/compute-sanitizer")
+    monkeypatch.setitem(found, "RUNS", {"selective_scan": None})
+    monkeypatch.setitem(found, "check", lambda *run: checked.append(run[:3]))
+    monkeypatch.setitem(
+        found,
+        "refusal",
+        lambda op, name, **_: "triton does not import" if (missing, name) == ("backend", "triton") else None,
+    )
+    assert main(["memcheck"]) == (0 if missing is None else 1)
+    out = capsys.readouterr().out
+    assert ("not sanitized: " in out) == (missing is not None)
+    assert words in out
+    kept = {("memcheck", "selective_scan", "cuda"), ("memcheck", "model", "auto")}
+    expected = {None: {*kept, ("memcheck", "selective_scan", "triton")}, "backend": kept}.get(missing, set())
+    assert set(checked) == expected
+    assert main(["memcheck", "--may-skip"]) == 0
+    monkeypatch.setitem(found, "check", lambda *run: "an error")
+    assert main(["memcheck", "--may-skip"]) == int(bool(expected)), "what runs has to be clean all the same"
+    if missing is None:
+        with pytest.raises(SystemExit):
+            main(["--only", "no such op"])
 
 
 def test_the_results_kept_can_be_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
