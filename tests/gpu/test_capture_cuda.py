@@ -102,6 +102,25 @@ def test_captured_steps_are_eager_steps(options: dict[str, Any]) -> None:
     assert torch.isfinite(losses[0]).all()
 
 
+def test_a_first_replay_draws_from_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a device that comes late to what a capture begins with: torch then sets the place in the generator's
+    stream to zero, where the first step drew from, and a replay sets it to its own."""
+    data = windows(6)
+    losses = []
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def late(self: torch.cuda.CUDAGraph, *arguments: Any, **options: Any) -> None:
+        torch.cuda._sleep(10**9)
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+    for capture in (False, True):
+        _, _, step = made(capture=capture, noise=True)
+        torch.manual_seed(7)
+        losses.append(torch.stack([step.step(part) for part in data]))
+    assert torch.equal(*losses)
+
+
 def test_a_replay_is_one_launch() -> None:
     _, _, step = made()
     data = windows(2)

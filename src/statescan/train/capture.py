@@ -31,6 +31,7 @@ def end_failed_capture(generators: Iterable[torch.Generator] = ()) -> None:
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()  # as `CapturedStep._capture` waits
 
 
 class CapturedStep:
@@ -299,6 +300,7 @@ class CapturedStep:
         self._graph.replay()
 
     def _capture(self, batch: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        assert self._stream is not None
         graph = torch.cuda.CUDAGraph()
         others = (step._graph for step in self._group)
         pool = next((other.pool() for other in others if other is not None), None)
@@ -330,6 +332,9 @@ class CapturedStep:
             torch.cuda.set_stream(current)
             if collects:
                 gc.enable()
+        # A capture begins by setting the place in the generator's stream that replays read from to zero, on its own
+        # stream; on a busy device that may come to be later than what a replay on the current stream sets it to.
+        current.wait_stream(self._stream)
         return graph
 
     def state_dict(self) -> dict[str, Any]:
