@@ -21,7 +21,8 @@ BACKBONE = MambaConfig(d_model=16, n_layer=2, vocab_size=5)
 def classifier(**fields: object) -> BackboneClassifier:
     torch.manual_seed(0)
     model = BackboneClassifier(BackboneClassifierConfig(3, **{"backbone": BACKBONE, **fields})).double().eval()  # type: ignore[arg-type]
-    torch.nn.init.normal_(model.head.weight)
+    if model.config.head == "linear":
+        torch.nn.init.normal_(model.head.weight)
     return model
 
 
@@ -87,74 +88,100 @@ def test_padding_changes_nothing(pooling: str) -> None:
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_next_tokens_are_predicted_of_each_strand_beside_the_labels(both: bool) -> None:
-    """Against every prediction made by itself; an unknown base is read, and not predicted."""
-    model = classifier(reverse_complement=both)
-    ids, labels = bases(3, 20), torch.tensor([0, 2, 1])
-    found = model.joint_losses(ids, labels)
-    classes = model(ids, labels).loss
-    assert torch.equal(found.classes, classes)
-    judged = []
-    for strand in (ids, complement_ids(ids)) if both else (ids,):
-        for row in strand:
-            for t in range(1, 20):
-                if row[t] != 4:
-                    logits = model.backbone(row[None, :t]).hidden[0, -1] @ model.backbone.embedding.weight.T
-                    judged.append(-logits.log_softmax(-1)[row[t]])
-    assert 0.6 * 57 < len(judged) / (1 + both) < 0.95 * 57, "some are unknown"
-    plain = torch.stack(judged).mean()
-    assert torch.allclose(found.next_token, plain)
-    parameters = dict(model.named_parameters())
-    for got, wanted in ((found.classes, classes), (found.next_token, plain)):
-        pairs = [
-            torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
-            for loss in (got, wanted)
-        ]
-        for name, one, other in zip(parameters, *pairs, strict=True):
-            assert (one is None) == (other is None) == (got is found.next_token and name.startswith("head.")), name
-            assert one is None or torch.allclose(one, other, atol=1e-8), name
+def test_likelihoods_are_sums_of_single_predictions(both: bool) -> None:
+    """Bayes' rule by hand, base by base; an unknown base is read, and not predicted."""
+    model = classifier(reverse_complement=both, head="likelihood")
+    torch.nn.init.normal_(model.label.weight)
+    torch.nn.init.normal_(model.start)
+    ids, labels = bases(3, 12), torch.tensor([0, 2, 1])
+    weight = model.backbone.embedding.weight
 
+    def plain(row: Tensor, label: int) -> Tensor:
+        total = torch.zeros(())
+        for t in range(len(row)):
+            if row[t] != 4:
+                before = torch.cat([model.start[None], weight[row[:t]]]) + model.label.weight[label]
+                total = (
+                    total
+                    + (model.backbone(inputs_embeds=before[None]).hidden[0, -1] @ weight.T).log_softmax(-1)[row[t]]
+                )
+        return total
 
-def test_both_strands_are_predicted_alike() -> None:
-    ids, labels = bases(3, 20), torch.tensor([0, 2, 1])
-    both, one = classifier(reverse_complement=True), classifier()
-    turned = both.joint_losses(complement_ids(ids), labels)
-    for got, wanted in zip(turned, both.joint_losses(ids, labels), strict=True):
+    strands = (ids, complement_ids(ids)) if both else (ids,)
+    each = torch.stack(
+        [torch.stack([torch.stack([plain(row, c) for c in range(3)]) for row in strand]) for strand in strands]
+    )
+    output = model(ids, labels)
+    assert torch.allclose(output.logits, each.mean(0), atol=1e-5)
+    assert torch.allclose(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    # Training minimises the same, of the sequences' own labels.
+    own = each[:, torch.arange(3), labels].sum() / -sum(int((strand != 4).sum()) for strand in strands)
+    loss = model.training_loss(ids, labels)
+    assert torch.allclose(loss, own, atol=1e-6)
+    parameters = list(model.parameters())
+    for got, wanted in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(own, parameters), strict=True):
         assert torch.allclose(got, wanted, atol=1e-6)
-    this, other = (one.joint_losses(strand, labels).next_token for strand in (ids, complement_ids(ids)))
-    assert not torch.allclose(this, other, atol=1e-4)
 
 
-def test_what_is_not_predicted() -> None:
-    model = classifier()
+def test_both_strands_are_as_likely() -> None:
+    ids = bases(3, 20)
+    both, one = classifier(reverse_complement=True, head="likelihood"), classifier(head="likelihood")
+    for model in (both, one):
+        torch.nn.init.normal_(model.label.weight, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(both(complement_ids(ids)).logits, both(ids).logits, atol=1e-5)
+    assert not torch.allclose(one(complement_ids(ids)).logits, one(ids).logits, atol=1e-3)
+
+
+def test_what_has_no_likelihood() -> None:
+    """Padding, unknown bases, and what a likelihood has not."""
+    model = classifier(head="likelihood")
+    torch.nn.init.normal_(model.label.weight)
     ids, labels = bases(2, 12), torch.tensor([0, 2])
+    ids[0, 0] = 4
     mask = torch.arange(12) < torch.tensor([[7], [12]])
-    ids[0, 0], ids[1] = 4, torch.arange(12) % 4
-    # Padding: row 0 has what it has alone.
-    together = model.joint_losses(ids, labels, mask=mask).next_token
-    counts = [int((ids[0, 1:7] != 4).sum()), 11]
-    alone = [model.joint_losses(ids[i : i + 1, :n], labels[i : i + 1]).next_token for i, n in ((0, 7), (1, 12))]
-    assert torch.allclose(together, (counts[0] * alone[0] + counts[1] * alone[1]) / sum(counts))
-    for nothing in (torch.full((2, 6), 4), bases(2, 1)):
-        assert model.joint_losses(nothing, labels).next_token.item() == 0
+    together = model(ids, labels, mask=mask)
+    alone = [model(ids[i : i + 1, :n]).logits for i, n in ((0, 7), (1, 12))]
+    assert torch.allclose(together.logits, torch.cat(alone), atol=1e-5)
+    counts = [int((ids[i, :n] != 4).sum()) for i, n in ((0, 7), (1, 12))]
+    rows = [model.training_loss(ids[i : i + 1, :n], labels[i : i + 1]) for i, n in ((0, 7), (1, 12))]
+    whole = model.training_loss(ids, labels, mask=mask)
+    assert torch.allclose(whole, (counts[0] * rows[0] + counts[1] * rows[1]) / sum(counts), atol=1e-6)
+    assert torch.equal(model(torch.full((2, 6), 4)).logits, torch.zeros(2, 3))
     # Where tokens are no bases, 4 is one of them.
-    model = classifier(backbone=BACKBONE.replace(vocab_size=6))
-    found = model.joint_losses(torch.tensor([[0, 4]]), torch.tensor([0])).next_token
-    logits = model.backbone(torch.tensor([[0]])).hidden[0, 0] @ model.backbone.embedding.weight.T
-    assert torch.allclose(found, -logits.log_softmax(-1)[4])
+    model = classifier(backbone=BACKBONE.replace(vocab_size=6), head="likelihood")
+    assert (model(torch.tensor([[4]])).logits < -0.1).all()
+    for wrong in ({"pooling": "last"}, {"dropout": 0.1}):
+        with pytest.raises(ConfigError, match="head must be 'linear' where pooling or dropout is set"):
+            classifier(head="likelihood", **wrong)
+    with pytest.raises(ConfigError, match="head must be 'linear' or 'likelihood', got 'bayes'"):
+        classifier(head="bayes")
+    with pytest.raises(ShapeError, match=r"labels must be \(batch,\) = \(2,\), got \(3,\)"):
+        model.training_loss(bases(2, 5), torch.tensor([0, 1, 2]))
+    with pytest.raises(ShapeError, match="rows must be of one length, got a mask"):
+        classifier(reverse_complement=True, head="likelihood")(ids, mask=mask)
 
 
+def test_likelihoods_are_kept_in_a_folder(tmp_path: Path) -> None:
+    model = classifier(reverse_complement=True, head="likelihood").eval()
+    torch.nn.init.normal_(model.label.weight)
+    model.save_pretrained(tmp_path)
+    ids = bases(2, 30)
+    again = BackboneClassifier.from_pretrained(tmp_path).double().eval()
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4)
+    assert not torch.allclose(again(ids).logits[:, 0], again(ids).logits[:, 1], atol=1e-2)
+
+
+@pytest.mark.parametrize("head", ["linear", "likelihood"])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("name", ["dropout", "embedding_dropout"])
-def test_dropout_of_the_backbone_is_on_in_training_alone(name: str, both: bool) -> None:
+def test_dropout_of_the_backbone_is_on_in_training_alone(name: str, both: bool, head: str) -> None:
     ids, labels = bases(3, 40), torch.tensor([0, 2, 1])
-    model = classifier(backbone=BACKBONE.replace(**{name: 0.3}), reverse_complement=both)
-    plain = classifier(reverse_complement=both)
-    for got, wanted in zip(model.joint_losses(ids, labels), plain.joint_losses(ids, labels), strict=True):
-        assert torch.equal(got, wanted)
+    model = classifier(backbone=BACKBONE.replace(**{name: 0.3}), reverse_complement=both, head=head)
+    plain = classifier(reverse_complement=both, head=head)
+    assert torch.equal(model.training_loss(ids, labels), plain.training_loss(ids, labels))
     model.train()
-    for first, second in zip(model.joint_losses(ids, labels), model.joint_losses(ids, labels), strict=True):
-        assert not torch.allclose(first, second, atol=1e-5)
+    first, second = (model.training_loss(ids, labels) for _ in range(2))
+    assert not torch.allclose(first, second, atol=1e-5)
 
 
 def test_pretrained_weights_are_taken_and_others_refused(tmp_path: Path) -> None:

@@ -189,6 +189,8 @@ def test_regression_on_some_of_the_windows_sees_every_label() -> None:
         assert (said == test.labels).mean() > 0.9
 
 
+# The head of the runs on record, which were there before the other one.
+LINEAR = ["model.head=linear", "model.dropout=0.1"]
 SMALL = ["model.backbone.d_model=8", "model.backbone.n_layer=1", "train.batch_size=12", "train.epochs=1"]
 SMALL += ["train.precision=float32", "train.accelerator=cpu", "train.threads=1", "rows=24"]
 
@@ -200,9 +202,13 @@ def test_microbes_of_every_length_cost_as_many_bases(length: int) -> None:
     assert run.train.batch_size * length == 65_536
 
 
-def test_a_second_task_and_dropout_are_set_by_overrides() -> None:
-    run = recipe.microbe_run(256, 8, overrides=["train.next_token=0.3", "model.backbone.embedding_dropout=0.1"])
-    assert (run.train.next_token, run.model.backbone.embedding_dropout) == (0.3, 0.1)
+def test_heads_and_dropout_are_set_by_overrides() -> None:
+    plain, run = recipe.microbe_run(256, 8), recipe.microbe_run(256, 8, overrides=LINEAR)
+    assert (plain.model.head, run.model.head, run.model.dropout) == ("likelihood", "linear", 0.1)
+    assert plain.name == "microbes-256-scratch-likelihood-seed0"
+    assert run.name == "microbes-256-scratch-seed0"
+    run = recipe.microbe_run(256, 8, overrides=["model.backbone.embedding_dropout=0.1"])
+    assert run.model.backbone.embedding_dropout == 0.1
 
 
 def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
@@ -267,11 +273,11 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
     assert row["loci"] == len(stretches) < row["judged"]
     assert row["judged"] == len(splits.test)
     table = (out / "results.md").read_text()
-    assert f"| microbes | 256 | scratch | {recipe.percent(told)} |" in table
+    assert f"| microbes | 256 | scratch | likelihood | {recipe.percent(told)} |" in table
     assert "(k = 4)" in table
     # Started from a model of which nothing is known, and from none.
-    assert "| apes | 64 | pretrained* |" in table
-    assert "| apes | 64 | scratch |" in table
+    assert "| apes | 64 | pretrained* | linear |" in table
+    assert "| apes | 64 | scratch | linear |" in table
     assert (out / "apes.svg").read_text().count("the paper") == 3
     with pytest.raises(ConfigError, match="just for a run that starts from one, got scratch"):
         recipe.dna_species(run, splits, out, species=names, pretrained=tmp_path / "lm")
@@ -304,7 +310,7 @@ def test_finished_runs_of_earlier_versions(tmp_path: Path) -> None:
     for apart in (False, True):
         results = call(apart)
         assert (results["rows"][0]["apart"], results["not_judged"]) == (False, {})
-        assert "| apes | 64 | pretrained* |" in (out / "results.md").read_text()
+        assert "| apes | 64 | pretrained* | linear |" in (out / "results.md").read_text()
     assert json.loads(path.read_text()) == facts, "taken as they lie"
 
 
@@ -315,7 +321,7 @@ def test_the_runs_on_record_are_those_of_the_recipe() -> None:
     held = json.loads((record / "benchmarks" / "results" / "reproduce" / "microbes.json").read_text(encoding="utf-8"))
     assert [row["length"] for row in held["rows"]] == [256, 1024]
     for row, (rows, epochs) in zip(held["rows"], ((8192, 16), (4096, 4)), strict=True):
-        wanted = recipe.microbe_run(row["length"], 8, overrides=[f"rows={rows}", f"train.epochs={epochs}"])
+        wanted = recipe.microbe_run(row["length"], 8, overrides=[f"rows={rows}", f"train.epochs={epochs}", *LINEAR])
         assert wanted.model == BackboneClassifierConfig.from_dict(row["config"]["model"])
         assert wanted.train == build_config(ClassifyConfig, row["config"]["train"])
         assert wanted.rows == row["data"]["rows"] == rows

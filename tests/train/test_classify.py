@@ -240,10 +240,6 @@ def test_bad_settings(data: Splits, tmp_path: Path) -> None:
         ClassifyConfig(epochs=0)
     with pytest.raises(ConfigError, match=r"train\.lr: wanted > 0"):
         ClassifyConfig(lr=0)
-    with pytest.raises(ConfigError, match=r"train\.next_token: wanted >= 0 and finite, got -1"):
-        ClassifyConfig(next_token=-1.0)
-    with pytest.raises(ConfigError, match=r"wanted a BackboneClassifier, .* for train\.next_token = 0\.3, got a Seq"):
-        train_classifier(MODEL, replace(TRAIN, next_token=0.3), data, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"wanted a model with classes, vocab_size and d_input = \(3, 0, 1\)"):
         train_classifier(replace(MODEL, classes=4), TRAIN, data, tmp_path / "run")
     if not torch.cuda.is_available():

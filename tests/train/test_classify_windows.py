@@ -16,12 +16,8 @@ from statescan.data.windows import LabelledWindows, window_rows
 from statescan.errors import CheckpointError, DataError
 from statescan.models import CausalLM, MambaConfig
 from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
-from statescan.nn.reverse_complement import complement_ids
 from statescan.train.classify import ClassifyConfig, Splits, _ResidentWindows, train_classifier
-from statescan.train.config import TrainConfig
-from statescan.train.finished import run_status
 from statescan.train.logs import read_csv
-from statescan.train.optim import learning_rate, parameter_groups
 
 BACKBONE = MambaConfig(d_model=16, n_layer=1, vocab_size=5)
 MODEL = BackboneClassifierConfig(2, BACKBONE, reverse_complement=True, dropout=0.1)
@@ -117,86 +113,35 @@ def test_learns_and_goes_on_to_the_same_bits(data: Splits, tmp_path: Path) -> No
         train_classifier(MODEL, TRAIN, data._replace(train=other), part, progress=False, resume=True)
 
 
-def test_next_tokens_are_a_second_task_and_the_log_tells_the_first(data: Splits, tmp_path: Path) -> None:
-    """Its updates are those of the weighted sum, by a loop of its own; what is logged is the loss of the labels."""
-    assert isinstance(data.train, LabelledWindows)
-    fixed = replace(data.train, room=np.ones_like(data.train.room), both_strands=False)
-    model = replace(MODEL, dropout=0.0)
-    train = replace(TRAIN, epochs=1, log_every=1, next_token=0.5)
-    train_classifier(model, train, data._replace(train=fixed), tmp_path / "run", progress=False)
-    rows = read_csv(tmp_path / "run" / "log.csv")
-    order = LabelledOrder(fixed, train.batch_size, train.seed)
-    assert len(rows) == order.batches > 10
-    torch.manual_seed(train.seed)
-    plain = BackboneClassifier(model)
-    groups = parameter_groups(plain, train.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps)
-    schedule = TrainConfig(steps=len(rows), warmup=train.warmup, lr=train.lr, min_lr=train.min_lr)
-    values, labels = torch.from_numpy(fixed.values).long(), torch.from_numpy(fixed.labels).long()
-    classes = tokens = torch.zeros(())
-    for step, row in enumerate(rows):
-        some = torch.from_numpy(order[step][0])
-        hidden = [plain.backbone(ids).hidden for ids in (values[some], complement_ids(values[some]))]
-        logits = plain.head((hidden[0] + hidden[1]).mean(1) / 2)
-        classes = torch.nn.functional.cross_entropy(logits, labels[some])
-        tokens = torch.stack(
-            [
-                torch.nn.functional.cross_entropy(
-                    (one[:, :-1] @ plain.backbone.embedding.weight.T).flatten(0, 1), ids[:, 1:].flatten()
-                )
-                for one, ids in zip(hidden, (values[some], complement_ids(values[some])), strict=True)
-            ]
-        ).mean()
-        optimizer.zero_grad()
-        (classes + 0.5 * tokens).backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), train.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, schedule)
-        optimizer.step()
-        assert float(row["loss"]) == pytest.approx(classes.item(), rel=1e-3)
-        assert float(row["gradient_norm"]) == pytest.approx(norm.item(), rel=1e-2)
-    # The bases are drawn one by one: the second task cannot come below ln 4 by much, and is much larger than the first.
-    assert tokens.item() > 1.2 > 2 * classes.item()
-
-
-def test_a_second_task_goes_on_to_the_same_bits(data: Splits, tmp_path: Path) -> None:
-    config = replace(TRAIN, next_token=0.3)
-    whole = train_classifier(MODEL, config, data, tmp_path / "whole", progress=False)
-    alone = train_classifier(MODEL, TRAIN, data, tmp_path / "alone", progress=False)
-    assert whole.final != alone.final
+def test_tells_labels_apart_by_their_likelihoods(data: Splits, tmp_path: Path) -> None:
+    """It learns without a loss of the labels, and goes on to the same bits; what is logged is nats a base."""
+    model = replace(MODEL, dropout=0.0, head="likelihood")
+    config = replace(TRAIN, epochs=3, log_every=1)
+    whole = train_classifier(model, config, data, tmp_path / "whole", progress=False)
+    assert whole.best is not None
+    assert whole.best.accuracy > 0.9
+    losses = [float(row["loss"]) for row in read_csv(tmp_path / "whole" / "log.csv")]
+    assert 1.0 < losses[-1] < losses[0] < 2.5
     part = tmp_path / "part"
-    stopped = train_classifier(MODEL, config, data, part, progress=False, seconds=0)
-    assert stopped.interrupted
-    train_classifier(MODEL, config, data, part, progress=False, resume=True)
+    assert train_classifier(model, config, data, part, progress=False, seconds=0).interrupted
+    train_classifier(model, config, data, part, progress=False, resume=True)
     for name in ("model.safetensors", "log.csv", "evaluations.csv"):
         assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_run_from_before_there_was_a_second_task(data: Splits, tmp_path: Path) -> None:
-    """It goes on without, to the same bits; a finished one is taken as one without."""
+def test_a_run_from_before_a_field_was_there(data: Splits, tmp_path: Path) -> None:
+    """It goes on with the field's default, to the same bits, and tells of no change."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     train_classifier(MODEL, TRAIN, data, whole, progress=False)
     train_classifier(MODEL, TRAIN, data, part, progress=False, seconds=0)
-
-    def forget(folder: Path) -> None:
-        facts = json.loads((folder / "run.json").read_text())
-        del facts["config"]["train"]["next_token"]
-        (folder / "run.json").write_text(json.dumps(facts))
-
-    forget(part)
+    facts = json.loads((part / "run.json").read_text())
+    assert "head" not in facts["config"]["model"], "the linear head is told by saying nothing, as before there were two"
+    del facts["config"]["train"]["multiple"]
+    (part / "run.json").write_text(json.dumps(facts))
     train_classifier(MODEL, TRAIN, data, part, progress=False, resume=True)
     for name in ("model.safetensors", "log.csv", "evaluations.csv"):
         assert (part / name).read_bytes() == (whole / name).read_bytes()
     assert json.loads((part / "run.json").read_text())["history"] == []
-    forget(whole)
-    assert run_status(whole, {"model": MODEL, "train": TRAIN}) == "finished"
-    with pytest.raises(CheckpointError, match=r"train\.next_token = 0\.0, wanted 0\.3"):
-        run_status(whole, {"model": MODEL, "train": replace(TRAIN, next_token=0.3)})
-    # With another weight it goes on as with another schedule, and says so.
-    longer = replace(TRAIN, epochs=3, next_token=0.3)
-    steps = train_classifier(MODEL, longer, data, whole, progress=False, resume=True).steps
-    change = {"after_step": steps * 2 // 3, "changed": {"epochs": [2, 3], "next_token": [0.0, 0.3]}}
-    assert json.loads((whole / "run.json").read_text())["history"] == [change]
 
 
 def test_starts_from_pretrained_weights(data: Splits, tmp_path: Path) -> None:

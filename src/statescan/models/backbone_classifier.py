@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from statescan.data.tokenizer import DNA_LETTERS, DnaTokenizer
 from statescan.errors import CheckpointError, ConfigError, ShapeError
 from statescan.models.baseline_config import ModelConfig, config_from_dict
-from statescan.models.causal_lm import Backbone, CausalLM, next_token_targets
+from statescan.models.causal_lm import Backbone, CausalLM
 from statescan.models.classifier import ClassifierOutput, pooled
 from statescan.models.own_folder import load_own_weights, own_config, save_own
 from statescan.nn.reverse_complement import ReverseComplement, complement_ids, strand_pair
 from statescan.ops import linear_cross_entropy
 
-__all__ = ["BackboneClassifier", "BackboneClassifierConfig", "JointLosses"]
+__all__ = ["BackboneClassifier", "BackboneClassifierConfig"]
 
 _ARCHITECTURE = "BackboneClassifier"
 _IGNORED = -100
@@ -35,10 +35,14 @@ class BackboneClassifierConfig:
     Args:
         classes: number of labels.
         backbone: configuration of a language model of any family; its head is not used.
-        pooling: "mean" over the positions, or "last". Default "mean".
+        pooling: "mean" over the positions, or "last", of the linear head. Default "mean".
         reverse_complement: of DNA: the backbone reads both strands, with the same weights, and a sequence and its
             reverse complement get the same answer. Default False.
         dropout: of the pooled vector. Default 0.
+        head: "linear", on the pooled vector; or "likelihood", Bayes' rule: the backbone is a language model that is
+            told a label, by a vector added to each embedding, and a label's logit is the log-likelihood of the whole
+            sequence under it, all labels alike beforehand. It reads a sequence once a label, and learns from every
+            token where the other learns from one label a sequence. Default "linear".
 
     Raises:
         ConfigError: a field is out of range.
@@ -49,9 +53,13 @@ class BackboneClassifierConfig:
     pooling: str = "mean"
     reverse_complement: bool = False
     dropout: float = 0.0
+    head: str = "linear"
 
     def __post_init__(self) -> None:
         self._want("classes", self.classes >= 2, "at least 2")
+        self._want("head", self.head in ("linear", "likelihood"), "'linear' or 'likelihood'")
+        pools = self.head == "linear" or (self.pooling == "mean" and not self.dropout)
+        self._want("head", pools, "'linear' where pooling or dropout is set, which a likelihood has not")
         self._want("pooling", self.pooling in ("mean", "last"), "'mean' or 'last'")
         self._want("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         pairs = not self.reverse_complement or (self.pooling == "mean" and self.backbone.vocab_size == 5)
@@ -72,8 +80,11 @@ class BackboneClassifierConfig:
         return 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain values that json can write."""
-        return {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
+        """All fields, as plain values that json can write; `head` where it is not linear, as in folders from before."""
+        fields = {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
+        if self.head == "linear":
+            del fields["head"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> BackboneClassifierConfig:
@@ -84,15 +95,8 @@ class BackboneClassifierConfig:
         return cls(**{**fields, "backbone": config_from_dict(fields["backbone"])})
 
 
-class JointLosses(NamedTuple):
-    """Scalars in nats. classes: of the labels; next_token: mean over the tokens that are predicted."""
-
-    classes: Tensor
-    next_token: Tensor
-
-
 class BackboneClassifier(nn.Module):
-    """Backbone, a pooled position, a linear head.
+    """Backbone, a pooled position, a linear head; or the likelihoods of a backbone that is told a label.
 
     Args:
         config: see `BackboneClassifierConfig`.
@@ -104,6 +108,12 @@ class BackboneClassifier(nn.Module):
         self.config = config
         model = CausalLM(config.backbone, device=device)
         self.backbone: Backbone = model.backbone
+        if config.head == "likelihood":
+            # What stands before the first token, and what a label adds to every embedding.
+            self.start = nn.Parameter(torch.zeros(config.backbone.d_model, device=device))
+            self.label = nn.Embedding(config.classes, config.backbone.d_model, device=device)
+            nn.init.zeros_(self.label.weight)
+            return
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.backbone.d_model, config.classes, device=device)
         nn.init.zeros_(self.head.weight)
@@ -137,53 +147,73 @@ class BackboneClassifier(nn.Module):
             mask: (batch, length), 1 at real positions, padding behind them. Default: all are real.
 
         Returns:
-            ClassifierOutput.
+            ClassifierOutput; of head "likelihood" the logits are log-likelihoods of whole sequences, nats.
 
         Raises:
             ShapeError: an argument doesn't fit.
         """
+        if self.config.head == "likelihood":
+            rows = torch.arange(self.config.classes, device=inputs.device)[:, None].expand(-1, inputs.shape[0])
+            logits = torch.stack([self._log_likelihood(inputs, one, mask) for one in rows], 1)
+            return ClassifierOutput(logits, self._loss(logits, labels))
         return self._classify(self._hidden(inputs, mask), labels, mask)
 
-    def joint_losses(self, inputs: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> JointLosses:
-        """The loss of the labels and, of one pass through the backbone, that of each next token, as a second task.
+    def training_loss(self, inputs: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """What is minimised in training: the labels' cross entropy; of head "likelihood" the cross entropy of each
+        token under its sequence's own label, of both strands with reverse_complement. A scalar in nats; arguments as
+        of `forward`."""
+        if self.config.head == "linear":
+            loss = self(inputs, labels, mask=mask).loss
+            assert loss is not None
+            return loss
+        hidden, targets = self._read(inputs, labels, mask)
+        return linear_cross_entropy(hidden, self.backbone.embedding.weight, targets, ignore_index=_IGNORED)
 
-        The head of the tokens is the embedding's matrix, as in a language model whose two are tied. With
-        reverse_complement the backbone predicts either strand, each in its own direction. Of bases (vocab_size 5) an
-        unknown one is read and not predicted.
-
-        Args:
-            inputs: (batch, length) token ids.
-            labels: (batch,) int64.
-            mask: (batch, length), 1 at real positions, padding behind them, which is not predicted. Default: all are
-                real.
-
-        Returns:
-            JointLosses; next_token is 0 where there is nothing to predict.
-
-        Raises:
-            ShapeError: an argument doesn't fit.
-        """
-        hidden = self._hidden(inputs, mask)
-        classes = self._classify(hidden, labels, mask).loss
-        assert classes is not None
-        ids = inputs
+    def _read(self, inputs: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states, each from the label and the tokens before one, and that token or _IGNORED: (rows, length,
+        d_model) and (rows, length). With reverse_complement rows are first the batch, then the other strand of it."""
+        self._check_labels(labels, inputs.shape[0])
         if self.config.reverse_complement:
-            this, other = hidden.chunk(2, -1)
-            hidden, ids = torch.cat([this, other.flip(1, 2)]), torch.cat([inputs, complement_ids(inputs)])
-        targets = next_token_targets(ids, ids.shape[0], ids.shape[1], mask, None)
+            self._check_strands(mask)
+            inputs, labels = torch.cat([inputs, complement_ids(inputs)]), torch.cat([labels, labels])
+        x = self.backbone.embed("BackboneClassifier", inputs, None, 2)
+        x = torch.cat([self.start.to(x.dtype).expand(x.shape[0], 1, -1), x[:, :-1]], 1)
+        hidden = self.backbone(inputs_embeds=x + self.label(labels.long())[:, None], mask=mask).hidden
+        targets = self._known(inputs.long())
+        return hidden, targets if mask is None else targets.masked_fill(mask == 0, _IGNORED)
+
+    def _log_likelihood(self, inputs: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """Of each row under its label, nats, (batch,); with reverse_complement the mean of both strands."""
+        hidden, targets = self._read(inputs, labels, mask)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        scores = F.linear(hidden.to(exact), self.backbone.embedding.weight.to(exact))
+        each = -F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_IGNORED)
+        rows = each.view(targets.shape).sum(1)
+        return rows.view(-1, inputs.shape[0]).mean(0)
+
+    def _known(self, targets: Tensor) -> Tensor:
+        """Without the unknown among bases, which are read and not predicted."""
         if self.config.vocab_size == len(DNA_LETTERS):
-            targets = targets.masked_fill(targets == DnaTokenizer.unjudged, _IGNORED)
-        weight = self.backbone.embedding.weight
-        return JointLosses(classes, linear_cross_entropy(hidden, weight, targets, ignore_index=_IGNORED))
+            return targets.masked_fill(targets == DnaTokenizer.unjudged, _IGNORED)
+        return targets
+
+    @staticmethod
+    def _check_strands(mask: Tensor | None) -> None:
+        if mask is not None:
+            raise ShapeError(
+                "BackboneClassifier: with reverse_complement rows must be of one length, got a mask; the other "
+                "strand would begin with padding"
+            )
+
+    @staticmethod
+    def _check_labels(labels: Tensor, batch: int) -> None:
+        if tuple(labels.shape) != (batch,):
+            raise ShapeError(f"BackboneClassifier: labels must be (batch,) = ({batch},), got {tuple(labels.shape)}")
 
     def _hidden(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """(batch, length, d_model); of both strands (batch, length, 2 d_model), as `ReverseComplement` gives them."""
         if self.config.reverse_complement:
-            if mask is not None:
-                raise ShapeError(
-                    "BackboneClassifier: with reverse_complement rows must be of one length, got a mask; the other "
-                    "strand would begin with padding"
-                )
+            self._check_strands(mask)
             pair = strand_pair(lambda ids: self.backbone.embed("BackboneClassifier", ids, None, 2), inputs)
             return ReverseComplement(lambda x: self.backbone.run(x, None, None).hidden)(pair)
         return self.backbone(inputs, mask=mask).hidden
@@ -195,13 +225,13 @@ class BackboneClassifier(nn.Module):
         else:
             rows = pooled(hidden, mask, self.config.pooling)
         logits = self.head(self.dropout(rows)).float()
+        return ClassifierOutput(logits, self._loss(logits, labels))
+
+    def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
         if labels is None:
-            return ClassifierOutput(logits, None)
-        if tuple(labels.shape) != (hidden.shape[0],):
-            raise ShapeError(
-                f"BackboneClassifier: labels must be (batch,) = ({hidden.shape[0]},), got {tuple(labels.shape)}"
-            )
-        return ClassifierOutput(logits, F.cross_entropy(logits, labels.long()))
+            return None
+        self._check_labels(labels, logits.shape[0])
+        return F.cross_entropy(logits, labels.long())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes config.json and the weights into a folder, whole or not at all."""

@@ -78,9 +78,6 @@ class ClassifyConfig:
         lr: peak learning rate; parameters of S4's and S4D's systems have 0.001 at most.
         min_lr: learning rate at the end of the cosine.
         warmup: updates over which the learning rate rises in a line.
-        next_token: weight of a second task that a `BackboneClassifier` is trained on beside the labels: the mean cross
-            entropy of each next token of the same rows, nats, see `BackboneClassifier.joint_losses`. What is logged and
-            judged is the loss of the labels alone. 0: none.
         weight_decay: AdamW's, on matrices; none on the systems of S4 and S4D, norms and biases.
         betas: AdamW's.
         eps: AdamW's.
@@ -102,7 +99,6 @@ class ClassifyConfig:
     lr: float = 4e-3
     min_lr: float = 1e-6
     warmup: int = 500
-    next_token: float = 0.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -122,8 +118,6 @@ class ClassifyConfig:
         for name in ("epochs", "multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: train.{name}: wanted >= 1, got {getattr(self, name)}")
-        if not 0 <= self.next_token < float("inf"):
-            raise ConfigError(f"config: train.next_token: wanted >= 0 and finite, got {self.next_token}")
         check_as_train_config(self)
 
 
@@ -199,8 +193,7 @@ def train_classifier(
         The `ClassifyResult`.
 
     Raises:
-        ConfigError: settings that don't go together, such as `next_token` for a `SequenceClassifier`; or `out` holds
-            anything and `resume` is False.
+        ConfigError: settings that don't go together, or `out` holds anything and `resume` is False.
         CheckpointError: nothing to resume, a damaged checkpoint, or one of another model or data.
         DataError: fewer examples than a batch has.
         TrainingError: `max_nonfinite` gradients in a row were not finite.
@@ -208,11 +201,6 @@ def train_classifier(
     out = Path(out)
     previous = check_folder(out, resume)
     _check_fits(model, data)
-    if train.next_token and not isinstance(model, BackboneClassifierConfig):
-        raise ConfigError(
-            f"train: wanted a BackboneClassifier, whose causal backbone predicts tokens, for train.next_token = "
-            f"{train.next_token}, got a SequenceClassifier; leave train.next_token at 0"
-        )
     if train.threads:
         torch.set_num_threads(train.threads)
     with Interruption() as interruption:
@@ -419,8 +407,6 @@ class _ClassifierTrainer:
         self.valid, self.test = _resident(data.valid, self.device), data.test
         self.done, self.in_window, self.seconds = 0, 0, 0.0
         self.loss_sum, self.norm, self.skipped, self.skipped_in_row = torch.zeros(4, device=self.device).unbind()
-        # The last update's loss of the labels, which a graph writes beside the loss that it is the gradient of.
-        self.label_loss = torch.zeros((), device=self.device)
         self.evaluations: list[tuple[int, float]] = []
 
         checkpoint = latest_checkpoint(out) if previous is not None else None
@@ -486,8 +472,8 @@ class _ClassifierTrainer:
         # Dropout's numbers belong to the update, whatever was drawn before it.
         torch.manual_seed(self.config.seed + (self.done << 20))
         update.set_lr(learning_rate(self.done, self.schedule))
-        update.step(torch.from_numpy(rows))
-        self.loss_sum += self.label_loss
+        loss = update.step(torch.from_numpy(rows))
+        self.loss_sum += loss
         self.norm.copy_(update.norm)
         bad = (~torch.isfinite(self.norm)).float()
         self.skipped += bad
@@ -498,15 +484,11 @@ class _ClassifierTrainer:
     def _make_update(self, length: int) -> CapturedStep:
         def loss(rows: Tensor) -> Tensor:
             inputs, labels, mask = self.train_rows.batch(rows, length, vary=True)
-            if self.config.next_token:
-                assert isinstance(self.model, BackboneClassifier)
-                found, next_token = self.model.joint_losses(inputs, labels, mask=mask)
-                whole = found + self.config.next_token * next_token
-            else:
-                found = whole = self.model(inputs, labels, mask=mask).loss
+            if isinstance(self.model, BackboneClassifier):
+                return self.model.training_loss(inputs, labels, mask=mask)
+            found = self.model(inputs, labels, mask=mask).loss
             assert found is not None
-            self.label_loss.copy_(found.detach())
-            return whole
+            return found
 
         return CapturedStep(
             self.optimizer,
