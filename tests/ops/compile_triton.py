@@ -19,10 +19,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from statescan.ops import _triton
+from statescan.ops import _triton, _triton_functions
 from statescan.ops.ssm_kernel import triton_products
 
-_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
+_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -41,8 +41,11 @@ def compiled(kernel: Any, target: GPUTarget, arguments: tuple[Any, ...], named: 
             signature[name] = "i32" if value < 1 << 31 else "i64"
         if isinstance(value, Tensor) or (signature[name] != "constexpr" and value % 16 == 0):
             attributes[position,] = [["tt.divisibility", 16]]
+    options["debug"] = bool(kernel.debug)
     made = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
-    return {"kernel": kernel.__name__, "made": sorted(made.asm), "shared": made.metadata.shared}
+    code = made.asm.get("ptx") or made.asm.get("amdgcn", "")
+    stops = "__assertfail" in code or "s_trap" in code
+    return {"kernel": kernel.__name__, "made": sorted(made.asm), "shared": made.metadata.shared, "stops": stops}
 
 
 class _Recorder:
@@ -81,6 +84,9 @@ def main() -> None:
     ):
         for sizes in ((4, 32, 20000, 4), (1, 1, 1, 1)):
             products(*sizes)
+    boundaries = torch.empty(3, dtype=torch.int32)
+    found = compiled(_triton_functions.check_boundaries, target, (boundaries, 2, 10), {"BLOCK": 1024})
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ GPU shows is in tests/gpu/test_triton.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ import test_causal_conv1d as convolutions
 import test_selective_scan as scans
 import test_selective_state_update as updates
 import torch
+from test_checks import WRONG, packed_op
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError
+from statescan.errors import BackendUnavailableError, ShapeError
 from statescan.ops import add_rms_norm, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 from statescan.ops._dispatch import BACKENDS, explain
 from statescan.ops.selective_scan import triton_scan
@@ -182,6 +184,51 @@ def test_compiles_as_one_graph_and_is_registered(name: str) -> None:
     traced = derivatives(torch.compile(scan, fullgraph=True, backend="aot_eager"), problem)
     for key, value in eager.items():
         torch.testing.assert_close(traced[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_wrong_boundaries_stop_a_graph(op: str) -> None:
+    """Forward and backward, each by itself: a captured backward pass may be replayed with others."""
+    torch.compiler.reset()
+    run = packed_op(op, "triton")
+    graph = torch.compile(run, fullgraph=True, backend="aot_eager")
+    right = torch.tensor([0, 0, 4, 10], dtype=torch.int32)
+    torch.testing.assert_close(graph(right), run(right))
+    with recorded_calls() as calls:
+        if op == "selective_scan":
+            derivatives(scan, scan_problem(COMPILED_CASES["packed, no state"], torch.float32))
+        else:
+            derivatives(convolutions.running("triton"), conv_problem(CONV_CASES["packed"], torch.float32))
+    backward, given, named = next(call for call in calls if "backward" in str(call[0]))
+    arguments = [argument.name for argument in backward._schema.arguments]
+    for wrong in WRONG:
+        with pytest.raises(ShapeError, match=f"{op}: cu_seqlens must"):
+            graph(torch.tensor(wrong, dtype=torch.int32))
+        own = list(given)
+        own[arguments.index("cu_seqlens")] = torch.tensor(wrong, dtype=torch.int32)
+        with pytest.raises(ShapeError, match=f"{op}: cu_seqlens must"):
+            backward(*own, **named)
+
+
+def test_the_kernel_that_checks_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs in place of the look at values on the CPU; the interpreter has to be told to keep assertions."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from statescan.ops import _triton_functions
+
+    monkeypatch.setattr(interpreter_builder, "options", dataclasses.replace(interpreter_builder.options, debug=True))
+
+    def check(bounds: list[int], length: int) -> None:
+        sequences, block = len(bounds) - 1, 4
+        grid = (-(-sequences // block),)
+        cu = torch.tensor([*bounds, 77], dtype=torch.int32)  # what follows belongs to somebody else
+        _triton_functions.check_boundaries[grid](cu, sequences, length, BLOCK=block)
+
+    for right in ([0, 10], [0, 0, 4, 10], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0, 0, 0, 10, 10, 10]):
+        check(right, 10)
+    for wrong in (*WRONG, [0, 1, 2, 3, 4, 6, 5, 7, 8, 10], [1, 10], [0, 11], [0, 2, 3, 4, 5, 9]):
+        with pytest.raises(Exception, match="cu_seqlens must go from 0 to the length and never fall"):
+            check(wrong, 10)
 
 
 # ------------------------------------------------------------------------------------------------------- the other ops

@@ -214,9 +214,11 @@ def test_compiles_for_gpus_that_are_not_here(target: str, tmp_path: Path) -> Non
     assert run.returncode == 0, run.stderr[-3000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert {entry["kernel"] for entry in found} == {
+        "check_boundaries",
         "vandermonde_states",
         *(f"{product}_{way}" for product in ("vandermonde", "cauchy") for way in ("forward", "backward")),
     }
     for entry in found:
+        assert entry["stops"] == (entry["kernel"] == "check_boundaries")
         assert ("cubin" if target.startswith("cuda") else "hsaco") in entry["made"], entry
         assert entry["shared"] <= 64 * 1024, entry

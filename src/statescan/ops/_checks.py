@@ -22,6 +22,7 @@ __all__ = [
     "ACTIVATION_DTYPES",
     "COMPLEX_DTYPES",
     "as_checked",
+    "assert_cu_seqlens",
     "check_cu_seqlens",
     "check_device",
     "check_dtype",
@@ -33,6 +34,7 @@ __all__ = [
     "is_checked",
     "mark_checked",
     "refuse_second_derivative",
+    "seen_and_right",
     "state_dtypes",
     "transformed",
     "transforms_active",
@@ -96,8 +98,9 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
     """Checks the boundaries of packed sequences: int32 or int64, from 0 to the length, never falling, batch 1.
 
     The values are read on the host (one copy from the device), and only outside of torch.compile and torch.export, and
-    of a CUDA graph's capture, whose kernels check them in every replay. A tensor on a CUDA device is read once, as long
-    as nothing changes it: each layer has the same one, and each look waits for all that the device has to do.
+    of a CUDA graph's capture: there each backend checks them where they are, in every call and replay. A tensor on a
+    CUDA device is read once, as long as nothing changes it: each layer has the same one, and each look waits for all
+    that the device has to do.
     """
     check_tensor(op, "cu_seqlens", cu_seqlens)
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
@@ -111,9 +114,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
             f"{op}: with cu_seqlens the batch must be 1, got {batch}; "
             "put all sequences one after the other along the length"
         )
-    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    if is_checked(cu_seqlens, length):
+    if _in_graph(cu_seqlens) or is_checked(cu_seqlens, length):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
@@ -131,6 +132,43 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
         )
     if cu_seqlens.is_cuda and not cu_seqlens.is_inference():
         mark_checked(cu_seqlens, length)
+
+
+def _in_graph(cu_seqlens: Tensor) -> bool:
+    return torch.compiler.is_compiling() or _in_capture(cu_seqlens)
+
+
+def _in_capture(cu_seqlens: Tensor) -> bool:
+    return cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def assert_cu_seqlens(op: str, cu_seqlens: Tensor, length: int) -> None:
+    """What `check_cu_seqlens` leaves out in a graph, as a part of the graph, for what is written in plain PyTorch:
+    boundaries that are wrong stop the program, with no wait for the device. Does nothing outside of graphs."""
+    if not _in_graph(cu_seqlens) or not _has_assert(cu_seqlens.device.type):
+        return
+    never_falls = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    torch._assert_async(
+        never_falls & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length),
+        f"{op}: cu_seqlens must go from 0 to the length and never fall, got other offsets; pass the running sum of "
+        "the sequences' lengths, with 0 in front",
+    )
+
+
+def _has_assert(device: str) -> bool:
+    """torch has it on MPS from 2.13 on."""
+    return device in ("cpu", "cuda", "xpu") or (
+        device == "mps" and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", "MPS")
+    )
+
+
+_has_assert._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # as `_dispatch.choose`
+
+
+def seen_and_right(cu_seqlens: Tensor, length: int) -> bool:
+    """Whether the host has found these boundaries right, so that kernels need not look: never in a CUDA graph's
+    capture, since a replay may find other values there."""
+    return not _in_capture(cu_seqlens) and is_checked(cu_seqlens, length)
 
 
 def is_checked(cu_seqlens: Tensor, length: int) -> bool:

@@ -18,9 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statescan.errors import BackendUnavailableError
+from statescan.ops._checks import check_cu_seqlens, seen_and_right
 from statescan.ops._dispatch import Facts
 
-__all__ = ["hardware", "kernels", "multiprocessors", "on_device_of", "power_of_2", "refusal", "register"]
+__all__ = [
+    "check_boundaries",
+    "hardware",
+    "kernels",
+    "multiprocessors",
+    "on_device_of",
+    "power_of_2",
+    "refusal",
+    "register",
+]
 
 _DEVICES = ("cuda", "xpu")  # AMD GPUs are 'cuda' to torch
 _INSTALL = "install it: pip install triton (Linux; torch's own CUDA and ROCm wheels bring it)"
@@ -104,11 +115,53 @@ def multiprocessors(tensor: Tensor) -> int:
     return 1
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context in which Triton launches on the tensor's own GPU."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return getattr(torch, tensor.device.type).device(tensor.device)
+def _was_not_made(problem: BaseException | None) -> bool:
+    """Whether an exception says that Triton could not make a kernel (and not that one failed as it ran)."""
+    if type(problem).__name__ == "InterpreterError":
+        return False
+    of_triton = type(problem).__module__.partition(".")[0] == "triton"
+    return of_triton or (isinstance(problem, RuntimeError) and "PassManager::run failed" in str(problem))
+
+
+class on_device_of:  # noqa: N801  # stands in a with statement, as a function would
+    """A context in which Triton launches on the tensor's own GPU.
+
+    Raises:
+        BackendUnavailableError: a kernel could not be made.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        kind = tensor.device.type
+        self._device: Any = contextlib.nullcontext() if kind == "cpu" else getattr(torch, kind).device(tensor.device)
+
+    def __enter__(self) -> None:
+        self._device.__enter__()
+
+    def __exit__(self, kind: Any, problem: BaseException | None, trace: Any) -> None:
+        self._device.__exit__(kind, problem, trace)
+        if _was_not_made(problem):
+            text = " ".join(str(problem).split())
+            raise BackendUnavailableError(
+                f"a Triton kernel did not compile ({type(problem).__name__}: {text[:300]}); use backend='torch' and "
+                "report this"
+            ) from problem
+
+
+def check_boundaries(op: str, cu_seqlens: Tensor, length: int) -> None:
+    """Stops the program where boundaries of packed sequences are wrong that the host has never seen (in a compiled or
+    captured graph): one small launch in front of kernels that trust them.
+
+    Raises:
+        ShapeError: they are wrong, and on the CPU.
+    """
+    if seen_and_right(cu_seqlens, length):
+        return
+    if cu_seqlens.device.type == "cpu":  # Triton's interpreter leaves assertions out
+        check_cu_seqlens(op, cu_seqlens, 1, length)
+        return
+    sequences, block = cu_seqlens.shape[0] - 1, 1024
+    functions = importlib.import_module("statescan.ops._triton_functions")
+    functions.check_boundaries[(-(-sequences // block),)](cu_seqlens, sequences, length, BLOCK=block)
 
 
 def power_of_2(number: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["add_up", "column", "decay", "exp_down", "probe", "sigmoid", "softplus"]
+__all__ = ["add_up", "check_boundaries", "column", "decay", "exp_down", "probe", "sigmoid", "softplus"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -20,6 +20,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 def probe(x):
     """An empty kernel's worth of work: shows whether kernels can be compiled and run."""
     tl.store(x, 1.0)
+
+
+@triton.jit(debug=True)  # without it Triton leaves assertions out
+def check_boundaries(cu, sequences, length, BLOCK: tl.constexpr):
+    """Stops where the boundaries of packed sequences don't go from 0 to the length without falling."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    before = tl.load(cu + i, i < sequences, other=0)
+    after = tl.load(cu + i + 1, i < sequences, other=0)
+    good = (before <= after) & ((i > 0) | (before == 0)) & ((i != sequences - 1) | (after == length))
+    tl.device_assert(good, "statescan: cu_seqlens must go from 0 to the length and never fall, got other offsets")
 
 
 @triton.jit

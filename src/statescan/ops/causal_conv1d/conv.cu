@@ -118,18 +118,19 @@ DEV int sequence_of(const int* cu, int sequences, int t) {
   return low;
 }
 struct Where { int sequence, start, end; };
+// start <= t < end, within the row, also where the offsets are wrong: blocks run on until the check has stopped the program.
 DEV Where where(const int* cu, int sequences, int b, int t, int length) {
 #if VARLEN
   const int s = sequence_of(cu, sequences, t);
-  return {s, min(cu[s], t), cu[s + 1]};
+  return {s, max(0, min(cu[s], t)), min(max(cu[s + 1], t + 1), length)};
 #else
   return {b, 0, length};
 #endif
 }
-DEV void step_on(Where& at, const int* cu, int sequences, int t) {
+DEV void step_on(Where& at, const int* cu, int sequences, int t, int length) {
   while (at.sequence + 1 < sequences && cu[at.sequence + 1] <= t) at.sequence++;
   at.start = t;
-  at.end = cu[at.sequence + 1];
+  at.end = min(max(cu[at.sequence + 1], t + 1), length);
 }
 // Offsets that were never seen by the host (in a compiled or captured graph) must not give a silent wrong answer.
 DEV void check_offsets(const int* cu, int sequences, int length) {
@@ -223,7 +224,7 @@ conv_forward(const act* x, i64 xb, i64 xl, const void* weight, i64 wc, i64 wk, c
       if (!checks.value || t < stop) {
 #if VARLEN
         if (checks.value && t >= at.end) {
-          step_on(at, cu, sequences, t);
+          step_on(at, cu, sequences, t, length);
           open_window(past, x, xl, init, ib, il, at, t, c);
         }
 #endif
@@ -300,7 +301,7 @@ conv_backward(const act* x, i64 xb, i64 xl, const void* weight, i64 wc, i64 wk, 
           if (!check || p < inputs) {
 #if VARLEN
             if (check && p >= at.end) {
-              step_on(at, cu, sequences, p);
+              step_on(at, cu, sequences, p, length);
               open_window(past, x, xl, init, ib, il, at, p, c);
             }
 #endif
@@ -328,7 +329,7 @@ conv_backward(const act* x, i64 xb, i64 xl, const void* weight, i64 wc, i64 wk, 
           if (!check || t >= me.begin) {
 #if HASF
             if (check) {
-              if (t >= out.end) step_on(out, cu, sequences, t);
+              if (t >= out.end) step_on(out, cu, sequences, t, length);
               const int slot = t - (out.end - (TAPS - 1));
               if (slot >= 0) {
                 const Row more = fetch(dfinal + (i64(out.sequence) * (TAPS - 1) + slot) * features + c);
@@ -451,7 +452,7 @@ extern "C" __global__ void plain_weights(const act* x, i64 xb, i64 xl, const act
   Where at = where(cu, sequences, b, chunk * RUN, length);
   real sum = 0;
   for (int t = chunk * RUN; t < stop; t++) {
-    if (VARLEN && t >= at.end) step_on(at, cu, sequences, t);
+    if (VARLEN && t >= at.end) step_on(at, cu, sequences, t, length);
     const real v = k == width ? real(1) : input_at(x + b * xb, xl, init, ib, il, at, width, t - (width - 1) + k, c);
     sum = fma_(g[(i64(b) * length + t) * features + c], v, sum);
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from statescan.ops._checks import assert_cu_seqlens
 from statescan.ops._dispatch import Facts
 from statescan.ops.causal_conv1d.validation import compute_dtype
 
@@ -47,6 +48,7 @@ def causal_conv1d(
         initial_state = x.new_zeros(rows, weight.shape[1] - 1, x.shape[2])
     if cu_seqlens is None:
         return _one_batch(x, weight, bias, silu, initial_state)
+    assert_cu_seqlens("causal_conv1d", cu_seqlens, x.shape[1])
     offsets = cu_seqlens.tolist()
     parts = [
         _one_batch(x[:, offsets[i] : offsets[i + 1]], weight, bias, silu, initial_state[i : i + 1]) for i in range(rows)

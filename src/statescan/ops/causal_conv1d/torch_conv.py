@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statescan.ops._checks import assert_cu_seqlens
 from statescan.ops._dispatch import Facts
 from statescan.ops.causal_conv1d.validation import compute_dtype
 
@@ -34,6 +35,7 @@ def causal_conv1d(
     else:
         # Rows of `history`: the packed inputs, then every sequence's state. Where tap k of position t falls before its
         # sequence's start it reads that sequence's state, so nothing is ever multiplied by a neighbour's input.
+        assert_cu_seqlens("causal_conv1d", cu_seqlens, length)
         sequences = cu_seqlens.shape[0] - 1
         state = x.new_zeros(sequences, past, features) if initial_state is None else initial_state
         history = torch.cat([x[0], state.reshape(sequences * past, features)], 0)

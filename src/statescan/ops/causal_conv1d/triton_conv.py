@@ -60,6 +60,8 @@ def _forward(
     options = {"PAST": past, "BD": _CHANNELS, "PACKED": cu is not None}
     grid, sizes = _tiles(x)
     with _triton.on_device_of(x):
+        if cu is not None:
+            _triton.check_boundaries("causal_conv1d", cu, x.shape[1])
         run.conv_forward[grid](
             *(x, weight, bias, initial, cu, owners, y, *strides, *weight.stride(), *sizes),
             **options,
@@ -113,6 +115,8 @@ def _backward(
     g = real(*x.shape) if silu else grad_y
     options = {"PAST": past, "BD": _CHANNELS, "PACKED": cu is not None}
     with _triton.on_device_of(x):
+        if cu is not None:
+            _triton.check_boundaries("causal_conv1d", cu, x.shape[1])
         run.conv_gradient[grid](
             *(x, wide, shift, initial, cu, owners, grad_y, g, dweight, dbias),
             *(*x.stride(), *_strides(initial), *wide.stride(), *grad_y.stride(), *sizes),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statescan.ops._checks import assert_cu_seqlens
 from statescan.ops._dispatch import Facts
 
 __all__ = ["refuses", "selective_scan"]
@@ -64,6 +65,7 @@ def selective_scan(
         initial_state = u.new_zeros(sequences, d_inner, A.shape[1], dtype=state_dtype)
     owner = first = None
     if cu_seqlens is not None:
+        assert_cu_seqlens("selective_scan", cu_seqlens, length)
         # The sequence each position belongs to: the number of sequences that have ended by then.
         positions = torch.arange(length, device=u.device, dtype=torch.int32)
         owner = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError
 from statescan.ops import _triton
+from statescan.ops._checks import refuse_second_derivative
 from statescan.ops._dispatch import Facts
 
 __all__ = ["Plan", "plan", "refuses", "selective_scan"]
@@ -216,6 +216,8 @@ def _forward(
         )  # fmt: skip
 
     with _triton.on_device_of(u):
+        if c.cu is not None:
+            _triton.check_boundaries("selective_scan", c.cu, c.length)
         if segment:
             launch(True)
             grid, sizes, options = c.combine(segment, each)
@@ -288,6 +290,8 @@ def _backward(
     strides_C, strides_dy = _strides(c.C, fixed_C), _strides(dy)
     adjoints = None
     with _triton.on_device_of(u):
+        if c.cu is not None:
+            _triton.check_boundaries("selective_scan", c.cu, c.length)
         if segment:
             adjoints, sums = c.real(walks, c.d_inner, c.d_state), c.real(walks, c.d_inner)
             run.scan_adjoint[(blocks * walks,)](
@@ -407,12 +411,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Any:  # type: ignore[override]
-        # create_graph=True runs a backward with gradients enabled; without this the second derivative would be missing.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise BackendUnavailableError(
-                "selective_scan: backend 'triton' has no second derivative, and one was asked for (create_graph=True); "
-                "pass backend='torch'"
-            )
+        refuse_second_derivative("selective_scan", "triton")
         u, dt, A, B, C, D, z, dt_bias, cu_seqlens, checkpoints = ctx.saved_tensors
         dy = torch.zeros_like(u) if dy is None else dy
         du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward_op(
