@@ -6,15 +6,25 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from statescan.errors import CheckpointError
+from statescan.errors import CheckpointError, ConfigError
 
-__all__ = ["atomic_file", "flush_to_disk", "is_leftover", "make_folder", "want_folder", "write_json", "write_text"]
+__all__ = [
+    "atomic_file",
+    "default_cache_folder",
+    "flush_to_disk",
+    "is_leftover",
+    "make_folder",
+    "want_folder",
+    "write_json",
+    "write_text",
+]
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
@@ -59,6 +69,32 @@ def _cure(error: BaseException) -> str:
     return next(
         (cure for code, cure in _CURES.items() if f"os error {code})" in str(error)), "check the path and the disk"
     )
+
+
+def default_cache_folder() -> Path:
+    """Where what can be made again is kept, token files and compiled kernels: $STATESCAN_CACHE, else the user's cache
+    folder of this system.
+
+    Raises:
+        ConfigError: the environment names no folder, and the user has no home.
+    """
+    named = os.environ.get("STATESCAN_CACHE")
+    system = platform.system()
+    try:
+        if named:
+            return Path(named).expanduser()
+        if system == "Windows":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif system == "Darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cache: wanted the user's cache folder, got no home folder to find it in ({error}); set STATESCAN_CACHE "
+            "to a folder that can be written"
+        ) from error
+    return base / "statescan"
 
 
 def is_leftover(name: str) -> bool:

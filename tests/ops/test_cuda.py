@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+import os
+import platform
 import struct
 import threading
 import types
@@ -67,6 +71,8 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(_dispatch, "_broken", {})
     monkeypatch.setattr(_cuda, "_not_kept", set())
+    monkeypatch.setattr(_cuda, "_ready", set())
+    monkeypatch.setattr(_cuda, "_nvrtc_version", lambda: (13, 2))
     # the next one in the order, which has its own tests
     monkeypatch.setattr("statescan.ops._triton.refusal", lambda facts: "no triton here")
     _cuda.unavailable_reason.cache_clear()
@@ -94,6 +100,10 @@ def test_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ("compiler", r"could not be compiled and loaded .*nvrtc not found.*pip install 'cuda-core\[cu13\]'"),
         ("driver", r"could not be compiled and loaded .*UNSUPPORTED_PTX.*it takes a driver for CUDA 13\.0"),
         ("architecture", r"its kernels need compute capability 8\.0, a GPU has 7\.5; use backend='torch'"),
+        (
+            "the same CUDA",
+            r"NVRTC, is of CUDA 12\.9 and torch of CUDA 13\.0, .*must be one; pip install 'cuda-core\[cu13\]'",
+        ),
     ],
 )
 def test_what_is_missing_is_named(missing: str, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +117,9 @@ def test_what_is_missing_is_named(missing: str, cause: str, monkeypatch: pytest.
     elif missing == "architecture":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
         monkeypatch.setattr(_cuda, "_core", Compiler)
+    elif missing == "the same CUDA":
+        monkeypatch.setattr(_cuda, "_core", Compiler)
+        monkeypatch.setattr(_cuda, "_nvrtc_version", lambda: (12, 9))
     else:
         failure = "nvrtc not found" if missing == "compiler" else None
         monkeypatch.setattr(_cuda, "_core", lambda: Compiler(failure, loads=missing != "driver"))
@@ -176,9 +189,86 @@ def test_what_a_cubin_is_kept_under(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     _cuda._cached("a", (), "sm_90")
     monkeypatch.setattr(torch.version, "cuda", "13.1")
     _cuda._cached("a", (), "sm_90")
-    assert compiler.compiled == 6
-    assert len(list((tmp_path / "kernels").iterdir())) == 6
+    monkeypatch.setattr(_cuda, "_nvrtc_version", lambda: (13, 3))
+    _cuda._cached("a", (), "sm_90")
+    assert compiler.compiled == 7
+    assert len(list((tmp_path / "kernels").iterdir())) == 7
     assert all(file.suffix == ".cubin" for file in (tmp_path / "kernels").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "another bit"])
+def test_a_damaged_cubin_is_compiled_anew(damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The driver, which is told no length, never sees it; the good one takes its place."""
+    compiler = Compiler()
+    monkeypatch.setattr(_cuda, "_core", lambda: compiler)
+    code = _cuda._cached("a", (), "sm_90")
+    (file,) = (tmp_path / "kernels").iterdir()
+    whole = file.read_bytes()
+    assert whole.startswith(code)
+    file.write_bytes({"empty": b"", "cut": whole[:-1], "another bit": bytes([whole[0] ^ 1]) + whole[1:]}[damage])
+    assert _cuda._cached("a", (), "sm_90") == code
+    assert compiler.compiled == 2
+    assert file.read_bytes() == whole
+
+
+def test_a_full_disk_is_named_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_cuda, "_core", Compiler)
+
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(UserWarning, match=r"can't be kept in .*kernels \(.*No space left on device\)") as caught:
+        codes = [_cuda._cached(source, (), "sm_90") for source in ("a", "b")]
+    assert codes == [b"cubin"] * 2
+    assert len(caught) == 1
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+@pytest.mark.parametrize("environment", [{}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "/elsewhere"}])
+def test_where_cubins_are_kept(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STATESCAN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/one"))
+    base = environment.get("XDG_CACHE_HOME") or "/home/one/.cache"
+    assert _cuda.cache_folder() == Path(base) / "statescan" / "kernels"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kernels run all the same, as with a folder that can't be written; a folder that is named needs no home."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    compiler = Compiler()
+    monkeypatch.setattr(_cuda, "_core", lambda: compiler)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.delenv("STATESCAN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _cuda.cache_folder() == tmp_path / "statescan" / "kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.warns(UserWarning, match=r"can't be kept \(.*no home folder.*set STATESCAN_CACHE") as caught:
+        codes = [_cuda._cached(source, (), "sm_90") for source in ("a", "b")]
+    assert codes == [b"cubin"] * 2
+    assert len(caught) == 1
+    assert compiler.compiled == 2
+
+
+def test_a_kernel_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was compiled, and the driver refuses it: another backend can take the call."""
+
+    def refuse(name: str) -> Any:
+        raise RuntimeError("CUDA_ERROR_INVALID_IMAGE")
+
+    module = types.SimpleNamespace(get_kernel=refuse)
+    monkeypatch.setattr(_cuda, "_module", lambda *_: module)
+    with pytest.raises(BackendUnavailableError, match=r"could not be loaded .*INVALID_IMAGE\); use backend='torch'"):
+        _cuda.kernel(Path("a file.cu"), "f", {}, 128, 0)
 
 
 class Driver:
@@ -246,6 +336,23 @@ def test_a_launch_hands_structures_over_whole(monkeypatch: pytest.MonkeyPatch) -
     assert [seen["values"] for seen in driver.seen] == [
         [bytes([turn]) * 128, -7, b"x" * 20, 2**40 + turn] for turn in range(2)
     ]
+
+
+def test_a_rehearsal_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver("q")
+    kernel = made_kernel(monkeypatch, driver)
+    with _cuda.rehearsal():
+        with _cuda.rehearsal():
+            kernel((1, 1, 1), 5)
+        kernel((1, 1, 1), 5)
+        others = threading.Thread(target=kernel, args=((1, 1, 1), 6))
+        others.start()
+        others.join()
+    assert [seen["values"] for seen in driver.seen] == [[6]], "another thread's launch is no rehearsal"
+    with contextlib.suppress(ZeroDivisionError), _cuda.rehearsal():
+        raise ZeroDivisionError
+    kernel((1, 1, 1), 7)
+    assert [seen["values"] for seen in driver.seen] == [[6], [7]]
 
 
 def test_a_launch_of_clusters_a_cooperative_one_and_one_that_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,3 +457,32 @@ def test_plan_of_the_backward_on_an_h100(packed: bool) -> None:
     assert (long.chunks_backward, long.chunk_len_backward) == (33, 2016)
     short = backend.plan(1, 2048, 1536, 16, 1, 132, False, packed, False, room)
     assert (short.chunks_backward, short.chunk_len_backward) == (11, 192)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("d_state", [1, 8, 16, 64])
+@pytest.mark.parametrize("length", [1, 511, 1024, 2048, 16383, 16384, 65536])
+def test_an_invariant_plan_is_the_lengths_alone(length: int, d_state: int, wide: bool) -> None:
+    """Whatever rows the batch holds and whatever GPU they are on, with batch_invariant=True time is cut the same way
+    and a channel has as many lanes: these settle the order in which a row's own numbers are added."""
+    for d_inner in (64, 2048):
+        plans = {
+            backend.plan(batch, length, d_inner, d_state, 1, multiprocessors, wide, False, True)
+            for batch in (1, 2, 3, 8, 64, 1024)
+            for multiprocessors in (16, 132)
+        }
+        assert len(plans) == 1
+
+
+def test_other_plans_look_at_the_batch() -> None:
+    """Each of these numbers moves with the batch where nothing else is asked for, so the test above can fail by it."""
+    for field, length, batches in (
+        ("lanes_forward", 2048, (1, 64)),
+        ("threads_forward", 2048, (1, 64)),
+        ("chunks_forward", 2048, (1, 64)),
+        ("chunk_len_forward", 2048, (1, 64)),
+        ("chunks_backward", 2048, (1, 64)),
+        ("chunk_len_backward", 65536, (1, 2)),
+    ):
+        few, many = (backend.plan(batch, length, 2048, 16, 1, 132, False, False) for batch in batches)
+        assert getattr(few, field) != getattr(many, field), field

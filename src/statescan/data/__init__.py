@@ -24,7 +24,8 @@ from statescan.data.tokenizer import (
     load_tokenizer,
     token_dtype,
 )
-from statescan.data.tokens import TokenFile, build_token_file, default_cache_folder
+from statescan.data.tokens import TokenFile, build_token_file
+from statescan.files import default_cache_folder
 
 __all__ = [
     "LISTOPS_VOCABULARY",

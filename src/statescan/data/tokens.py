@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,9 @@ from statescan.data.dna import read_records
 from statescan.data.text import Chunk, InvalidUtf8, Source, find_sources, read_chunks
 from statescan.data.tokenizer import ByteTokenizer, DnaTokenizer, Tokenizer, token_dtype
 from statescan.errors import DataError
+from statescan.files import default_cache_folder
 
-__all__ = ["TokenFile", "build_token_file", "default_cache_folder"]
+__all__ = ["TokenFile", "build_token_file"]
 
 _MAGIC = b"SSTOKENS"
 _VERSION = 1
@@ -128,21 +128,6 @@ class TokenFile:
         if near:
             cut = min(near, key=lambda offset: abs(offset - cut))
         return self.tokens[:cut], self.tokens[cut:]
-
-
-def default_cache_folder() -> Path:
-    """Where token files are kept: $STATESCAN_CACHE, else the user's cache folder of this system."""
-    named = os.environ.get("STATESCAN_CACHE")
-    if named:
-        return Path(named).expanduser()
-    system = platform.system()
-    if system == "Windows":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif system == "Darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "statescan"
 
 
 def build_token_file(

@@ -2,30 +2,37 @@
 
 A kernel's cubin is kept on disk under a name made from its source, its options, the architecture and the versions of
 compiler and package, so that a machine compiles it once; the file appears whole or not at all, so that processes that
-start together don't harm each other.
+start together don't harm each other, and ends with its checksum, so that a damaged one is compiled anew.
+
+`make_ready` compiles what a call will launch later, while another backend can still take the call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import itertools
 import os
 import struct
-import tempfile
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 import statescan
-from statescan.errors import BackendUnavailableError
+from statescan.errors import BackendUnavailableError, CheckpointError, ConfigError
+from statescan.files import atomic_file, default_cache_folder
 
-__all__ = ["Kernel", "cache_folder", "i32", "kernel", "unavailable_reason"]
+__all__ = ["Kernel", "cache_folder", "i32", "kernel", "launch_ready", "make_ready", "rehearsal", "unavailable_reason"]
+
+_Result = TypeVar("_Result")
 
 _COMMON = Path(__file__).with_name("_cuda_common.cuh")
 i32 = ctypes.c_int32
@@ -44,6 +51,16 @@ def _core() -> Any:
     return core
 
 
+def _nvrtc_version() -> tuple[int, int]:
+    """Of the compiler that cuda-core calls."""
+    from cuda.bindings import nvrtc  # pyright: ignore[reportMissingImports]
+
+    code, major, minor = nvrtc.nvrtcVersion()
+    if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"nvrtcVersion: {code.name}")
+    return int(major), int(minor)
+
+
 _PROBE = 'extern "C" __global__ void probe() {}'
 
 
@@ -53,16 +70,21 @@ def _probe() -> str | None:
     if major < 8:
         name = torch.cuda.get_device_name()
         return f"its kernels need compute capability 8.0, {name} has {major}.{minor}; use backend='torch'"
+    wanted = torch.version.cuda or "13"
+    install = f"pip install 'cuda-core[cu{wanted.split('.')[0]}]'"
     try:
-        core = _core()
+        core, compiler = _core(), _nvrtc_version()
+        if compiler[0] != int(wanted.split(".")[0]):
+            return (
+                f"its compiler, NVRTC, is of CUDA {compiler[0]}.{compiler[1]} and torch of CUDA {wanted}, whose first "
+                f"numbers must be one; {install}"
+            )
         core.Device(torch.cuda.current_device()).set_current()
         core.ObjectCode.from_cubin(_cached(_PROBE, (), f"sm_{major}{minor}")).get_kernel("probe")
     except Exception as problem:
-        wanted = torch.version.cuda or "13"
-        text = " ".join(str(problem).split())
         return (
-            f"an empty kernel could not be compiled and loaded ({type(problem).__name__}: {text}); it takes a driver "
-            f"for CUDA {wanted} and pip install 'cuda-core[cu{wanted.split('.')[0]}]'"
+            f"an empty kernel could not be compiled and loaded ({type(problem).__name__}: {_in_a_line(problem)}); it "
+            f"takes a driver for CUDA {wanted} and {install}"
         )
     return None
 
@@ -87,11 +109,17 @@ def unavailable_reason() -> str | None:
     return reason
 
 
+def _in_a_line(problem: BaseException) -> str:
+    return " ".join(str(problem).split())
+
+
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $STATESCAN_CACHE, or the user's cache folder."""
-    named = os.environ.get("STATESCAN_CACHE")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statescan"
-    return base / "kernels"
+    """Where compiled kernels are kept.
+
+    Raises:
+        ConfigError: see `statescan.files.default_cache_folder`.
+    """
+    return default_cache_folder() / "kernels"
 
 
 def _compile(source: str, options: tuple[str, ...], arch: str) -> bytes:
@@ -102,42 +130,54 @@ def _compile(source: str, options: tuple[str, ...], arch: str) -> bytes:
     try:
         code = core.Program(source, "c++", settings).compile("cubin").code
     except Exception as problem:
-        text = " ".join(str(problem).split())
         raise BackendUnavailableError(
-            f"a CUDA kernel did not compile for {arch} with {' '.join(options) or 'no options'}: {text}; "
-            "use backend='torch' and report this"
+            f"a CUDA kernel did not compile for {arch} with {' '.join(options) or 'no options'}: "
+            f"{_in_a_line(problem)}; use backend='torch' and report this"
         ) from problem
     return bytes(code)
 
 
-# Folders of which it was said that they can't be written.
-_not_kept: set[Path] = set()
+# Folders of which it was said that they can't be written; None: there is no folder.
+_not_kept: set[Path | None] = set()
+
+
+def _say_not_kept(folder: Path | None, problem: BaseException) -> None:
+    if folder not in _not_kept:
+        _not_kept.add(folder)
+        place = "" if folder is None else f" in {folder}"
+        warnings.warn(
+            f"compiled CUDA kernels can't be kept{place} ({_in_a_line(problem)}); every process compiles them anew: "
+            "set STATESCAN_CACHE to a folder that can be written",
+            stacklevel=4,
+        )
+
+
+def _checksum(code: bytes) -> bytes:
+    return hashlib.sha256(code).digest()
 
 
 def _cached(source: str, options: tuple[str, ...], arch: str) -> bytes:
-    core = _core()
-    facts = "\0".join(
-        [source, *options, arch, torch.version.cuda or "", getattr(core, "__version__", ""), statescan.__version__]
-    )
-    file = cache_folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
+    versions = (torch.version.cuda or "", *map(str, _nvrtc_version()), getattr(_core(), "__version__", ""))
+    facts = "\0".join([source, *options, arch, *versions, statescan.__version__])
     try:
-        return file.read_bytes()
+        file = cache_folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
+    except ConfigError as problem:
+        _say_not_kept(None, problem)
+        return _compile(source, options, arch)
+    try:
+        held = file.read_bytes()
     except OSError:
-        pass
+        held = b""
+    # The driver is told no length: what a full disk or a crash left of a file would send it past the end.
+    size = len(_checksum(b""))
+    if len(held) > size and _checksum(held[:-size]) == held[-size:]:
+        return held[:-size]
     code = _compile(source, options, arch)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(code)
-        os.replace(part.name, file)
-    except OSError as problem:
-        if file.parent not in _not_kept:
-            _not_kept.add(file.parent)
-            warnings.warn(
-                f"compiled CUDA kernels can't be kept in {file.parent} ({problem}); every process compiles them anew: "
-                "set STATESCAN_CACHE to a folder that can be written",
-                stacklevel=2,
-            )
+        with atomic_file(file) as part:
+            part.write_bytes(code + _checksum(code))
+    except CheckpointError as problem:
+        _say_not_kept(file.parent, problem.__cause__ or problem)
     return code
 
 
@@ -151,8 +191,9 @@ def _allow_shared(function: Any, shared: int) -> None:
         raise BackendUnavailableError(f"this GPU does not give a block {shared} bytes of shared memory ({code.name})")
 
 
-# The driver needs a context in every thread that launches. autograd's own thread has none until torch first asks
-# something of the driver there, and memory from torch's cache asks nothing.
+# `has_context`: the driver needs a context in every thread that launches. autograd's own thread has none until torch
+# first asks something of the driver there, and memory from torch's cache asks nothing.
+# `rehearses`: see `make_ready`.
 _thread = threading.local()
 
 
@@ -272,6 +313,8 @@ class Kernel:
         Raises:
             RuntimeError: the driver refuses; an error of an earlier kernel may show here.
         """
+        if getattr(_thread, "rehearses", False):
+            return
         if not getattr(_thread, "has_context", False):
             self._core.Device(torch.cuda.current_device()).set_current()
             _thread.has_context = True
@@ -326,7 +369,14 @@ def _function(
     early: bool,
     specific: bool,
 ) -> Kernel:
-    function = _module(file, options, device, specific).get_kernel(name)
+    module = _module(file, options, device, specific)
+    try:
+        function = module.get_kernel(name)
+    except Exception as problem:
+        raise BackendUnavailableError(
+            f"a compiled CUDA kernel could not be loaded ({type(problem).__name__}: {_in_a_line(problem)}); use "
+            "backend='torch' and report this; an earlier kernel's error may show here: run with CUDA_LAUNCH_BLOCKING=1"
+        ) from problem
     return Kernel(function, threads, shared, cooperative, cluster, early)
 
 
@@ -352,7 +402,7 @@ def kernel(
     `specific`: it uses instructions of this architecture alone (``sm_90a``).
 
     Raises:
-        BackendUnavailableError: the compiler refuses it.
+        BackendUnavailableError: the compiler or the driver refuses it.
     """
     # To put the macros into words takes longer than the launch.
     key = (file, name, threads, device, shared, cooperative, cluster, early, specific, *options.items())
@@ -362,3 +412,69 @@ def kernel(
         found = _function(str(file), name, settings, threads, device, shared, cooperative, cluster, early, specific)
         _kernels[key] = found
     return found
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Kernels called in this context and thread are compiled and not launched; all else runs."""
+    before = getattr(_thread, "rehearses", False)
+    _thread.rehearses = True
+    try:
+        yield
+    finally:
+        _thread.rehearses = before
+
+
+# Calls that were made ready.
+_ready: set[tuple[Any, ...]] = set()
+_MOST_READY = 4096  # where every batch has a length of its own
+
+
+def _layout(x: Any) -> Any:
+    """All of an argument that a choice of kernels may depend on."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.device.index, x.shape, x.stride(), x.data_ptr() % 16
+    if dataclasses.is_dataclass(x):
+        return type(x), *(_layout(getattr(x, field.name)) for field in dataclasses.fields(x))
+    return x
+
+
+def make_ready(launch: Callable[..., object], *given: Any) -> None:
+    """Compiles beforehand, once for calls of one layout, the kernels that ``launch(*given)`` launches: where that fails
+    another backend can still take the call, which it no longer could when states were moved on, or in the middle of a
+    backward pass.
+
+    Args:
+        launch: a function of a module, called with kernels compiled and not launched; what else it does has to be
+            harmless, and its results are thrown away. Tensors come to it as other objects over the same memory, so that
+            what is noted on one is noted on none of the caller's.
+        given: tensors, dataclasses of them, and values by which kernels are chosen.
+
+    Raises:
+        BackendUnavailableError: the compiler or the driver refuses one.
+    """
+    if torch.compiler.is_compiling():  # without values, and nothing is caught in a graph
+        return
+    key = (launch, *map(_layout, given))
+    if key in _ready:
+        return
+    with rehearsal():
+        launch(*(x.detach() if isinstance(x, Tensor) else x for x in given))
+    if len(_ready) >= _MOST_READY:
+        _ready.clear()
+    _ready.add(key)
+
+
+def launch_ready(launch: Callable[..., _Result], *gradients: Tensor | None) -> _Result:
+    """``launch(*gradients)`` of a backward pass that was made ready with fresh tensors. Gradients may come in any other
+    layout; where no kernel can be made for that, they are copied first.
+
+    Raises:
+        BackendUnavailableError: `launch` wasn't made ready.
+    """
+    try:
+        return launch(*gradients)
+    except BackendUnavailableError:
+        return launch(
+            *(None if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device).copy_(g) for g in gradients)
+        )
