@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from statescan import ops
 from statescan.errors import BackendUnavailableError, ConfigError
 from statescan.ops import _dispatch, explain, selective_scan
 from statescan.ops._dispatch import Facts, attempt
+from statescan.ops.mamba_step.validation import BlockWeights
 from statescan.testing import ScanCase, scan_problem
 
 SCAN = Facts("cpu", torch.float32, d_state=4)
@@ -94,6 +97,71 @@ def test_the_scan_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(y, selective_scan(**problem, backend="torch").y)
     with pytest.raises(BackendUnavailableError, match="a kernel did not compile"):
         selective_scan(**problem, backend=first)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def step_weights() -> BlockWeights:
+    """d_model 6, d_inner 8, d_state 3, dt_rank 2."""
+    return BlockWeights(
+        draw(6), ops.pack_weight(draw(16, 6)), draw(8, 4), ops.pack_weight(draw(8, 8)), ops.pack_weight(draw(8, 2)),
+        -draw(8, 3).exp(), ops.pack_weight(draw(6, 8)), dt_bias=draw(8), D=draw(8),
+    )  # fmt: skip
+
+
+# Every op with a backend whose kernels are compiled where they run.
+CALLS: dict[str, Any] = {
+    "causal_conv1d": lambda **kw: ops.causal_conv1d(draw(1, 10, 4), draw(4, 3), **kw).y,
+    "causal_conv1d_update": lambda **kw: ops.causal_conv1d_update(draw(2, 4), draw(2, 2, 4), draw(4, 3), **kw).y,
+    "selective_state_update": lambda **kw: ops.selective_state_update(
+        draw(2, 4, 3), draw(2, 4), draw(2, 4), -draw(4, 3).exp(), draw(2, 3), draw(2, 3), **kw
+    ).y,
+    "add_rms_norm": lambda **kw: ops.add_rms_norm(draw(2, 5), draw(5), **kw).output,
+    "linear_cross_entropy": lambda **kw: ops.linear_cross_entropy(draw(3, 5), draw(7, 5), torch.arange(3), **kw),
+    "mamba_step": lambda **kw: ops.mamba_step(
+        draw(2, 6), None, draw(2, 3, 8), draw(2, 8, 3), step_weights(), **kw
+    ).output,
+    "decode_attention": lambda **kw: ops.decode_attention(
+        draw(2, 4, 64), draw(2, 2, 64), draw(2, 2, 64), draw(2, 2, 8, 64), draw(2, 2, 8, 64),
+        torch.tensor([3, 5], dtype=torch.int32), **kw,
+    ),
+    "s4d_kernel": lambda **kw: ops.s4d_kernel(-draw(2, 3).exp(), draw(2, 3), draw(2, 3), draw(2).exp(), 9, **kw),
+    "s4_kernel": lambda **kw: ops.s4_kernel(
+        torch.complex(-draw(2, 3).exp(), draw(2, 3)), torch.complex(draw(2, 3), draw(2, 3)) / 4,
+        torch.complex(draw(2, 3), draw(2, 3)), torch.complex(draw(2, 3), draw(2, 3)), draw(2).exp() / 9, 9, **kw,
+    ),
+}  # fmt: skip
+
+
+def test_every_op_of_kernels_is_here() -> None:
+    compiled = {op for op, names in _dispatch.BACKENDS.items() if {"cuda", "triton", "cauchy_triton"} & set(names)}
+    assert compiled == {*CALLS, "selective_scan"}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_every_op_goes_on(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one warning that names the cause, and the next backend's result; a backend that is named raises."""
+    call = CALLS[op]
+    first = explain(op, d_state=64 if op == "decode_attention" else 3, complex_A=op == "s4_kernel").backend
+    second = next(name for name in list(_dispatch.BACKENDS[op]) if name in ("torch", "reference") and name != first)
+    wanted = call(backend=second)
+
+    def broken(*_: Any) -> Any:
+        raise BackendUnavailableError("a kernel did not compile; use backend='torch'")
+
+    module = importlib.import_module(_dispatch._module(op, first))
+    monkeypatch.setattr(module, op, broken)
+    words = f"{op}: backend '{first}' is passed over, '{second}' runs instead: a kernel did not compile"
+    with pytest.warns(UserWarning, match=words) as caught:
+        assert torch.equal(call(), wanted)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(call(), wanted)
+        with pytest.raises(BackendUnavailableError, match="a kernel did not compile; use backend='torch'"):
+            call(backend=first)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

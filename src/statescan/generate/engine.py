@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from statescan.data import ByteTokenizer
 from statescan.data.tokenizer import encode_texts, prefix_token
-from statescan.errors import ConfigError, DataError
+from statescan.errors import BackendUnavailableError, ConfigError, DataError
 from statescan.generate.ahead import run_ahead
+from statescan.generate.drawing import DrawingSlots, bucket
 from statescan.generate.sampling import SamplingParams, row_params, sample
 from statescan.generate.stopping import Stop, TextStream
+from statescan.ops import _cuda
 
 __all__ = ["Decoder", "Engine", "Generation", "Piece", "Session", "generate"]
 
@@ -189,7 +192,7 @@ class Engine:
             from statescan.generate import attention_graphs
 
             if attention_graphs.refuses(self.decoder) is None:
-                self._slots = attention_graphs.AttentionGraphDecoder(self.decoder, max_batch, self.tokenizer.vocab_size)
+                self._slots = self._slots_or_none(attention_graphs.AttentionGraphDecoder)
         elif on_gpu and isinstance(model, nn.Module):
             from statescan.generate import graphs
 
@@ -198,7 +201,22 @@ class Engine:
                     f"Engine: dtype 'int8' runs on the CPU, got device {self.device}; use 'bfloat16' there"
                 )
             if graphs.refuses(self.decoder) is None:
-                self._slots = graphs.GraphDecoder(self.decoder, max_batch, self.tokenizer.vocab_size)
+                self._slots = self._slots_or_none(graphs.GraphDecoder)
+
+    def _slots_or_none(self, kind: Callable[..., DrawingSlots]) -> DrawingSlots | None:
+        """Slots all of whose kernels are there, or None where one can't be made here: warned of, with the cause. A step
+        that fails in the middle of a text would take it along."""
+        try:
+            slots = kind(self.decoder, self.max_batch, self.tokenizer.vocab_size)
+            sizes = {bucket(rows, self.max_batch) for rows in range(1, self.max_batch + 1)}
+            with _cuda.rehearsal(), torch.no_grad(), torch.cuda.device(self.device):
+                for size in sorted(sizes):
+                    slots._rehearse(size)
+                    slots._launch_draw(slots.logits, 0, size)
+        except BackendUnavailableError as problem:
+            warnings.warn(f"Engine: a step runs op by op instead of as one CUDA graph: {problem}", stacklevel=3)
+            return None
+        return slots
 
     def generate(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops._checks import transformed
-from statescan.ops._dispatch import choose
+from statescan.ops._dispatch import Facts, attempt
 from statescan.ops.add_norm.validation import check_add_rms_norm
 
 __all__ = ["AddNormOutput", "add_rms_norm"]
@@ -66,15 +66,19 @@ def add_rms_norm(
     """
     stream = check_add_rms_norm(x, weight, residual, eps, residual_dtype)
     widest = torch.float64 if torch.float64 in (x.dtype, stream) else x.dtype
-    name = choose("add_rms_norm", backend, x.device.type, widest, transformed=transformed(x, weight, residual))
-    if name == "cpu":
-        from statescan.ops.add_norm.cpu import add_rms_norm as run
-    elif name == "triton":
-        from statescan.ops.add_norm.triton_norm import add_rms_norm as run
-    elif name == "cuda":
-        from statescan.ops.add_norm.cuda import add_rms_norm as run
-    elif name == "torch":
-        from statescan.ops.add_norm.torch_norm import add_rms_norm as run
-    else:
-        from statescan.ops.add_norm.reference import add_rms_norm as run
-    return AddNormOutput(*run(x, weight, residual, float(eps), stream))
+    facts = Facts(x.device.type, widest, transformed=transformed(x, weight, residual))
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        if name == "cpu":
+            from statescan.ops.add_norm.cpu import add_rms_norm as norm
+        elif name == "triton":
+            from statescan.ops.add_norm.triton_norm import add_rms_norm as norm
+        elif name == "cuda":
+            from statescan.ops.add_norm.cuda import add_rms_norm as norm
+        elif name == "torch":
+            from statescan.ops.add_norm.torch_norm import add_rms_norm as norm
+        else:
+            from statescan.ops.add_norm.reference import add_rms_norm as norm
+        return norm(x, weight, residual, float(eps), stream)
+
+    return AddNormOutput(*attempt("add_rms_norm", backend, facts, run))

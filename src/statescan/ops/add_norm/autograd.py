@@ -9,7 +9,7 @@ from torch import Tensor
 
 from statescan.ops._checks import refuse_second_derivative
 
-__all__ = ["run"]
+__all__ = ["run", "wants_gradients"]
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -41,6 +41,11 @@ class _AddRMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_residual if grad_residual.numel() else grad_x, None, None, None
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def run(
     backend: str, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +56,7 @@ def run(
         x, weight, residual, eps: as in the public function.
         stream: dtype of the residual stream.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
+    if wants_gradients(x, weight, residual):
         output, total = _AddRMSNorm.apply(x, weight, residual, eps, stream, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
         forward = getattr(torch.ops.statescan, f"add_rms_norm_{backend}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from statescan.ops import _cuda
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
-from statescan.ops.add_norm.autograd import run
+from statescan.ops.add_norm.autograd import run, wants_gradients
 from statescan.ops.add_norm.validation import compute_dtype
 
 __all__ = ["add_rms_norm", "launch_again", "refuses"]
@@ -168,6 +168,29 @@ def _backward_fake(
     return grad_output.new_empty(total.shape), grad_residual, weight.new_empty(weight.shape)
 
 
+def _backward_op(
+    grad_output: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def launch(grad_output: Tensor, grad_total: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(grad_output, grad_total, total, rstd, weight, residual_dtype)
+
+    return _cuda.launch_ready(launch, grad_output, grad_total)
+
+
+def _rehearse_backward(x: Tensor, weight: Tensor, residual: Tensor | None, stream: torch.dtype) -> None:
+    """The backward passes that may follow such a call: the sum's gradient may come or not."""
+    _, total, rstd = _forward_fake(x, weight, residual, 0.0, stream)
+    written = total.numel() > 0
+    total = total if written else x
+    for grad_total in (None, torch.empty_like(total)) if written else (None,):
+        _backward(x.new_empty(x.shape), grad_total, total, rstd, weight, None if residual is None else residual.dtype)
+
+
 _LIBRARY = torch.library.Library("statescan", "FRAGMENT")
 _LIBRARY.define(
     "add_rms_norm_cuda(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType stream) -> "
@@ -178,7 +201,7 @@ _LIBRARY.define(
     "ScalarType? residual_dtype) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("add_rms_norm_cuda", _forward, "CUDA")
-_LIBRARY.impl("add_rms_norm_cuda_backward", _backward, "CUDA")
+_LIBRARY.impl("add_rms_norm_cuda_backward", _backward_op, "CUDA")
 torch.library.register_fake("statescan::add_rms_norm_cuda", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("statescan::add_rms_norm_cuda_backward", _backward_fake, lib=_LIBRARY)
 
@@ -187,4 +210,6 @@ def add_rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `statescan.ops.add_rms_norm`; `stream` is the dtype of the residual stream."""
+    if wants_gradients(x, weight, residual):
+        _cuda.make_ready(_rehearse_backward, x, weight, residual, stream)
     return run("cuda", x, weight, residual, eps, stream)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from statescan.ops._checks import transformed
-from statescan.ops._dispatch import choose
+from statescan.ops._dispatch import Facts, attempt
 from statescan.ops.causal_conv1d.validation import check_conv, check_update
 
 __all__ = ["ConvOutput", "ConvUpdateOutput", "causal_conv1d", "causal_conv1d_update"]
@@ -80,23 +80,25 @@ def causal_conv1d(
     """
     check_conv(x, weight, bias, activation, initial_state, cu_seqlens)
     by_transform = transformed(x, weight, bias, initial_state)
-    asked = {"width": weight.shape[1], "transformed": by_transform}
-    name = choose("causal_conv1d", backend, x.device.type, x.dtype, **asked)
-    if name == "cpu":
-        from statescan.ops.causal_conv1d.cpu import causal_conv1d as run
-    elif name == "triton":
-        from statescan.ops.causal_conv1d.triton_conv import causal_conv1d as run
-    elif name == "torch":
-        from statescan.ops.causal_conv1d.torch_conv import causal_conv1d as run
-    elif name == "cuda":
-        from statescan.ops.causal_conv1d.cuda import causal_conv1d as run_cuda
+    facts = Facts(x.device.type, x.dtype, width=weight.shape[1], transformed=by_transform)
 
-        return ConvOutput(
-            *run_cuda(x, weight, bias, activation == "silu", initial_state, cu_seqlens, return_final_state)
-        )
-    else:
-        from statescan.ops.causal_conv1d.reference import causal_conv1d as run
-    y, final_state = run(x, weight, bias, activation == "silu", initial_state, cu_seqlens)
+    def run(name: str) -> tuple[Tensor, Tensor | None]:
+        arguments = (x, weight, bias, activation == "silu", initial_state, cu_seqlens)
+        if name == "cpu":
+            from statescan.ops.causal_conv1d.cpu import causal_conv1d as conv
+        elif name == "triton":
+            from statescan.ops.causal_conv1d.triton_conv import causal_conv1d as conv
+        elif name == "torch":
+            from statescan.ops.causal_conv1d.torch_conv import causal_conv1d as conv
+        elif name == "cuda":
+            from statescan.ops.causal_conv1d.cuda import causal_conv1d as conv
+
+            return conv(*arguments, return_final_state)
+        else:
+            from statescan.ops.causal_conv1d.reference import causal_conv1d as conv
+        return conv(*arguments)
+
+    y, final_state = attempt("causal_conv1d", backend, facts, run)
     return ConvOutput(y, final_state if return_final_state else None)
 
 
@@ -136,16 +138,20 @@ def causal_conv1d_update(
     Source: as `causal_conv1d`, of which this is the case of length 1.
     """
     check_update(x, state, weight, bias, activation, inplace)
-    asked = {"width": weight.shape[1], "transformed": transformed(x, state, weight, bias)}
-    name = choose("causal_conv1d_update", backend, x.device.type, x.dtype, **asked)
-    if name == "cpu":
-        from statescan.ops.causal_conv1d.cpu import causal_conv1d_update as run
-    elif name == "triton":
-        from statescan.ops.causal_conv1d.triton_conv import causal_conv1d_update as run
-    elif name == "cuda":
-        from statescan.ops.causal_conv1d.cuda import causal_conv1d_update as run
-    elif name == "torch":
-        from statescan.ops.causal_conv1d.torch_conv import causal_conv1d_update as run
-    else:
-        from statescan.ops.causal_conv1d.reference import causal_conv1d_update as run
-    return ConvUpdateOutput(*run(x, state, weight, bias, activation == "silu", inplace))
+    by_transform = transformed(x, state, weight, bias)
+    facts = Facts(x.device.type, x.dtype, width=weight.shape[1], transformed=by_transform)
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        if name == "cpu":
+            from statescan.ops.causal_conv1d.cpu import causal_conv1d_update as update
+        elif name == "triton":
+            from statescan.ops.causal_conv1d.triton_conv import causal_conv1d_update as update
+        elif name == "cuda":
+            from statescan.ops.causal_conv1d.cuda import causal_conv1d_update as update
+        elif name == "torch":
+            from statescan.ops.causal_conv1d.torch_conv import causal_conv1d_update as update
+        else:
+            from statescan.ops.causal_conv1d.reference import causal_conv1d_update as update
+        return update(x, state, weight, bias, activation == "silu", inplace)
+
+    return ConvUpdateOutput(*attempt("causal_conv1d_update", backend, facts, run))

@@ -354,7 +354,10 @@ def _backward_op(
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias, dinitial = launch_backward(dy, dfinal, x, weight, bias, silu, initial_state, cu_seqlens)
+    def launch(dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return launch_backward(dy, dfinal, x, weight, bias, silu, initial_state, cu_seqlens)
+
+    dx, dweight, dbias, dinitial = _cuda.launch_ready(launch, dy, dfinal)
     dbias = weight.new_empty(0) if dbias is None else dbias
     return dx, dweight, dbias, x.new_empty(0) if dinitial is None else dinitial
 
@@ -417,6 +420,22 @@ def _(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool)
     return x.new_empty(x.shape)
 
 
+def _rehearse_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    want_final: bool,
+) -> None:
+    """The backward passes that may follow such a call: the final state's gradient may come or not."""
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dfinal = [None, x.new_empty(sequences, weight.shape[1] - 1, x.shape[2])]
+    for given in dfinal if want_final else dfinal[:1]:
+        launch_backward(x.new_empty(x.shape), given, x, weight, bias, silu, initial_state, cu_seqlens)
+
+
 class _CausalConv1d(torch.autograd.Function):
     """Saves the inputs alone: the backward makes the pre-activation again."""
 
@@ -434,6 +453,7 @@ class _CausalConv1d(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
         ctx.silu, ctx.want_final = silu, want_final
         ctx.set_materialize_grads(False)
+        _cuda.make_ready(_rehearse_backward, x, weight, bias, initial_state, cu_seqlens, silu, want_final)
         return torch.ops.statescan.causal_conv1d_cuda(x, weight, bias, initial_state, cu_seqlens, silu, want_final)
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from statescan.ops._checks import transforms_active
-from statescan.ops._dispatch import choose
+from statescan.ops._dispatch import Facts, attempt
 from statescan.ops.cross_entropy.validation import check_linear_cross_entropy, compute_dtype
 
 __all__ = ["linear_cross_entropy"]
@@ -60,13 +60,17 @@ def linear_cross_entropy(
     """
     check_linear_cross_entropy(hidden, weight, targets, bias, ignore_index, reduction, chunk_size)
     compute = compute_dtype(hidden, weight)
-    name = choose("linear_cross_entropy", backend, hidden.device.type, compute, transformed=transforms_active())
-    if name == "cuda":
-        from statescan.ops.cross_entropy.cuda import linear_cross_entropy as run
-    elif name == "torch":
-        from statescan.ops.cross_entropy.torch_chunked import linear_cross_entropy as run
-    else:
-        from statescan.ops.cross_entropy.reference import linear_cross_entropy as run
+    facts = Facts(hidden.device.type, compute, transformed=transforms_active())
     rows = hidden.reshape(-1, hidden.shape[-1])
-    losses = run(rows, weight, targets.reshape(-1), bias, ignore_index, reduction, chunk_size, compute)
+
+    def run(name: str) -> Tensor:
+        if name == "cuda":
+            from statescan.ops.cross_entropy.cuda import linear_cross_entropy as loss
+        elif name == "torch":
+            from statescan.ops.cross_entropy.torch_chunked import linear_cross_entropy as loss
+        else:
+            from statescan.ops.cross_entropy.reference import linear_cross_entropy as loss
+        return loss(rows, weight, targets.reshape(-1), bias, ignore_index, reduction, chunk_size, compute)
+
+    losses = attempt("linear_cross_entropy", backend, facts, run)
     return losses.reshape(targets.shape) if reduction == "none" else losses

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from statescan.ops._checks import transformed, without_autocast
-from statescan.ops._dispatch import choose
+from statescan.ops._dispatch import Facts, attempt
 from statescan.ops.decode_attention.validation import validate
 
 __all__ = ["decode_attention"]
@@ -60,12 +60,16 @@ def decode_attention(
     """
     validate(q, k, v, keys, values, lengths, rotary)
     by_transform = transformed(q, k, v, keys, values)
-    name = choose("decode_attention", backend, q.device.type, q.dtype, d_state=q.shape[2], transformed=by_transform)
-    with without_autocast(q.device.type):
+    facts = Facts(q.device.type, q.dtype, d_state=q.shape[2], transformed=by_transform)
+
+    def run(name: str) -> Tensor:
         if name == "cuda":
-            from statescan.ops.decode_attention.cuda import decode_attention as run
+            from statescan.ops.decode_attention.cuda import decode_attention as attend
         elif name == "torch":
-            from statescan.ops.decode_attention.torch_attention import decode_attention as run
+            from statescan.ops.decode_attention.torch_attention import decode_attention as attend
         else:
-            from statescan.ops.decode_attention.reference import decode_attention as run
-        return run(q, k, v, keys, values, lengths, rotary)
+            from statescan.ops.decode_attention.reference import decode_attention as attend
+        return attend(q, k, v, keys, values, lengths, rotary)
+
+    with without_autocast(q.device.type):
+        return attempt("decode_attention", backend, facts, run)

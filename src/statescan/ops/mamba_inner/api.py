@@ -64,10 +64,14 @@ class _Inner(torch.autograd.Function):
     def forward(ctx: Any, x, compute, cu_seqlens, policy, stream, norm, eps, *weights):  # type: ignore[no-untyped-def, override]
         cast = x.to(compute)
         number = tuple(POLICIES).index(policy)
-        out, *kept = torch.ops.statescan.mamba_inner_cuda(cast, *weights, cu_seqlens, number)
         source = None if stream is not None and policy != "none" else cast
         if source is not None:
             stream = norm = None
+        if not torch.compiler.is_compiling():
+            from statescan.ops.mamba_inner.cuda import make_ready
+
+            make_ready(cast, stream, norm, eps, *weights, cu_seqlens)
+        out, *kept = torch.ops.statescan.mamba_inner_cuda(cast, *weights, cu_seqlens, number)
         ctx.save_for_backward(source, stream, norm, cu_seqlens, *kept, *weights)
         ctx.eps, ctx.policy, ctx.dtype = eps, number, x.dtype
         return out
@@ -129,7 +133,7 @@ def mamba_inner(
 
 
 def mamba_inner_or_none(x: Tensor, weights: LayerWeights, **arguments: Any) -> Tensor | None:
-    """`mamba_inner`, or None where a kernel of its forward pass can't be made here: warned of once, with the cause."""
+    """`mamba_inner`, or None where a kernel of its passes can't be made here: warned of once, with the cause."""
     try:
         return mamba_inner(x, weights, **arguments)
     except BackendUnavailableError as problem:

@@ -7,13 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statescan.ops import _cuda
 from statescan.ops._checks import without_autocast
 from statescan.ops.add_norm import cuda as add_norm
 from statescan.ops.causal_conv1d import cuda as conv
-from statescan.ops.mamba_inner.layer import POLICIES, Kept, LayerGradients, LayerWeights, Normed, backward, forward
+from statescan.ops.mamba_inner.layer import (
+    POLICIES,
+    Kept,
+    LayerGradients,
+    LayerWeights,
+    Normed,
+    backward,
+    forward,
+    rehearse,
+)
 from statescan.ops.selective_scan import cuda as scan
 
-__all__ = ["CudaKernels", "run_backward", "run_forward"]
+__all__ = ["CudaKernels", "make_ready", "run_backward", "run_forward"]
 
 
 class CudaKernels:
@@ -96,6 +106,23 @@ def run_backward(
             CudaKernels(), dout.contiguous(), source, LayerWeights(*weights), cu_seqlens, kept, tuple(wanted)
         )
     return tuple(dout.new_empty(0) if g is None else g for g in gradients)
+
+
+def _rehearse(x: Tensor, stream: Tensor | None, norm: Tensor | None, eps: float, *rest: Any) -> None:
+    *weights, cu_seqlens = rest
+    normed = None if stream is None or norm is None else Normed(stream, norm, eps)
+    with torch.cuda.device(x.device), without_autocast(x.device.type):
+        rehearse(CudaKernels(), x, LayerWeights(*weights), cu_seqlens, normed)
+
+
+def make_ready(x: Tensor, stream: Tensor | None, norm: Tensor | None, eps: float, *rest: Any) -> None:
+    """Compiles the kernels of both passes beforehand, see `statescan.ops._cuda.make_ready`; `rest`: the weights and
+    cu_seqlens.
+
+    Raises:
+        BackendUnavailableError: one can't be made.
+    """
+    _cuda.make_ready(_rehearse, x, stream, norm, eps, *rest)
 
 
 _LIBRARY.impl("mamba_inner_cuda", run_forward, "CUDA")

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["POLICIES", "Kept", "Kernels", "LayerGradients", "LayerWeights", "Normed", "backward", "forward"]
+__all__ = ["POLICIES", "Kept", "Kernels", "LayerGradients", "LayerWeights", "Normed", "backward", "forward", "rehearse"]
 
 # What a policy keeps of a layer between the passes, beside the layer's input or what that is made again from. dt_proj's
 # output is as large as the convolution's, and one product over a few dozen columns makes it: nobody keeps it.
@@ -244,3 +244,24 @@ def backward(
         out_proj=d_out_proj,
         out_bias=_bias_gradient(dout, w.out_bias) if want.out_bias and w.out_bias is not None else None,
     )
+
+
+def rehearse(k: Kernels, x: Tensor, w: LayerWeights, cu_seqlens: Tensor | None, normed: Normed | None) -> None:
+    """Calls the kernels of `forward` and `backward` in x's dtype with tensors that lie as theirs do, and does nothing
+    else.
+
+    Args:
+        x: (batch, length, d_model), the layer's input; only its layout is asked for.
+        normed: what the input is made again from; None where it is kept.
+    """
+    xz = x.new_empty(*x.shape[:2], w.in_proj.shape[0])
+    u, dt, dy, du = (x.new_empty(*x.shape[:2], w.A.shape[0]) for _ in range(4))
+    inside, d_xz = _Inside(xz, u, x.new_empty(*x.shape[:2], w.x_proj.shape[0]), dt), torch.empty_like(xz)
+    before, z, B, C = inside.split(w)
+    _, dz, _, _ = inside._replace(xz=d_xz).split(w)
+    if normed is not None:
+        k.norm_again(normed, x.dtype)
+    k.conv_forward(before, w.conv, w.conv_bias, cu_seqlens)
+    checkpoints = k.scan_forward(u, dt, B, C, z, w, cu_seqlens)[1]
+    k.scan_backward(dy, checkpoints, u, dt, B, C, z, w, cu_seqlens, dz)
+    k.conv_backward(du, before, w.conv, w.conv_bias, cu_seqlens, d_xz[..., : w.A.shape[0]])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from statescan.ops._checks import without_autocast
-from statescan.ops._dispatch import choose
+from statescan.ops._dispatch import Facts, attempt
 from statescan.ops.mamba_step.validation import BlockWeights, check_step
 
 __all__ = ["BlockWeights", "MambaStepOutput", "mamba_step"]
@@ -64,15 +64,22 @@ def mamba_step(
     Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, figure 3, algorithm 2.
     """
     check_step(x, residual, conv_state, ssm_state, weights)
-    name = choose("mamba_step", backend, x.device.type, x.dtype, False, weights.d_state, weights.width)
-    with without_autocast(x.device.type):
+    facts = Facts(x.device.type, x.dtype, d_state=weights.d_state, width=weights.width)
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
         if name == "cpu":
-            from statescan.ops.mamba_step.cpu import mamba_step as run
+            from statescan.ops.mamba_step.cpu import mamba_step as step
         elif name == "cuda":
-            from statescan.ops.mamba_step.cuda import mamba_step as run
+            from statescan.ops._cuda import make_ready
+            from statescan.ops.mamba_step.cuda import mamba_step as step
+
+            # The first kernels move the state on: all have to be there before they run.
+            make_ready(step, x, residual, conv_state, ssm_state, weights)
         elif name == "torch":
-            from statescan.ops.mamba_step.torch_step import mamba_step as run
+            from statescan.ops.mamba_step.torch_step import mamba_step as step
         else:
-            from statescan.ops.mamba_step.reference import mamba_step as run
-        output, residual = run(x, residual, conv_state, ssm_state, weights)
-    return MambaStepOutput(output, residual)
+            from statescan.ops.mamba_step.reference import mamba_step as step
+        return step(x, residual, conv_state, ssm_state, weights)
+
+    with without_autocast(x.device.type):
+        return MambaStepOutput(*attempt("mamba_step", backend, facts, run))

@@ -530,19 +530,6 @@ def _backward_kernel(c: _Call, part: int, *beside: Tensor | None, again: bool = 
     return _cuda.kernel(_BACKWARD, "scan_backward", options, p.threads_backward, c.u.device.index or 0, shared)
 
 
-_ready: set[tuple[Any, ...]] = set()
-
-
-def _make_ready(c: _Call) -> None:
-    """Compiles the backward of such a call beforehand, once: where that fails another backend can still take the call,
-    which it no longer could in the middle of a backward pass."""
-    kind = (c.u.dtype, c.A.shape[1], c.varlen, c.fixed_B, c.fixed_C, c.z is None, c.softplus, c.u.device.index)
-    for part in (0, 1) if c.plan.chunks_backward > 1 else (0,):
-        if (kind, part) not in _ready:
-            _backward_kernel(c, part)
-            _ready.add((kind, part))
-
-
 def _backward(
     c: _Call,
     cu_seqlens: Tensor | None,
@@ -742,17 +729,24 @@ def launch_backward(
         return _backward(c, cu_seqlens, dy, dfinal, checkpoints, B, C, du, ddt, dz, dB, dC, y)
 
 
+def _rehearse_backward(*a: Any) -> None:
+    """The backward pass that may follow such a call."""
+    u = a[0]
+    launch_backward(*a, dy=u.new_empty(u.shape), checkpoints=u.new_empty(0))
+
+
 def _forward_op(*a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if a[13]:
+        _cuda.make_ready(_rehearse_backward, *a[:12])
     with torch.cuda.device(a[0].device):
-        c = _prepare(*a[:12])
-        results = _forward(c, a[10], a[12], a[13])
-        if a[13]:
-            _make_ready(c)
-        return results
+        return _forward(_prepare(*a[:12]), a[10], a[12], a[13])
 
 
 def _backward_op(*a: Any) -> tuple[Tensor, ...]:
-    g = launch_backward(*a[:12], dy=a[12], dfinal=a[13], checkpoints=a[14])
+    def launch(dy: Tensor) -> tuple[Tensor, ...]:
+        return launch_backward(*a[:12], dy=dy, dfinal=a[13], checkpoints=a[14])
+
+    g = _cuda.launch_ready(launch, a[12])
     return (*g[:3], g[3].to(a[3].dtype), g[4].to(a[4].dtype), *g[5:])  # a fixed B or C has any dtype
 
 

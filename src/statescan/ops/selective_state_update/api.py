@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from statescan.ops._checks import transformed, without_autocast
-from statescan.ops._dispatch import choose
+from statescan.ops._dispatch import Facts, attempt
 from statescan.ops.selective_state_update.validation import settle, validate
 
 __all__ = ["StateUpdateOutput", "selective_state_update"]
@@ -77,19 +77,22 @@ def selective_state_update(
     """
     validate(state, u, dt, A, B, C, D, z, dt_bias, inplace)
     by_transform = transformed(state, u, dt, A, B, C, D, z, dt_bias)
-    asked = (u.device.type, u.dtype, A.is_complex(), A.shape[1])
-    name = choose("selective_state_update", backend, *asked, transformed=by_transform)
+    facts = Facts(u.device.type, u.dtype, A.is_complex(), A.shape[1], transformed=by_transform)
     with without_autocast(u.device.type):
-        u, dt, A, B, C, D, z, dt_bias = settle(u, dt, A, B, C, D, z, dt_bias)
-        if name == "cpu":
-            from statescan.ops.selective_state_update.cpu import selective_state_update as run
-        elif name == "triton":
-            from statescan.ops.selective_state_update.triton_update import selective_state_update as run
-        elif name == "cuda":
-            from statescan.ops.selective_state_update.cuda import selective_state_update as run
-        elif name == "torch":
-            from statescan.ops.selective_state_update.torch_update import selective_state_update as run
-        else:
-            from statescan.ops.selective_state_update.reference import selective_state_update as run
-        y, new_state = run(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, inplace)
+        tensors = settle(u, dt, A, B, C, D, z, dt_bias)
+
+        def run(name: str) -> tuple[Tensor, Tensor]:
+            if name == "cpu":
+                from statescan.ops.selective_state_update.cpu import selective_state_update as update
+            elif name == "triton":
+                from statescan.ops.selective_state_update.triton_update import selective_state_update as update
+            elif name == "cuda":
+                from statescan.ops.selective_state_update.cuda import selective_state_update as update
+            elif name == "torch":
+                from statescan.ops.selective_state_update.torch_update import selective_state_update as update
+            else:
+                from statescan.ops.selective_state_update.reference import selective_state_update as update
+            return update(state, *tensors, dt_softplus, inplace)
+
+        y, new_state = attempt("selective_state_update", backend, facts, run)
     return StateUpdateOutput(y, new_state)

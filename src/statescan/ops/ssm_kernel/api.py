@@ -18,7 +18,7 @@ from statescan.ops._checks import (
     values_readable,
     without_autocast,
 )
-from statescan.ops._dispatch import choose
+from statescan.ops._dispatch import Facts, attempt, choose
 from statescan.ops.discretization import check_finite, check_forward_euler, check_method, check_stable
 from statescan.ops.ssm_kernel.real_form import kernel_dtype, real_form
 
@@ -125,23 +125,26 @@ def s4d_kernel(
     op = "s4d_kernel"
     _check(op, "A", A, {"B": B, "C": C}, dt, length, discretization)
     by_transform = transformed(A, B, C, dt)
-    asked = (A.device.type, kernel_dtype(A), A.is_complex(), A.shape[1])
-    name = choose(op, backend, *asked, transformed=by_transform)
-    _check_steps(op, A, dt, discretization)
-    if is_symbol(length):
-        from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
+    facts = Facts(A.device.type, kernel_dtype(A), A.is_complex(), A.shape[1], transformed=by_transform)
 
-        return torch.ops.statescan.s4d_kernel(A, B, C, dt, length, discretization, name)
-    if name == "cpu":
-        from statescan.ops.ssm_kernel import cpu as module
-    elif name == "triton":
-        from statescan.ops.ssm_kernel import triton_vandermonde as module
-    elif name == "torch":
-        from statescan.ops.ssm_kernel import vandermonde as module
-    else:
-        from statescan.ops.ssm_kernel import reference as module
-    with without_autocast(A.device.type):
-        return module.s4d_kernel(A, B, C, dt, length, discretization)
+    def run(name: str) -> Tensor:
+        _check_steps(op, A, dt, discretization)  # computes, which a refusal stands before
+        if is_symbol(length):
+            from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
+
+            return torch.ops.statescan.s4d_kernel(A, B, C, dt, length, discretization, name)
+        if name == "cpu":
+            from statescan.ops.ssm_kernel import cpu as module
+        elif name == "triton":
+            from statescan.ops.ssm_kernel import triton_vandermonde as module
+        elif name == "torch":
+            from statescan.ops.ssm_kernel import vandermonde as module
+        else:
+            from statescan.ops.ssm_kernel import reference as module
+        with without_autocast(A.device.type):
+            return module.s4d_kernel(A, B, C, dt, length, discretization)
+
+    return attempt(op, backend, facts, run)
 
 
 def s4_kernel(
@@ -194,33 +197,36 @@ def s4_kernel(
             f"{op}: Lambda must be complex, got {Lambda.dtype}; pass one eigenvalue of each conjugate pair"
         )
     by_transform = transformed(Lambda, P, B, C, dt)
-    asked = (Lambda.device.type, kernel_dtype(Lambda), True, Lambda.shape[1])
-    name = choose(op, backend, *asked, transformed=by_transform)
-    _check_steps(op, Lambda, dt, discretization, columns)
-    if name == "cpu":
-        from statescan.ops.ssm_kernel import cpu_powers as module
-    elif name == "torch":
-        from statescan.ops.ssm_kernel import doubling as module
-    elif name == "reference":
-        from statescan.ops.ssm_kernel import reference as module
-    else:
-        if discretization != "bilinear":
-            raise ConfigError(
-                f"{op}: discretization must be 'bilinear' with backend '{name}', got {discretization!r}; "
-                "its formula holds for that rule alone: use backend='torch'"
-            )
-        if name == "cauchy_cpu":
-            from statescan.ops.ssm_kernel import cauchy_cpu as module
-        elif name == "cauchy_triton":
-            from statescan.ops.ssm_kernel import cauchy_triton as module
-        else:
-            from statescan.ops.ssm_kernel import cauchy as module
-    if is_symbol(length):
-        from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
+    facts = Facts(Lambda.device.type, kernel_dtype(Lambda), True, Lambda.shape[1], transformed=by_transform)
 
-        return torch.ops.statescan.s4_kernel(Lambda, columns, B, C, dt, length, discretization, name)
-    with without_autocast(Lambda.device.type):
-        return module.s4_kernel(Lambda, columns, B, C, dt, length, discretization)
+    def run(name: str) -> Tensor:
+        _check_steps(op, Lambda, dt, discretization, columns)
+        if name == "cpu":
+            from statescan.ops.ssm_kernel import cpu_powers as module
+        elif name == "torch":
+            from statescan.ops.ssm_kernel import doubling as module
+        elif name == "reference":
+            from statescan.ops.ssm_kernel import reference as module
+        else:
+            if discretization != "bilinear":
+                raise ConfigError(
+                    f"{op}: discretization must be 'bilinear' with backend '{name}', got {discretization!r}; "
+                    "its formula holds for that rule alone: use backend='torch'"
+                )
+            if name == "cauchy_cpu":
+                from statescan.ops.ssm_kernel import cauchy_cpu as module
+            elif name == "cauchy_triton":
+                from statescan.ops.ssm_kernel import cauchy_triton as module
+            else:
+                from statescan.ops.ssm_kernel import cauchy as module
+        if is_symbol(length):
+            from statescan.ops.ssm_kernel import any_length  # noqa: F401, registers the operator
+
+            return torch.ops.statescan.s4_kernel(Lambda, columns, B, C, dt, length, discretization, name)
+        with without_autocast(Lambda.device.type):
+            return module.s4_kernel(Lambda, columns, B, C, dt, length, discretization)
+
+    return attempt(op, backend, facts, run)
 
 
 def _check_run(op: str, u: Tensor, state: Tensor, like: Tensor, name: str) -> None:
