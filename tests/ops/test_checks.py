@@ -4,7 +4,6 @@ and forward-mode AD, which kernels don't take part in, lose no derivative."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from statescan import ops
 from statescan.errors import BackendUnavailableError, ShapeError
 from statescan.ops._checks import check_cu_seqlens, mark_checked, transformed, transforms_active
 from statescan.ops._dispatch import BACKENDS
-from statescan.ops.selective_scan.cuda import _marks
 
 
 class Watched(torch.Tensor):
@@ -64,38 +62,51 @@ def test_on_the_cpu_a_look_costs_nothing_and_is_not_remembered() -> None:
     assert Watched.reads == 2
 
 
-def test_marks_of_packed_sequences_are_made_once_for_the_same_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
-    capturing = False
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+# offsets that are wrong for a length of 10: too short, no 0 in front, falling, negative, too long
+WRONG = ([0, 5, 8], [2, 5, 10], [0, 7, 4, 10], [0, -3, 10], [0, 4, 20])
 
-    def wanted(values: list[int], length: int) -> tuple[list[int], list[int]]:
-        starts, ends = [0] * length, [0] * length
-        for number, (begin, end) in enumerate(pairwise(values), start=1):
-            if end > begin:
-                starts[begin], ends[end - 1] = number, number
-        return starts, ends
 
-    def made(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
-        starts, ends = _marks(tensor, 9)
-        return starts[:9].tolist(), ends[:9].tolist()
+def packed_op(op: str, backend: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An op over ten packed positions as a function of their boundaries."""
+    draw = torch.Generator().manual_seed(0)
+    u, step = torch.randn(1, 10, 4, generator=draw), torch.rand(1, 10, 4, generator=draw)
+    B, weight = torch.randn(1, 10, 3, generator=draw), torch.randn(4, 4, generator=draw)
+    if op == "causal_conv1d":
+        return lambda cu: ops.causal_conv1d(u, weight, cu_seqlens=cu, backend=backend).y
+    return lambda cu: ops.selective_scan(u, step, -torch.ones(4, 3), B, B, cu_seqlens=cu, backend=backend).y
 
-    values = [0, 0, 1, 4, 4, 9]  # some are empty, one of a single step
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            tensor = torch.tensor(values, dtype=torch.int32)
-            assert made(tensor) == wanted(values, 9)
-            assert _marks(tensor, 9)[0] is not _marks(tensor, 9)[0]  # nobody said that they are right
-            mark_checked(tensor, 9)
-            first = _marks(tensor, 9)
-            assert _marks(tensor, 9)[0] is first[0]
-            capturing = True
-            assert _marks(tensor, 9)[0] is not first[0]
-            capturing = False
-    tensor = torch.tensor(values, dtype=torch.int32)
-    mark_checked(tensor, 9)
-    assert made(tensor) == wanted(values, 9)
-    tensor[2] = 3
-    assert made(tensor) == wanted([0, 0, 3, 4, 4, 9], 9)
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [
+        *((op, backend) for op in ("selective_scan", "causal_conv1d") for backend in ("cpu", "torch")),
+        ("selective_scan", "reference"),  # that of the convolution reads them on the host, which no graph can
+    ],
+)
+def test_wrong_boundaries_stop_a_graph(op: str, backend: str, require_backend: Callable[..., None]) -> None:
+    """A graph checks in every call, since the host has not seen what it is called with."""
+    require_backend(op, backend, device="cpu", d_state=3)
+    torch.compiler.reset()
+    run = packed_op(op, backend)
+    graph = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for right in ([0, 0, 4, 10], [0, 10, 10, 10]):
+        torch.testing.assert_close(graph(torch.tensor(right)), run(torch.tensor(right)))
+    for wrong in WRONG:
+        with pytest.raises((ShapeError, RuntimeError), match=f"{op}: cu_seqlens must (go|run) from 0 to the length"):
+            graph(torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_wrong_boundaries_stop_an_exported_program(op: str) -> None:
+    class Packed(torch.nn.Module):
+        def forward(self, cu: torch.Tensor) -> torch.Tensor:
+            return packed_op(op, "torch")(cu)
+
+    right = torch.tensor([0, 4, 10])
+    program = torch.export.export(Packed(), (right,)).module()
+    torch.testing.assert_close(program(right), packed_op(op, "torch")(right))
+    with pytest.raises(RuntimeError, match=f"{op}: cu_seqlens must go from 0 to the length and never fall"):
+        program(torch.tensor([0, 4, 9]))
 
 
 def _calls() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from statescan.errors import DTypeError, ShapeError
 from statescan.nn.attention import rotary_table
 from statescan.ops import decode_attention
+from statescan.ops.decode_attention import cuda as backend
 from statescan.testing import assert_within_budget
 
 BACKENDS = ["torch", "reference"]
@@ -152,3 +153,28 @@ def test_bad_input(change: dict[str, Tensor], error: type[Exception], text: str)
     arguments = cast(problem(), torch.float32, torch.float32) | change
     with pytest.raises(error, match=text):
         decode_attention(**arguments)
+
+
+def test_more_rows_than_a_grid_takes_go_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch gets its own rows of everything; a stand-in for the kernel says which."""
+    seen: list[tuple[tuple[int, ...], list[int]]] = []
+    rows = 5
+    qkv, caches = torch.zeros(rows, 3, 64), torch.zeros(2, rows, 1, 8, 64)
+    lengths, out = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, 1, 64)
+    q, k, v = qkv.split(1, 1)
+    by_row = (q, k, v, *caches, lengths, out)
+
+    def run(grid: tuple[int, ...], *given: Any) -> None:
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        (q_, k_, v_, keys_, values_, lengths_, *_), out_ = tensors, tensors[-1]
+        places = [
+            (own.data_ptr() - whole.data_ptr()) // (whole.stride(0) * whole.element_size())
+            for own, whole in zip((q_, k_, v_, keys_, values_, lengths_, out_), by_row, strict=True)
+        ]
+        assert all(len(own) == grid[2] for own in (q_, lengths_, out_))
+        seen.append((grid, places))
+
+    monkeypatch.setattr(backend, "_MOST_ROWS", 2)
+    monkeypatch.setattr(backend._cuda, "kernel", lambda *_: run)
+    backend.launch(q, k, v, caches[0], caches[1], lengths, None, out, torch.zeros(1000), torch.zeros(rows).int())
+    assert [(grid[2], places) for grid, places in seen] == [(2, [0] * 7), (2, [2] * 7), (1, [4] * 7)]

@@ -148,7 +148,7 @@ def assert_cu_seqlens(op: str, cu_seqlens: Tensor, length: int) -> None:
     if not _in_graph(cu_seqlens) or not _has_assert(cu_seqlens.device.type):
         return
     never_falls = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-    torch._assert_async(
+    torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
         never_falls & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length),
         f"{op}: cu_seqlens must go from 0 to the length and never fall, got other offsets; pass the running sum of "
         "the sequences' lengths, with 0 in front",

@@ -22,6 +22,7 @@ _THREADS, _UNROLL = 128, 4
 # Blocks of a launch, where there is work for so many: a few rounds of what a GPU holds at once.
 _BLOCKS = 4096
 _MOST_SPANS = 32
+_MOST_ROWS = 65535  # of the batch in one launch, whose third axis they are
 
 
 def refuses(facts: Facts) -> str | None:
@@ -72,6 +73,11 @@ def launch(
         ended: int32 zeros, at least batch * kv_heads, zeros again afterwards; no other launch may use them meanwhile.
     """
     batch, heads, size = q.shape
+    if batch > _MOST_ROWS:
+        for rows in (slice(first, first + _MOST_ROWS) for first in range(0, batch, _MOST_ROWS)):
+            q_, k_, v_, keys_, values_, lengths_, out_ = (x[rows] for x in (q, k, v, keys, values, lengths, out))
+            launch(q_, k_, v_, keys_, values_, lengths_, rotary, out_, partial, ended)
+        return
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     macros = {
         "IN": _TYPES[q.dtype],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from statescan.errors import ConfigError, ShapeError
 from statescan.ops import _cuda
-from statescan.ops._checks import as_checked, is_checked
+from statescan.ops._checks import as_checked, is_checked, refuse_second_derivative
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 
@@ -25,6 +25,7 @@ __all__ = ["Plan", "describe", "launch_backward", "launch_forward", "plan", "ref
 
 _FORWARD = Path(__file__).with_name("scan_forward.cu")
 _BACKWARD = Path(__file__).with_name("scan_backward.cu")
+_MARKS = Path(__file__).with_name("marks.cu")
 _IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _SHARED_BYTES = 48 * 1024  # what a block has without asking
 _SHARED_LIMIT = 99 * 1024  # what it can ask for on every architecture from 8.0 on
@@ -85,8 +86,10 @@ class Plan:
     chunk_len_backward: int
 
 
-_NT_FORWARD, _NT_BACKWARD, _NT_SUMS = 256, 256, 256  # threads a block
+_NT_FORWARD, _NT_BACKWARD, _NT_SUMS, _NT_MARKS = 256, 256, 256, 256  # threads a block
 _RESIDENT_FORWARD, _RESIDENT_BACKWARD = 2, 2  # blocks that a multiprocessor holds at once
+_MOST_ROWS = 65535  # of the batch in one launch, whose second axis they are
+_LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
 # Two lanes a channel take fewer instructions a state than four, but give half the warps: worth it where there are this
 # many blocks of 64 channels a multiprocessor, or where time is long enough to be cut into as many chunks as it takes.
 _BLOCKS_FOR_TWO_LANES, _LENGTH_FOR_TWO_LANES = 3, 16384
@@ -373,6 +376,12 @@ class _Call:
         per_group = math.ceil(self.u.shape[2] // self.groups / channels)
         return (self.groups * per_group, self.u.shape[0], chunks), per_group
 
+    def part(self, rows: slice) -> _Call:
+        """The same call for these rows of the batch alone."""
+        B, C = (x if fixed else x[rows] for x, fixed in ((self.B, self.fixed_B), (self.C, self.fixed_C)))
+        z, initial = (None if x is None else x[rows] for x in (self.z, self.initial))
+        return replace(self, u=self.u[rows], dt=self.dt[rows], B=B, C=C, z=z, initial=initial)
+
 
 def _spread(x: Tensor, groups: int) -> Tensor:
     """B or C with as many groups as the kernels run: without a copy where all groups share one."""
@@ -383,20 +392,18 @@ def _spread(x: Tensor, groups: int) -> Tensor:
 
 
 def _marks(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """At each position the number of the sequence that starts there, and of the one that ends there, from 1, else 0."""
+    """At each position the number of the sequence that starts there, and of the one that ends there, from 1, else 0.
+    The kernel that makes them stops the program where the boundaries are wrong."""
     capturing = torch.cuda.is_current_stream_capturing()  # a graph makes them anew in every replay
     known = None if capturing else as_checked(cu_seqlens, length)
     kept = getattr(cu_seqlens, "_statescan_marks", None)
     if kept is not None and known is not None and kept[0] == known and is_checked(cu_seqlens, length):
         return kept[1]  # of the layer before: all have the same boundaries
-    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    number = torch.arange(1, len(begin) + 1, dtype=torch.int32, device=cu_seqlens.device)
-    filled = end > begin
-    # One slot past the end takes what empty sequences would write.
-    starts = torch.zeros(length + 1, dtype=torch.int32, device=cu_seqlens.device)
-    ends = torch.zeros(length + 1, dtype=torch.int32, device=cu_seqlens.device)
-    starts[torch.where(filled, begin, length)] = number
-    ends[torch.where(filled, end - 1, length)] = number
+    starts, ends = torch.zeros(2, length, dtype=torch.int32, device=cu_seqlens.device)
+    sequences = cu_seqlens.shape[0] - 1
+    run = _cuda.kernel(_MARKS, "scan_marks", {}, _NT_MARKS, cu_seqlens.device.index or 0)
+    bounds = cu_seqlens.to(torch.int32).contiguous()
+    run((math.ceil(sequences / _NT_MARKS), 1, 1), bounds, starts, ends, i32(sequences), i32(length))
     if known is not None:
         cu_seqlens._statescan_marks = known, (starts, ends)  # type: ignore[attr-defined]
     return starts, ends
@@ -418,6 +425,11 @@ def _prepare(
 ) -> _Call:
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     batch, length, d_inner = u.shape
+    if length > _LONGEST:
+        raise ShapeError(
+            f"selective_scan: u must have a length of at most {_LONGEST} on backend 'cuda', got {length}; "
+            "cut it, and hand the final_state on as initial_state"
+        )
     groups = math.lcm(*(x.shape[2] if x.dim() == 4 else 1 for x in (B, C)))
     B, C = (_spread(x, groups) for x in (B, C))
     u, dt, z, B, C = (_contiguous_last(x) for x in (u, dt, z, B, C))  # type: ignore[assignment]
@@ -455,12 +467,21 @@ def _place(given: Tensor | None, like: Tensor, name: str) -> Tensor:
     return given
 
 
+def _pieces(batch: int) -> list[slice]:
+    """The rows of the batch, as many at once as one launch takes."""
+    return [slice(first, first + _MOST_ROWS) for first in range(0, batch, _MOST_ROWS)]
+
+
 def _forward(
     c: _Call, cu_seqlens: Tensor | None, want_final: bool, want_checkpoints: bool, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, d_inner = c.u.shape
     n, p, device = c.A.shape[1], c.plan, c.u.device
     y = _place(y, c.u, "y")
+    if batch > _MOST_ROWS:
+        pieces = [_forward(c.part(r), None, want_final, want_checkpoints, y[r]) for r in _pieces(batch)]
+        _, finals, kept = zip(*pieces, strict=True)
+        return y, torch.cat(finals), torch.cat(kept)
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     final = torch.empty(0, dtype=c.real, device=device)
     if want_final:
@@ -547,6 +568,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; an empty tensor for an input that isn't there."""
     batch, length, d_inner = c.u.shape
+    if batch > _MOST_ROWS:
+        return _backward_in_pieces(c, dy, dfinal, checkpoints, B, C, du, ddt, dz, dB, dC, y)
     n, p, device = c.A.shape[1], c.plan, c.u.device
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     gu, gdt = _place(du, c.u, "du"), _place(ddt, c.u, "ddt")
@@ -638,6 +661,41 @@ def _backward(
         *(i32(sum(ends[: k + 1])) for k in range(4)),
     )
     return gu, gdt, dA, *outs, dD, gz, dbias, ginit
+
+
+def _backward_in_pieces(
+    c: _Call,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    checkpoints: Tensor,
+    B: Tensor,
+    C: Tensor,
+    du: Tensor | None,
+    ddt: Tensor | None,
+    dz: Tensor | None,
+    dB: Tensor | None,
+    dC: Tensor | None,
+    y: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """`_backward` where one launch does not take all rows: the pieces' shares of what rows share are added in order."""
+    du, ddt = _place(du, c.u, "du"), _place(ddt, c.u, "ddt")
+    dz = None if c.z is None else _place(dz, c.u, "dz")
+    dB = None if c.fixed_B else _place(dB, B, "dB")
+    dC = None if c.fixed_C else _place(dC, C, "dC")
+
+    def piece(r: slice) -> tuple[Tensor, ...]:
+        B_, C_ = B if c.fixed_B else B[r], C if c.fixed_C else C[r]
+        beside = (None if x is None else x[r] for x in (du, ddt, dz, dB, dC, y))
+        return _backward(c.part(r), None, dy[r], None if dfinal is None else dfinal[r], checkpoints[r], B_, C_, *beside)
+
+    pieces = zip(*(piece(r) for r in _pieces(c.u.shape[0])), strict=True)
+    _, _, dA, gB, gC, dD, gz, dbias, ginit = (list(found) for found in pieces)
+
+    def added(found: list[Tensor]) -> Tensor:
+        return torch.stack(found).sum(0)
+
+    dB, dC = added(gB) if dB is None else dB, added(gC) if dC is None else dC
+    return du, ddt, added(dA), dB, dC, added(dD), gz[0] if dz is None else dz, added(dbias), torch.cat(ginit)
 
 
 _SCHEMA = (
@@ -802,6 +860,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        refuse_second_derivative("selective_scan", "cuda")
         u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
         inputs = (u, dt, A, B, C, D, z, dt_bias, ctx.softplus, initial_state, cu_seqlens, ctx.invariant)
         dy = torch.zeros_like(u) if dy is None else dy
