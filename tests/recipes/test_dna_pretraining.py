@@ -32,21 +32,6 @@ def test_the_length_doubles_over_the_first_half() -> None:
         recipe.pretraining_run("x", ["x.fa"])
 
 
-def test_octaves_weigh_their_halves() -> None:
-    buckets = [(1, 1, 10, 2.0), (2, 2, 10, 1.9), (3, 3, 30, 1.5), (4, 5, 20, 1.0), (6, 7, 20, 3.0), (8, 8, 10, 9.0)]
-    judged = {
-        "by_position": [
-            {"first": a, "last": b, "count": n, "bits_per_token": bits, "standard_error": 0.1}
-            for a, b, n, bits in buckets
-        ]
-    }
-    found = recipe.octaves(judged)
-    # The last one holds one position of eight: the windows' end.
-    assert list(found) == [1, 2, 4]
-    assert found[2] == pytest.approx((1.6, 0.1))
-    assert found[4] == pytest.approx((2.0, 0.1))
-
-
 @pytest.fixture
 def genome(tmp_path: Path) -> Path:
     draw = np.random.default_rng(0)
@@ -85,13 +70,26 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     # Windows of whole length within the region held out, every position of which is judged on the same ones.
     assert mamba["window"]["tokens"] == 4 * 512
     assert {bucket["count"] % 4 for bucket in mamba["window"]["by_position"]} == {0}
-    assert mamba["carried"]["tokens"] == 2048
-    assert conv["carried"] is None
+    # The second half of a window of 512 and what follows it, in windows of 4 to 512 and with the state carried.
+    for row in (mamba, conv):
+        assert row["by_context"]["lengths"] == [4, 8, 16, 32, 64, 128, 256, 512]
+        assert sum(row["by_context"]["tokens"]) == 2500 - 257
+        assert [point["last"] for point in row["curve"][:8]] == row["by_context"]["lengths"]
+    assert [(point["first"], point["last"]) for point in mamba["curve"][8:]] == [(513, 1024), (1025, 2048)]
+    assert [one["tokens"] for one in mamba["by_context"]["carried"]] == [[512], [1024]]
+    assert len(conv["curve"]) == 8
+    (compared,) = results["compared"]
+    assert (compared["row"], compared["beside"]) == ("conv", "mamba")
+    for step, one, other in zip(compared["by_context"], mamba["curve"], conv["curve"], strict=False):
+        assert step["difference"] == pytest.approx(other["bits_per_token"] - one["bits_per_token"])
     # Half of the bases are known from the one before: 1 bit in place of 2.
     assert 0.95 < mamba["window"]["bits_per_token"] < 1.6
     table = (out / "results.md").read_text()
     assert "| Mamba | " in table
-    assert "state carried" in table
+    assert "| dilated convolution | " in table
+    assert "Bits per base more than Mamba on the same bases in the same windows:" in table
+    assert "Judged of each row: 2,243 bases of 1 loci." in table
+    assert "Mamba, state carried, beside windows of 512: 1,024: " in table
     assert (out / "context.svg").exists()
     assert json.loads((out / "results.json").read_text())["benchmark"] == "dna-pretraining"
     with pytest.raises(CheckpointError, match="is of a run with other settings"):
@@ -99,7 +97,8 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     # Judged anew at other lengths.
     results = recipe.dna_pretraining(runs(60, "mamba"), out, context=256, carried=2048, say=lines.append)
     assert results["rows"][0]["window"]["context"] == 256
-    assert "± " in table
+    assert results["compared"] == []
+    assert "Judged on other bases, and so not compared: dilated convolution." in (out / "results.md").read_text()
     # Longer than what is held out: nothing is trained that could not be judged.
     for name, lengths in (("context", {"context": 4096}), ("carried", {"context": 512, "carried": 4096})):
         wanted = f"of more than 4,096 bases, which --{name} judges together, got 2,500 at most; lower --{name}"
@@ -108,7 +107,7 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     assert not list((tmp_path / "none").iterdir())
     # As far as a region reaches, where nothing is said.
     results = recipe.dna_pretraining(runs(60, "mamba"), out, context=512, say=lines.append)
-    assert next(row for row in results["rows"] if row["row"] == "mamba")["carried"]["tokens"] == 2048
+    assert next(row for row in results["rows"] if row["row"] == "mamba")["curve"][-1]["last"] == 2048
     # Other bases under the same name.
     with np.load(genome) as held:
         arrays = dict(held)
@@ -148,7 +147,7 @@ def test_what_is_held_out_is_long_enough_to_be_judged(tmp_path: Path) -> None:
     more = [f"data.cache={tmp_path / 'cache'}", "train.length=1024", "train.first_length=0", "train.stage_steps=0"]
     run = recipe.pretraining_run("mamba", [str(path)], judged=1 << 17, overrides=more)
     regions = recipe._regions(read_genome(run))
-    assert max(end - start for start, end in regions) > 1 << 17
+    assert max(region.end - region.start for region in regions) > 1 << 17
     assert recipe._lengths("mamba", regions, 1 << 17, None) == {"context": 1 << 17, "carried": None}
     assert recipe._lengths("mamba", regions, 1 << 10, None) == {"context": 1 << 10, "carried": 1 << 17}
     assert recipe._lengths("conv", regions, 1 << 10, 1 << 12) == {"context": 1 << 10, "carried": None}
@@ -199,7 +198,7 @@ def test_a_row_that_was_not_judged_is_named(genome: Path, tmp_path: Path) -> Non
     assert ([row["row"] for row in results["rows"]], results["not_judged"]) == (["conv"], ["mamba"])
     table = (out / "results.md").read_text()
     assert "| Mamba |" not in table
-    assert "as long as a window: Mamba; call with a lower --context." in table
+    assert "as long as a window: Mamba; lower --context." in table
     results = judge("mamba")
     assert ([row["row"] for row in results["rows"]], results["not_judged"]) == (["mamba", "conv"], [])
     assert "Not judged" not in (out / "results.md").read_text()
@@ -219,4 +218,58 @@ def test_what_is_judged_was_not_trained_on(tmp_path: Path) -> None:
     (row,) = results["rows"]
     assert row["train_loss"] < 0.7
     assert row["window"]["bits_per_token"] > 1.9
-    assert row["carried"]["bits_per_token"] > 1.9
+    assert min(point["bits_per_token"] for point in row["curve"]) > 1.9
+
+
+def test_a_row_that_an_earlier_version_judged_is_read_again(genome: Path, tmp_path: Path) -> None:
+    small = ["model.d_model=8", "model.n_layer=1", "train.batch_size=4", "train.accelerator=cpu", "train.threads=1"]
+    small += [f"data.cache={tmp_path / 'cache'}"]
+    out, lines = tmp_path / "out", []
+
+    def judge(*rows: str) -> dict:
+        runs = {row: recipe.pretraining_run(row, [str(genome)], length=64, steps=1, overrides=small) for row in rows}
+        return recipe.dna_pretraining(runs, out, context=64, carried=128, say=lines.append)
+
+    judge("mamba", "conv")
+    path = out / "mamba" / "context.json"
+    whole = path.read_text()
+    older = json.loads(whole)
+    del older["by_context"]
+    path.write_text(json.dumps(older | {"carried": older["window"]}))
+    # Shown with what it has.
+    results = recipe.report(out)
+    assert [(row["row"], row["curve"] is None) for row in results["rows"]] == [("mamba", True), ("conv", False)]
+    assert results["compared"] == []
+    table = (out / "results.md").read_text()
+    assert "Not read again with other context, by an earlier version: Mamba; call again." in table
+    assert table.count("| Mamba | ") == 1
+    lines.clear()
+    results = judge("mamba", "conv")
+    assert lines == ["mamba: judged"], "nothing is trained again, and what is judged is not judged again"
+    assert path.read_text() == whole
+    assert [(one["row"], one["beside"]) for one in results["compared"]] == [("conv", "mamba")]
+
+
+def test_homologues_lie_at_the_same_place(tmp_path: Path) -> None:
+    """Of aligned species what is held out is of one group; a gap of one moves none of its bases to another locus."""
+    draw = np.random.default_rng(0)
+    arrays = {}
+    for name in ("human", "gorilla"):
+        bases = draw.integers(0, 4, 100_000).astype(np.uint8)
+        arrays |= {name: bases, f"{name}_blocklen": np.full(100, 1000)}
+    # 85 to 90 thousand are held out.
+    arrays["human"][86_000:88_000] = 4
+    path = tmp_path / "apes.npz"
+    np.savez(path, **arrays)
+    run = recipe.pretraining_run("mamba", [str(path)], length=64, overrides=[f"data.cache={tmp_path / 'cache'}"])
+    regions = recipe._regions(read_genome(run))
+    assert regions == [(0, 1000, 0, 0), (1000, 3000, 0, 3000), (3000, 8000, 0, 0)]
+    # Records that no blocks align are not.
+    flat = tmp_path / "flat.npz"
+    np.savez(flat, seq=arrays["gorilla"], reclen=np.array([60_000, 40_000]), names=np.array(["a", "b"]))
+    bed = tmp_path / "v.bed"
+    bed.write_text("a\t100\t300\nb\t500\t900\n")
+    run = recipe.pretraining_run(
+        "mamba", [str(flat)], length=64, valid_regions=str(bed), overrides=[f"data.cache={tmp_path / 'cache'}"]
+    )
+    assert recipe._regions(read_genome(run)) == [(0, 200, 0, 0), (200, 600, 1, 0)]

@@ -40,7 +40,7 @@ def dna_pretraining(
     ] = None,
     length: Annotated[int, typer.Option("--length", help="Bases of a window in the end, a power of two.")] = 1 << 15,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Updates, of 131,072 bases each.")] = 1000,
-    context: Annotated[int, typer.Option("--context", min=2, help="Bases of a window that is judged.")] = 1 << 17,
+    context: Annotated[int, typer.Option("--context", min=2, help="Bases of the longest window judged.")] = 1 << 17,
     carried: Annotated[
         int | None,
         typer.Option(

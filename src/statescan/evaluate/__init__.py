@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statescan.evaluate.contexts import ByContext, ContextPoint, Region, read_by_context
 from statescan.evaluate.continuations import (
     Likelihood,
     LogitsReader,
@@ -23,6 +24,8 @@ from statescan.evaluate.yardsticks import NGramModel, ngram_bits_per_byte, xz_bi
 
 __all__ = [
     "TASKS",
+    "ByContext",
+    "ContextPoint",
     "Evaluation",
     "Likelihood",
     "LogitsReader",
@@ -31,6 +34,7 @@ __all__ = [
     "PositionBucket",
     "Question",
     "Reader",
+    "Region",
     "Request",
     "StateReader",
     "Task",
@@ -40,6 +44,7 @@ __all__ = [
     "evaluate_tasks",
     "evaluate_tokens",
     "ngram_bits_per_byte",
+    "read_by_context",
     "read_questions",
     "row_bits",
     "window_bits",

@@ -1,5 +1,9 @@
 """Next-base prediction on genomes with the paper's length warm-up: the loss as a function of the context, of Mamba, S4,
-a dilated convolution and a Transformer with as many parameters, trained on the same windows in the same order."""
+a dilated convolution and a Transformer with as many parameters, trained on the same windows in the same order.
+
+Parts of a genome differ in how well they are predicted by far more than context is worth. So the same bases are read
+with less and with more before them, and what is told, of contexts and of rows, is the mean of these differences.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ import numpy as np
 import torch
 
 from statescan.errors import ConfigError, DataError
-from statescan.evaluate import Evaluation, evaluate_tokens
+from statescan.evaluate import ByContext, Region, evaluate_tokens, read_by_context
 from statescan.files import make_folder, write_json, write_text
 from statescan.models import CausalLM, MambaConfig, ModelConfig
 from statescan.models.baseline_config import ConvConfig, S4Config, TransformerConfig
@@ -117,9 +121,11 @@ def dna_pretraining(
     Args:
         runs: by the row's name.
         out: folder of the runs, each in a folder of its name, and of the report.
-        context: bases of a window in which the loss is followed over the position.
+        context: bases of the longest window in which the bases are judged that are judged in all; see
+            `statescan.evaluate.read_by_context`.
         carried: bases over which a model with a state of fixed size is followed with the state carried. Default: the
             longest power of two above `context`, up to 2^20, that a region held out is long; none where there is none.
+            What the bases beyond `context` cost is set beside what they cost in windows of it.
         say: called with lines of progress.
 
     Returns:
@@ -145,8 +151,10 @@ def dna_pretraining(
             if result.signalled:
                 raise KeyboardInterrupt
             say(f"{row}: trained, {result.tokens_per_second:,.0f} bases/s, loss {result.train_loss:.4f} nats")
-        scores = folder / _SCORES
-        if not scores.exists() or json.loads(scores.read_text(encoding="utf-8")).get("lengths") != lengths[row]:
+        path = folder / _SCORES
+        scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        # Earlier versions followed the position alone.
+        if scores.get("lengths") != lengths[row] or not scores.get("by_context"):
             _judge(run, folder, lengths[row])
             say(f"{row}: judged")
         report(out)
@@ -168,20 +176,29 @@ def _as_begun(row: str, run: RunConfig, folder: Path, context: int, carried: int
     return begun
 
 
-def _regions(corpus: Corpus) -> list[tuple[int, int]]:
-    """Where the regions that are held out begin and end in the ids that are."""
-    ends = corpus.valid_documents
+def _regions(corpus: Corpus) -> list[Region]:
+    """What is held out, in the ids that are; of aligned species what lies at about the same place is homologous."""
+    ends, spans = corpus.valid_documents, corpus.valid_spans
     assert ends is not None
-    return list(itertools.pairwise(ends.tolist()))
+    assert spans is not None
+    parts = corpus.facts.get("aligned", {}).get("valid")
+    regions = []
+    for number, ((start, end), (first, _)) in enumerate(zip(itertools.pairwise(ends.tolist()), spans, strict=True)):
+        if parts:
+            place = int(first) - max(part for part, _ in parts if part <= first)
+            regions.append(Region(start, end, 0, place))
+        else:
+            regions.append(Region(start, end, number))
+    return regions
 
 
-def _lengths(row: str, regions: Sequence[tuple[int, int]], context: int, carried: int | None) -> dict[str, int | None]:
+def _lengths(row: str, regions: Sequence[Region], context: int, carried: int | None) -> dict[str, int | None]:
     """The lengths at which a row is judged.
 
     Raises:
         DataError: no region holds a window.
     """
-    longest = max((end - start for start, end in regions), default=0) - 1
+    longest = max((region.end - region.start for region in regions), default=0) - 1
     for name, length in (("context", context), ("carried", carried)):
         if length is not None and length > longest:
             raise DataError(
@@ -198,39 +215,31 @@ def _lengths(row: str, regions: Sequence[tuple[int, int]], context: int, carried
 def _judge(run: RunConfig, folder: Path, lengths: Mapping[str, int | None]) -> None:
     """Leaves the scores in a run's folder."""
     corpus = read_genome(run)
+    regions = _regions(corpus)
     device = "cuda" if torch.cuda.is_available() and run.train.accelerator != "cpu" else "cpu"
     model = CausalLM.from_pretrained(folder, device=device).eval()
-
-    def judge(length: int, carry: bool) -> Evaluation:
-        # Regions that are whole windows long, so that every position is judged on the same ones.
-        kept, bounds = [], [0]
-        for start, end in _regions(corpus):
-            for first in range(start, end - length, length):
-                kept.append(corpus.valid[first : first + length + 1])
-                bounds.append(bounds[-1] + length + 1)
-        tokens = np.concatenate(kept)
-        with torch.autocast(device, torch.bfloat16, enabled=run.train.precision == "bf16"):
-            return evaluate_tokens(
-                model,
-                tokens,
-                tokenizer=corpus.tokenizer,
-                context=min(length, 1 << 16) if carry else length,
-                carry_state=carry,
-                batch_size=None if carry else 1,
-                documents=bounds,
-            )
-
     context, carried = lengths["context"], lengths["carried"]
     assert context is not None
+    # Regions that are whole windows long, so that every position is judged on the same ones.
+    kept, bounds = [], [0]
+    for start, end, *_ in regions:
+        for first in range(start, end - context, context):
+            kept.append(corpus.valid[first : first + context + 1])
+            bounds.append(bounds[-1] + context + 1)
+    with torch.autocast(device, torch.bfloat16, enabled=run.train.precision == "bf16"):
+        windows = evaluate_tokens(
+            model, np.concatenate(kept), tokenizer=corpus.tokenizer, context=context, batch_size=1, documents=bounds
+        )
+        unjudged = getattr(corpus.tokenizer, "unjudged", None)
+        again = read_by_context(model, corpus.valid, regions, context=context, carried=carried, unjudged=unjudged)
     scores: dict[str, Any] = {"machine": machine_facts(device), "parameters": model.parameter_count()}
-    scores["lengths"] = dict(lengths)
-    scores["window"] = judge(context, False).to_dict()
-    scores["carried"] = None if carried is None else judge(carried, True).to_dict()
+    scores |= {"lengths": dict(lengths), "window": windows.to_dict(), "by_context": again.to_dict()}
     write_json(folder / _SCORES, scores)
 
 
 def report(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """results.json, results.md and context.svg of all judged rows in a folder, and the names of those that were not."""
+    """results.json, results.md and context.svg of all judged rows in a folder, each two of which are compared that were
+    judged on the same bases; and the names of those that were not judged."""
     out = Path(out)
     rows, missing = [], []
     for path in sorted(out.glob(f"*/{_SCORES}")):
@@ -240,10 +249,12 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
             missing.append(path.parent.name)
             continue
         facts = json.loads((path.parent / RUN_FILE).read_text(encoding="utf-8"))
+        again = scores.get("by_context")
         rows.append(
             {
                 "row": path.parent.name,
                 **scores,
+                "curve": [point._asdict() for point in ByContext.from_dict(again).curve()] if again else None,
                 "bases": facts["steps"] * facts["config"]["train"]["batch_size"] * facts["config"]["train"]["length"],
                 "bases_per_second": facts.get("tokens_per_second"),
                 "train_loss": facts["train_loss"],
@@ -253,85 +264,145 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
         )
     order = list(ROWS)
     rows.sort(key=lambda row: order.index(row["row"]) if row["row"] in order else len(order))
-    results = {"benchmark": "dna-pretraining", "rows": rows, "not_judged": missing}
+    compared, apart = _compare(rows)
+    results = {"benchmark": "dna-pretraining", "rows": rows, "compared": compared, "not_judged": missing}
     write_json(out / "results.json", results)
-    write_text(out / "results.md", _table(rows, missing))
-    if rows:
+    write_text(out / "results.md", _table(rows, compared, apart, missing))
+    if any(row["curve"] for row in rows):
         _draw(rows, out / "context.svg")
     return results
 
 
-def octaves(judged: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
-    """Bits per base and standard error of the predictions after 2^i to 2^(i + 1) - 1 bases, by 2^i.
-
-    Args:
-        judged: an `Evaluation` as a dict, whose buckets are half octaves.
-    """
-    found: dict[int, list[Mapping[str, Any]]] = {}
-    for bucket in judged["by_position"]:
-        found.setdefault(1 << (int(bucket["first"]).bit_length() - 1), []).append(bucket)
-    made = {}
-    for start, buckets in found.items():
-        if start > 1 and 2 * max(bucket["last"] for bucket in buckets) < 3 * start:
-            continue  # the end of the windows, a few positions
-        count = sum(bucket["count"] for bucket in buckets)
-        mean = sum(bucket["bits_per_token"] * bucket["count"] for bucket in buckets) / count
-        # Both halves stand in the same windows, so their errors are taken as going together.
-        error = sum((bucket["standard_error"] or 0.0) * bucket["count"] for bucket in buckets) / count
-        made[start] = (mean, error)
-    return made
+def _compare(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """(what each row needs more than each before it on the same bases, by the length of the windows; the rows that were
+    judged on others than the first)."""
+    read = {row["row"]: ByContext.from_dict(row["by_context"]) for row in rows if row["curve"]}
+    compared, apart = [], []
+    for beside, name in itertools.combinations(read, 2):
+        one, other = read[name], read[beside]
+        if one.paired(other):
+            steps = [
+                {"context": length, "difference": more, "standard_error": error}
+                for length, (more, error) in zip(one.lengths, one.less(other), strict=True)
+            ]
+            compared.append({"row": name, "beside": beside, "by_context": steps})
+        elif beside == next(iter(read)):
+            apart.append(name)
+    return compared, apart
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return _NAMES.get(str(row["row"]), str(row["row"]))
+def _name(row: str) -> str:
+    return _NAMES.get(row, row)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
-    curves = {row["row"]: octaves(row["window"]) for row in rows}
-    lengths = sorted({length for curve in curves.values() for length in curve if length >= 64})
-    head = ["model", "parameters", "bases seen", "bits per base", *(f"{length:,}" for length in lengths)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def _table(
+    rows: Sequence[Mapping[str, Any]],
+    compared: Sequence[Mapping[str, Any]],
+    apart: Sequence[str],
+    missing: Sequence[str],
+) -> str:
+    points = {row["row"]: row["curve"] for row in rows if row["curve"]}
+    windows = {name: [point for point in curve if not point["carried"]] for name, curve in points.items()}
+    lengths = sorted({point["last"] for curve in windows.values() for point in curve})
+    shown = [f"{length:,}" for length in lengths]
+
+    def aligned(cells: Mapping[int, str]) -> list[str]:
+        return [cells.get(length, "") for length in lengths]
+
+    def lines_of(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+        return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
+
+    body = []
     for row in rows:
-        curve = curves[row["row"]]
-        cells = [_name(row), f"{row['parameters']:,}", f"{row['bases']:,}"]
+        cells = [_name(row["row"]), f"{row['parameters']:,}", f"{row['bases']:,}"]
         cells.append(f"{row['window']['bits_per_token']:.4f}")
-        cells += [_shown(curve[length]) if length in curve else "" for length in lengths]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Columns by length: bits per base after so many bases, to twice as many."]
-    lines.append("± is the standard error over the windows, or over the bases where there is one window.")
+        means = {point["last"]: f"{point['bits_per_token']:.4f}" for point in windows.get(row["row"], ())}
+        body.append([*cells, *aligned(means)])
+    lines = lines_of(["model", "parameters", "bases seen", "bits per base", *shown], body)
+    lines += ["", "Bits per base: of all that is held out, in windows that follow each other."]
+    if not points:
+        return "\n".join([*lines, *_notes(rows, apart, missing)]) + "\n"
+    lines.append(
+        "Columns by length: of the same bases each, in windows of so many, of which the second half is judged: half as"
+    )
+    lines.append("many bases and more stand before each. Judged of each row: " + _judged(rows) + ".")
+
+    lines += ["", "What twice the context brings, base by base (less than 0: the loss falls):", ""]
+    body = []
+    for name, curve in windows.items():
+        changes = {point["last"]: _change(point) for point in curve if point["change"] is not None}
+        body.append([_name(name), *aligned(changes)[1:]])
+    lines += lines_of(["model", *shown[1:]], body)
+    beside = next(iter(points))
+    body = [
+        [_name(one["row"]), *aligned({step["context"]: _change(step, "difference") for step in one["by_context"]})]
+        for one in compared
+        if one["beside"] == beside
+    ]
+    if body:
+        lines += ["", f"Bits per base more than {_name(beside)} on the same bases in the same windows:", ""]
+        lines += lines_of(["model", *shown], body)
+    lines += ["", "± is the standard error over loci; homologous ones count as one."]
+    for name, curve in points.items():
+        far = [f"{point['last']:,}: {_change(point)}" for point in curve if point["carried"]]
+        if far:
+            longest = windows[name][-1]["last"]
+            lines.append(f"\n{_name(name)}, state carried, beside windows of {longest:,}: {', '.join(far)}.")
+    return "\n".join([*lines, *_notes(rows, apart, missing)]) + "\n"
+
+
+def _judged(rows: Sequence[Mapping[str, Any]]) -> str:
+    told: dict[str, list[str]] = {}
     for row in rows:
-        if row["carried"]:
-            curve = octaves(row["carried"])
-            shown = ", ".join(f"{length:,}: {_shown(curve[length])}" for length in sorted(curve) if length >= 1 << 10)
-            lines.append(f"\n{_name(row)}, state carried: {shown}.")
+        if row["curve"]:
+            tokens = row["by_context"]["tokens"]
+            text = f"{sum(tokens):,} bases of {len(tokens):,} loci"
+            told.setdefault(text, []).append(_name(row["row"]))
+    if len(told) == 1:
+        return next(iter(told))
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in told.items())
+
+
+def _notes(rows: Sequence[Mapping[str, Any]], apart: Sequence[str], missing: Sequence[str]) -> list[str]:
+    def named(names: Sequence[str]) -> str:
+        return ", ".join(map(_name, names))
+
+    lines = []
+    if apart:
+        lines.append(f"\nJudged on other bases, and so not compared: {named(apart)}.")
+    older = [row["row"] for row in rows if not row["curve"]]
+    if older:
+        lines.append(f"\nNot read again with other context, by an earlier version: {named(older)}; call again.")
     if missing:
-        names = ", ".join(_NAMES.get(name, name) for name in missing)
-        lines.append(
-            f"\nNot judged, for nothing held out was as long as a window: {names}; call with a lower --context."
-        )
-    return "\n".join(lines) + "\n"
+        lines.append(f"\nNot judged, for nothing held out was as long as a window: {named(missing)}; lower --context.")
+    return lines
 
 
-def _shown(point: tuple[float, float]) -> str:
-    """A mean and its standard error, which is 0 where one window alone was judged."""
-    mean, error = point
-    return f"{mean:.4f} ± {error:.4f}" if error else f"{mean:.4f}"
+def _change(point: Mapping[str, Any], key: str = "change") -> str:
+    """A difference and its standard error, which a single locus has none of."""
+    error = point["standard_error"]
+    return f"{point[key]:+.5f}" + ("" if error is None else f" ± {error:.5f}")
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     made, axes = figure(7, 4.2)
     for number, row in enumerate(rows):
-        for kind, style in (("window", "o-"), ("carried", "s:")):
-            if not row[kind]:
+        for carried, style in ((False, "o-"), (True, "s:")):
+            curve = [point for point in row["curve"] or () if point["carried"] == carried]
+            if not curve:
                 continue
-            curve = {length: point for length, point in octaves(row[kind]).items() if length >= 16}
-            label = _name(row) + (", state carried" if kind == "carried" else "")
-            means, errors = zip(*curve.values(), strict=True)
             axes.errorbar(
-                list(curve), means, errors, fmt=style, markersize=3, capsize=2, label=label, color=f"C{number}"
+                [point["last"] for point in curve],
+                [point["bits_per_token"] for point in curve],
+                [point["standard_error"] or 0.0 for point in curve],
+                fmt=style,
+                markersize=3,
+                capsize=2,
+                label=_name(row["row"]) + (", state carried" if carried else ""),
+                color=f"C{number}",
             )
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("bases of context")
-    axes.set_ylabel("bits per base")
+    axes.set_xlabel("bases of context, more than half as many before each (bars: standard error of the change)")
+    axes.set_ylabel("bits per base, the same bases")
     axes.legend(frameon=False, fontsize=8)
     save_figure(made, path)

@@ -128,9 +128,11 @@ class Corpus:
     documents: NDArray[np.int64]
     valid: NDArray[Any]
     facts: dict[str, Any]
-    # Of a genome: what of `train` may be read, (spans, 2), and where the stretches of `valid` begin.
+    # Of a genome: what of `train` may be read, (spans, 2), where the stretches of `valid` begin, and what they are of
+    # the genome that they come from, (stretches, 2).
     spans: NDArray[np.int64] | None = None
     valid_documents: NDArray[np.int64] | None = None
+    valid_spans: NDArray[np.int64] | None = None
 
 
 def load_run(out: str | os.PathLike[str]) -> RunConfig:
@@ -288,6 +290,7 @@ def read_genome(run: RunConfig) -> Corpus:
         facts,
         spans,
         np.cumsum([0, *map(len, parts)]),
+        valid,
     )
 
 
