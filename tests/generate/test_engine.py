@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from statescan.data import ByteTokenizer, load_tokenizer
-from statescan.errors import ConfigError, DataError
-from statescan.generate import Engine, Generation, SamplingParams, sample
+from statescan.errors import BackendUnavailableError, ConfigError, DataError
+from statescan.generate import Engine, Generation, SamplingParams, graphs, sample
+from statescan.models import CausalLM, preset
+from statescan.ops import _cuda
+
+engine_module = importlib.import_module("statescan.generate.engine")
 
 VOCAB = 256
 
@@ -300,3 +308,77 @@ def test_errors_are_named():
         engine.stream(["a"], [])
     with pytest.raises(ConfigError, match="prefill_chunk and max_batch"):
         Engine(Recorder(), ByteTokenizer(), max_batch=0)
+
+
+# ------------------------------------------------------------------------------- where a step's kernels can't be made
+
+
+class Slots:
+    """As much of a decoder of CUDA graphs as the engine asks before it trusts it."""
+
+    def __init__(self, fails: str, size: int) -> None:
+        self.fails, self.size = fails, size
+        self.asked: list[tuple[str, int]] = []
+        self.logits = torch.zeros(1)
+
+    def _rehearse(self, rows: int) -> None:
+        self._ask("step", rows)
+
+    def _launch_draw(self, logits: torch.Tensor, first: int, rows: int) -> None:
+        assert logits is self.logits
+        assert first == 0
+        self._ask("draw", rows)
+
+    def _ask(self, what: str, rows: int) -> None:
+        assert getattr(_cuda._thread, "rehearses", False), "kernels are compiled, not launched"
+        self.asked.append((what, rows))
+        if (what, rows) == (self.fails, self.size):
+            raise BackendUnavailableError(f"{what} of {rows} did not compile; use backend='torch'")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    """Makes an engine on a packed model that says it is on a GPU, whose decoder is of the kind given."""
+
+    def make(kind: Callable[..., object], max_batch: int) -> Engine:
+        model = CausalLM(preset("tiny"))
+        packed = engine_module._decoder(model, "float32", None)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "_decoder", lambda *_: packed)
+            patch.setattr(type(packed), "device", torch.device("cuda"))
+            patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+            patch.setattr(graphs, "refuses", lambda packed: None)
+            patch.setattr(graphs, "GraphDecoder", kind)
+            engine = Engine(model, max_batch=max_batch)
+        engine.device = packed.device
+        return engine
+
+    return make
+
+
+def test_every_size_of_a_step_is_made_ready(on_gpu: Callable[..., Engine]) -> None:
+    slots = Slots("", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = on_gpu(lambda *_: slots, 20)
+    assert engine._slots is slots
+    assert slots.asked == [(what, rows) for rows in (1, 2, 4, 8, 16, 20) for what in ("step", "draw")]
+    assert not getattr(_cuda._thread, "rehearses", False)
+
+
+@pytest.mark.parametrize("fails", ["make", "step", "draw"])
+def test_an_engine_goes_on_op_by_op(fails: str, on_gpu: Callable[..., Engine]) -> None:
+    def kind(*_: object) -> Slots:
+        if fails == "make":
+            raise BackendUnavailableError("decode.cu did not compile; use backend='torch'")
+        return Slots(fails, 2)
+
+    cause = "decode.cu" if fails == "make" else f"{fails} of 2"
+    words = f"Engine: a step runs op by op instead of as one CUDA graph: {cause} did not compile"
+    with pytest.warns(UserWarning, match=words) as caught:
+        engine = on_gpu(kind, 4)
+    assert len(caught) == 1
+    assert engine._slots is None
+    params = SamplingParams(max_new_tokens=5, seed=1)
+    plain = Engine(engine.decoder, ByteTokenizer(), max_batch=4)
+    assert engine.generate(["Call me", "It was"], params) == plain.generate(["Call me", "It was"], params)

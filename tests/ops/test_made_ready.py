@@ -102,6 +102,18 @@ def test_a_refusal_is_not_taken_for_ready(machine: Machine) -> None:
     assert machine.launches == ["one"], "a rehearsal ends where it fails"
 
 
+def test_a_rehearsal_without_room_is_left_out(machine: Machine) -> None:
+    tried: list[int] = []
+
+    def launch(x: Tensor) -> None:
+        tried.append(1)
+        raise torch.OutOfMemoryError
+
+    for count in (1, 2):
+        _cuda.make_ready(launch, torch.zeros(8))
+        assert len(tried) == count
+
+
 def test_a_gradient_in_a_layout_that_no_kernel_takes(machine: Machine) -> None:
     """It comes as a copy in the layout that was made ready."""
     machine.refuses = lambda name, options: options["VEC"] == 0

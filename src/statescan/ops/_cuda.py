@@ -458,8 +458,11 @@ def make_ready(launch: Callable[..., object], *given: Any) -> None:
     key = (launch, *map(_layout, given))
     if key in _ready:
         return
-    with rehearsal():
-        launch(*(x.detach() if isinstance(x, Tensor) else x for x in given))
+    try:
+        with rehearsal():
+            launch(*(x.detach() if isinstance(x, Tensor) else x for x in given))
+    except torch.OutOfMemoryError:  # the call itself may yet have room
+        return
     if len(_ready) >= _MOST_READY:
         _ready.clear()
     _ready.add(key)
