@@ -331,37 +331,43 @@ def test_graph_capture() -> None:
 
 
 @pytest.mark.large
-def test_offsets_above_2_31() -> None:
-    """A row of 2.2 billion numbers: its last steps are those of the same steps run alone from the state before them."""
+@pytest.mark.parametrize(("batch", "gated", "memory"), [(1, False, 60e9), (1, True, 75e9), (3, True, 120e9)])
+def test_offsets_above_2_31(batch: int, gated: bool, memory: float) -> None:
+    """A row of 2.2 billion numbers, or one that begins behind 2.1 billion: its last steps are those of the same steps
+    run alone from the state before them, with a gate and a gradient into the final state, too."""
     d_inner, d_state, tail = 2048, 16, 512
-    length = 2**31 // d_inner + 3 * tail
-    if torch.cuda.get_device_properties(0).total_memory < 60e9:
-        pytest.skip("takes 45 GB of device memory")
+    length = 2**31 // (d_inner * max(batch - 1, 1)) + 3 * tail
+    if torch.cuda.get_device_properties(0).total_memory < memory:
+        pytest.skip(f"wants {memory / 1e9:.0f} GB of device memory")
     generator = torch.Generator("cuda").manual_seed(0)
     big = functools.partial(torch.randn, generator=generator, device="cuda", dtype=torch.bfloat16)
-    u = big(1, length, d_inner)
-    dt = big(1, length, d_inner).sub_(3)
-    B, C = big(1, length, d_state), big(1, length, d_state)
+    u = big(batch, length, d_inner)
+    dt = big(batch, length, d_inner).sub_(3)
+    z = big(batch, length, d_inner) if gated else None
+    B, C = big(batch, length, d_state), big(batch, length, d_state)
     A = -torch.rand(d_inner, d_state, generator=generator, device="cuda") - 0.1
     D, bias = (torch.randn(d_inner, generator=generator, device="cuda") for _ in range(2))
     cut = length - tail
     with torch.no_grad():
         before = selective_scan(u[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], dt_bias=bias, dt_softplus=True,
                                 return_final_state=True, backend="cuda").final_state  # fmt: skip
-    whole = {"u": u, "dt": dt, "A": A, "B": B, "C": C}
-    leaves = {name: whole[name].requires_grad_() for name in ("u", "dt", "B", "C")}
-    y, final_state = running()(**whole, D=D, dt_bias=bias, dt_softplus=True)
-    # only the last steps are asked about, so only they send a gradient
-    dy = torch.zeros_like(y)
-    dy[:, cut:] = big(1, tail, d_inner)
-    gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+    whole = {"u": u, "dt": dt, "B": B, "C": C} | ({} if z is None else {"z": z})
+    leaves = {name: value.requires_grad_() for name, value in whole.items()}
+    y, final_state = running()(**whole, A=A, D=D, dt_bias=bias, dt_softplus=True)
     assert final_state is not None
-    got = {"y": y[:, cut:].detach(), "final_state": final_state.detach()}
-    got |= {f"d {name}": value[:, cut:] for name, value in gradients.items()}
-    alone = {name: value[:, cut:].detach().clone() for name, value in leaves.items()}
-    alone |= {"A": A, "D": D, "dt_bias": bias, "initial_state": before, "dt_softplus": True}
-    cotangents = {"y": dy[:, cut:].clone()}
-    del y, dy, gradients, whole, leaves, u, dt
+    # only the last row's last steps are asked about, so only they send a gradient
+    dy, dfinal = torch.zeros_like(y), torch.zeros_like(final_state)
+    dy[-1:, cut:] = big(1, tail, d_inner)
+    if gated:
+        dfinal[-1:] = torch.randn(1, d_inner, d_state, generator=generator, device="cuda")
+    gradients = torch.autograd.grad([y, final_state], list(leaves.values()), [dy, dfinal])
+    got = {"y": y[-1:, cut:].detach(), "final_state": final_state[-1:].detach()}
+    got |= {f"d {name}": value[-1:, cut:] for name, value in zip(leaves, gradients, strict=True)}
+    got = {name: value.clone() for name, value in got.items()}
+    alone = {name: value[-1:, cut:].detach().clone() for name, value in leaves.items()}
+    alone |= {"A": A, "D": D, "dt_bias": bias, "initial_state": before[-1:], "dt_softplus": True}
+    cotangents = {"y": dy[-1:, cut:].clone(), "final_state": dfinal[-1:].clone()}
+    del y, dy, final_state, dfinal, gradients, whole, leaves, u, dt, z, B, C
     torch.cuda.empty_cache()
     truth = derivatives(running("torch"), alone, cotangents=cotangents, exact=True)
     reference = derivatives(running("torch"), alone, cotangents=cotangents)
