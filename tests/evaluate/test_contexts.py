@@ -120,6 +120,7 @@ def test_there_is_as_much_context_as_is_told() -> None:
         # All of the second half, equally often.
         assert (point.first, point.carried) == (point.last // 2 + 1, False)
         assert 1000 * (point.bits_per_token - 2) == pytest.approx((point.first + point.last) / 2, abs=1e-3)
+    assert 1000 * found.whole()[0] == pytest.approx(96.5 - 2, abs=1e-3)
     assert [(point.first, point.last) for point in carried] == [(129, 256), (257, 512)]
     for point in carried:
         # As the longest windows have 96.5 on average.

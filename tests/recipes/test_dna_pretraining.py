@@ -78,6 +78,8 @@ def test_trained_judged_tabled_and_gone_on_with(genome: Path, tmp_path: Path) ->
     assert [(point["first"], point["last"]) for point in mamba["curve"][8:]] == [(513, 1024), (1025, 2048)]
     assert [one["tokens"] for one in mamba["by_context"]["carried"]] == [[512], [1024]]
     assert len(conv["curve"]) == 8
+    change = conv["curve"][7]["bits_per_token"] - conv["curve"][0]["bits_per_token"]
+    assert conv["whole"]["change"] == pytest.approx(change)
     (compared,) = results["compared"]
     assert (compared["row"], compared["beside"]) == ("conv", "mamba")
     for step, one, other in zip(compared["by_context"], mamba["curve"], conv["curve"], strict=False):

@@ -104,6 +104,10 @@ class ByContext:
             points.append(ContextPoint(octave.first, octave.last, means[-1] + more, more, error, carried=True))
         return points
 
+    def whole(self) -> tuple[float, float | None]:
+        """(bits per token that the longest windows cost more than the shortest, standard error over loci)."""
+        return _difference(self.bits[-1] - self.bits[0], self.tokens)
+
     def paired(self, other: ByContext) -> bool:
         """Whether the same tokens were judged in the same windows."""
         return (self.digest, self.lengths) == (other.digest, other.lengths)

@@ -249,12 +249,14 @@ def report(out: str | os.PathLike[str]) -> dict[str, Any]:
             missing.append(path.parent.name)
             continue
         facts = json.loads((path.parent / RUN_FILE).read_text(encoding="utf-8"))
-        again = scores.get("by_context")
+        again = ByContext.from_dict(scores["by_context"]) if scores.get("by_context") else None
+        change, error = again.whole() if again else (None, None)
         rows.append(
             {
                 "row": path.parent.name,
                 **scores,
-                "curve": [point._asdict() for point in ByContext.from_dict(again).curve()] if again else None,
+                "curve": [point._asdict() for point in again.curve()] if again else None,
+                "whole": {"change": change, "standard_error": error} if again else None,
                 "bases": facts["steps"] * facts["config"]["train"]["batch_size"] * facts["config"]["train"]["length"],
                 "bases_per_second": facts.get("tokens_per_second"),
                 "train_loss": facts["train_loss"],
@@ -331,8 +333,9 @@ def _table(
     body = []
     for name, curve in windows.items():
         changes = {point["last"]: _change(point) for point in curve if point["change"] is not None}
-        body.append([_name(name), *aligned(changes)[1:]])
-    lines += lines_of(["model", *shown[1:]], body)
+        (whole,) = (row["whole"] for row in rows if row["row"] == name)
+        body.append([_name(name), *aligned(changes)[1:], _change(whole)])
+    lines += lines_of(["model", *shown[1:], "longest beside shortest"], body)
     beside = next(iter(points))
     body = [
         [_name(one["row"]), *aligned({step["context"]: _change(step, "difference") for step in one["by_context"]})]
