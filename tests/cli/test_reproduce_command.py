@@ -232,7 +232,7 @@ def test_a_device_that_is_not_there_is_named(run: Run, tmp_path: Path, recipe: s
     out = () if "--evaluate-only" in more else ("--out", tmp_path / "out")
     code, _, err = run("reproduce", recipe, *more, *out, "--device", "foo")
     assert code == 1
-    assert "--device: wanted a device that torch can use here, got 'foo'" in err
+    assert "--device must be a device that torch can use here, got 'foo'" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -107,3 +107,12 @@ def test_an_adapter_in_another_dtype_is_named() -> None:
     assert Engine(model).generate("a", PARAMS[0])[0].tokens  # as it is, it runs
     with pytest.raises(ConfigError, match=r"other parameters than its configuration's.*merge its adapters"):
         Engine(model, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_device_that_is_missing_is_named_with_a_cure(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = make() if packed else make(inner="none")
+    with pytest.raises(ConfigError, match=r"^Engine: device must be .*, got 'cuda': torch sees no CUDA device"):
+        Engine(model, device="cuda")
+    Engine(model, device="cpu")

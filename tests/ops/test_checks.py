@@ -3,6 +3,7 @@ and forward-mode AD, which kernels don't take part in, lose no derivative."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,17 @@ import torch
 from torch.autograd import forward_ad
 
 from statescan import ops
-from statescan.errors import BackendUnavailableError, ShapeError
-from statescan.ops._checks import check_cu_seqlens, mark_checked, transformed, transforms_active
-from statescan.ops._dispatch import BACKENDS
+from statescan.errors import BackendUnavailableError, ConfigError, ShapeError
+from statescan.ops import _cuda, _triton
+from statescan.ops._checks import (
+    check_cu_seqlens,
+    mark_checked,
+    no_device,
+    transformed,
+    transforms_active,
+    usable_device,
+)
+from statescan.ops._dispatch import BACKENDS, choose
 
 
 class Watched(torch.Tensor):
@@ -107,6 +116,42 @@ def test_wrong_boundaries_stop_an_exported_program(op: str) -> None:
     torch.testing.assert_close(program(right), packed_op(op, "torch")(right))
     with pytest.raises(RuntimeError, match=f"{op}: cu_seqlens must go from 0 to the length and never fall"):
         program(torch.tensor([0, 4, 9]))
+
+
+def test_a_device_that_is_missing_is_named_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    cures = {None: "this build has no CUDA; install one that has it", "13.0": "see what nvidia-smi shows"}
+    for version, cure in cures.items():
+        monkeypatch.setattr(torch.version, "cuda", version)
+        _cuda.unavailable_reason.cache_clear()
+        _triton._unavailable.cache_clear()
+        refusal = str(_cuda.unavailable_reason())
+        assert re.search(f"^torch sees no CUDA device.*{cure}.*, or use backend='torch'$", refusal)
+        assert _triton._unavailable("cuda") == refusal
+        with pytest.raises(ConfigError, match=f"^op: device must be .*, got 'cuda': torch sees no CUDA device.*{cure}"):
+            usable_device("op: device", "cuda")
+    _cuda.unavailable_reason.cache_clear()
+    _triton._unavailable.cache_clear()
+    assert "see to its driver" in no_device("xpu")
+    with pytest.raises(ConfigError, match=r"got 'nowhere': .*; 'cpu' is always there$"):
+        usable_device("op: device", "nowhere")
+    assert usable_device("op: device", "cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update", "add_rms_norm"),
+        *("linear_cross_entropy", "decode_attention"),
+    ],
+)
+def test_a_cuda_backend_says_what_helps_tensors_that_are_elsewhere(op: str) -> None:
+    with pytest.raises(
+        BackendUnavailableError,
+        match=r"runs on CUDA devices, the inputs are on 'cpu'; move them with \.to\('cuda'\), or use backend='torch'$",
+    ):
+        choose(op, "cuda", "cpu", torch.float32, d_state=64)
 
 
 def _calls() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]]:

@@ -96,17 +96,9 @@ def usable_device(name: str) -> torch.device:
     Raises:
         ConfigError: torch can't use it here.
     """
-    import torch
+    from statescan.ops import _checks
 
-    from statescan.errors import ConfigError
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).partition("\n")[0]
-        raise ConfigError(f"--device: wanted a device that torch can use here, got '{name}': {reason}") from None
-    return device
+    return _checks.usable_device("--device", name)
 
 
 def open_model(

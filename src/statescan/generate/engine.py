@@ -19,6 +19,7 @@ from statescan.generate.drawing import DrawingSlots, bucket
 from statescan.generate.sampling import SamplingParams, row_params, sample
 from statescan.generate.stopping import Stop, TextStream
 from statescan.ops import _cuda
+from statescan.ops._checks import usable_device
 
 __all__ = ["Decoder", "Engine", "Generation", "Piece", "Session", "generate"]
 
@@ -372,6 +373,7 @@ def has_packed_form(model: nn.Module) -> bool:
 def _decoder(model: nn.Module, dtype: str, device: torch.device | str | None) -> Any:
     from statescan.models import CausalLM
 
+    device = None if device is None else usable_device("Engine: device", device)
     if isinstance(model, CausalLM) and not has_packed_form(model):
         from statescan.generate.unpacked import ModelDecoder
 

@@ -21,6 +21,7 @@ from statescan.evaluate import LogitsReader, Reader, StateReader
 from statescan.evaluate.continuations import longest_input, shorter
 from statescan.models import CausalLM
 from statescan.models.causal_lm import config_of
+from statescan.ops._checks import usable_device
 
 __all__ = ["FoundModel", "JudgedModel", "TransformersTokenizer", "find_judged", "open_judged"]
 
@@ -144,12 +145,7 @@ def find_judged(
         raise ConfigError(f"evaluate: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if runs_on not in ("auto", "statescan", "transformers"):
         raise ConfigError(f"evaluate: runs_on must be 'auto', 'statescan' or 'transformers', got {runs_on!r}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        raise ConfigError(
-            f"evaluate: device must be one that torch can use here, got '{device}' ({_first_line(problem)})"
-        ) from None
+    usable_device("evaluate: device", device)
     place = locate(source, revision, offline)
     folder = _folder(place)
     if runs_on == "auto":

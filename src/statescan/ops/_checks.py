@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
-from statescan.errors import BackendUnavailableError, DTypeError, ShapeError
+from statescan.errors import BackendUnavailableError, ConfigError, DTypeError, ShapeError
 
 __all__ = [
     "ACTIVATION_DTYPES",
@@ -33,11 +33,13 @@ __all__ = [
     "check_tensor",
     "is_checked",
     "mark_checked",
+    "no_device",
     "refuse_second_derivative",
     "seen_and_right",
     "state_dtypes",
     "transformed",
     "transforms_active",
+    "usable_device",
     "values_readable",
     "without_autocast",
 ]
@@ -321,6 +323,35 @@ def refuse_second_derivative(op: str, backend: str) -> None:
         raise BackendUnavailableError(
             f"{op}: backend '{backend}' has no second derivatives; use backend='torch' with create_graph=True"
         )
+
+
+def no_device(kind: str) -> str:
+    """That torch sees no device of this kind, ``"cuda"`` or another, and what helps."""
+    missing = f"torch sees no {kind.upper()} device"
+    if kind != "cuda":
+        return f"{missing}; see to its driver and to a build of torch for it"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"{missing}, since this build has no CUDA; install one that has it (pytorch.org/get-started)"
+    return f"{missing}; see what nvidia-smi shows, and whether CUDA_VISIBLE_DEVICES hides it"
+
+
+def usable_device(argument: str, device: torch.device | str) -> torch.device:
+    """The device, where torch can use it here; `argument` names what it was given for.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise AssertionError(no_device("cuda"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).partition("\n")[0]
+        raise ConfigError(
+            f"{argument} must be a device that torch can use here, got '{device}': {reason}; 'cpu' is always there"
+        ) from None
+    return found
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

@@ -29,8 +29,19 @@ from torch import Tensor
 import statescan
 from statescan.errors import BackendUnavailableError, CheckpointError, ConfigError
 from statescan.files import atomic_file, default_cache_folder
+from statescan.ops._checks import no_device
 
-__all__ = ["Kernel", "cache_folder", "i32", "kernel", "launch_ready", "make_ready", "rehearsal", "unavailable_reason"]
+__all__ = [
+    "Kernel",
+    "cache_folder",
+    "elsewhere",
+    "i32",
+    "kernel",
+    "launch_ready",
+    "make_ready",
+    "rehearsal",
+    "unavailable_reason",
+]
 
 _Result = TypeVar("_Result")
 
@@ -89,12 +100,17 @@ def _probe() -> str | None:
     return None
 
 
+def elsewhere(device: str) -> str:
+    """Why a CUDA backend takes no tensors on another kind of device, with the cure."""
+    return f"it runs on CUDA devices, the inputs are on '{device}'; move them with .to('cuda'), or use backend='torch'"
+
+
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why CUDA kernels can't be compiled here, with the cure; None where they can. Where there is a GPU that goes
     unused for it, it also warns, once a process."""
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return f"{no_device('cuda')}, or use backend='torch'"
     if torch.version.hip:
         return "this torch is built for ROCm; CUDA kernels run on NVIDIA GPUs"
     try:

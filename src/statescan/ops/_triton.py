@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from statescan.errors import BackendUnavailableError
-from statescan.ops._checks import check_cu_seqlens, seen_and_right
+from statescan.ops._checks import check_cu_seqlens, no_device, seen_and_right
 from statescan.ops._dispatch import Facts
 
 __all__ = [
@@ -64,11 +64,9 @@ def _probe(device: str) -> str | None:
 @functools.cache
 def _unavailable(device: str) -> str | None:
     if not getattr(torch, device).is_available():
-        return f"torch sees no {device.upper()} device"
+        return f"{no_device(device)}, or use backend='torch'"
     if importlib.util.find_spec("triton") is None:
         return f"triton does not import; {_INSTALL}"
-    if device == "cuda" and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
     reason = _probe(device)
     if reason is not None:
         warnings.warn(f"statescan's Triton kernels are not used: {reason}", stacklevel=2)

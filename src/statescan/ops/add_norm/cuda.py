@@ -31,7 +31,7 @@ _THREADS_A_PROCESSOR = 512  # of the backward, whose blocks walk over the rows
 def refuses(facts: Facts) -> str | None:
     """CUDA devices."""
     if facts.device != "cuda":
-        return f"it runs on CUDA devices, the inputs are on '{facts.device}'"
+        return _cuda.elsewhere(facts.device)
     return _cuda.unavailable_reason()
 
 

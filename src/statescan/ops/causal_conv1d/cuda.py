@@ -43,7 +43,7 @@ _PLAIN_RUN = 64  # positions of one partial sum where there are more taps than r
 def refuses(facts: Facts) -> str | None:
     """CUDA devices."""
     if facts.device != "cuda":
-        return f"it runs on CUDA devices, the inputs are on '{facts.device}'"
+        return _cuda.elsewhere(facts.device)
     return _cuda.unavailable_reason()
 
 

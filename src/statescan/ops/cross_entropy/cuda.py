@@ -36,7 +36,7 @@ _NOT_COUNTED = -(2**62)  # as in softmax_gradient.cu; other targets outside of t
 def refuses(facts: Facts) -> str | None:
     """CUDA devices, every dtype."""
     if facts.device != "cuda":
-        return f"it runs on CUDA devices, the inputs are on '{facts.device}'"
+        return _cuda.elsewhere(facts.device)
     return _cuda.unavailable_reason()
 
 

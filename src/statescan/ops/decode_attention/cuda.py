@@ -28,7 +28,7 @@ _MOST_ROWS = 65535  # of the batch in one launch, whose third axis they are
 def refuses(facts: Facts) -> str | None:
     """CUDA devices, heads of 64 or 128 numbers, no float64."""
     if facts.device != "cuda":
-        return f"it runs on CUDA devices, the inputs are on '{facts.device}'"
+        return _cuda.elsewhere(facts.device)
     if facts.dtype not in _TYPES:
         return f"its kernel takes float32, bfloat16 or float16, the dtype is {facts.dtype}; use backend='torch'"
     if facts.d_state not in (64, 128):

@@ -35,7 +35,7 @@ _SHARED_HALF = 113 * 1024  # what each of two blocks can have on a multiprocesso
 def refuses(facts: Facts) -> str | None:
     """CUDA devices, real A, d_state up to 256."""
     if facts.device != "cuda":
-        return f"it runs on CUDA devices, the inputs are on '{facts.device}'"
+        return _cuda.elsewhere(facts.device)
     if facts.complex_A:
         return "its kernels take real A only; complex A runs on backend='torch'"
     if facts.d_state > 256:

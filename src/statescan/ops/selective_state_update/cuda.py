@@ -23,7 +23,7 @@ _THREADS = 128
 def refuses(facts: Facts) -> str | None:
     """CUDA devices, real A, and as many states as the scan takes, which gives the gradients."""
     if facts.device != "cuda":
-        return f"it runs on CUDA devices, the inputs are on '{facts.device}'"
+        return _cuda.elsewhere(facts.device)
     if facts.complex_A:
         return "its states are real, A is complex; use backend='torch'"
     if facts.d_state > 256:
