@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from statescan.data.audio import dequantize
+from statescan.data.audio import dequantize, quantize
 from statescan.data.recordings import SILENCE, Recordings
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate.waveforms import bits_per_sample
@@ -73,6 +73,38 @@ def test_every_second_window_is_turned_over_and_its_silence_is_not(quantization)
             turned.append(bool((sound != was).any()))
             np.testing.assert_allclose(sound, -was if turned[-1] else was, atol=1e-6)
     assert 0.4 < np.mean(turned) < 0.6
+
+
+@pytest.mark.parametrize("quantization", ["mu-law", "linear"])
+def test_windows_are_played_faster_and_slower(quantization):
+    """A tone is heard between 0.75 and 1.25 times as high, evenly; a short one ends as much earlier or later."""
+    time = np.arange(400)
+    tones = [quantize(0.8 * np.sin(2 * np.pi * 0.05 * time[:length]), quantization) for length in (400, 60)]
+    made = Recordings(np.concatenate(tones), np.array([0, 400, 460]), ("long", "short"), 8000, quantization)
+    rates = []
+    for step in range(150):
+        codes, numbers = window_batch(made, 100, 4, 0, step, stretch=0.25)
+        again, same = window_batch(made, 100, 4, 0, step, stretch=0.25)
+        np.testing.assert_array_equal(codes, again)
+        np.testing.assert_array_equal(numbers, same)
+        for row, number in zip(codes, numbers, strict=True):
+            sound = dequantize(row, quantization)
+            real = 100 if number == 0 else int(np.flatnonzero(row != SILENCE)[-1]) + 1
+            spectrum = np.abs(np.fft.rfft(sound[:real] * np.hanning(real), 4000))
+            rate = spectrum.argmax() / 4000 / 0.05
+            if number == 1:
+                # A sample or two at the end may be silent by themselves.
+                assert 60 / rate - 4 <= real <= 60 / rate + 2
+                assert (row[real:] == SILENCE).all()
+            else:
+                assert np.abs(sound).max() > 0.75
+            rates.append(rate)
+    assert 0.73 < min(rates) < 0.78
+    assert 1.22 < max(rates) < 1.27
+    assert np.std(rates) == pytest.approx(0.5 / np.sqrt(12), rel=0.15)
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match=r"train\.stretch: wanted at least 0 and below 1"):
+            WaveformTraining(stretch=wrong)
 
 
 def test_resumed_is_uninterrupted(tmp_path):

@@ -128,8 +128,16 @@ def waveform_run(row: str, overrides: Sequence[str] = (), *, task: str = "digits
     train |= {"evaluate_every": 0, "checkpoint_every": 500, "log_every": 20}
     if row == CONDITIONAL:
         model |= {"n_layer": 4, "classes": 10, "dropout": 0.1, "stages": ("mamba", "mamba", "mamba")}
-        # Validation chooses the weights: how long the few recordings are worth hearing is not known beforehand.
-        train |= {"steps": 16_000, "evaluate_every": 1000, "evaluate_windows": 0, "keep_best": True, "window": 5120}
+        # Validation chooses the weights: how long the few recordings are worth hearing is not known beforehand. Played
+        # as they are, they were learnt by heart after 6,500 updates.
+        train |= {
+            "steps": 12_000,
+            "stretch": 0.125,
+            "evaluate_every": 1000,
+            "evaluate_windows": 0,
+            "keep_best": True,
+            "window": 5120,
+        }
     elif row in ROWS:
         model |= ROWS[row].model
         train |= ROWS[row].train

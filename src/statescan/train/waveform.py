@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statescan import __version__
-from statescan.data.audio import LEVELS, find_audio
+from statescan.data.audio import LEVELS, dequantize, find_audio, quantize
 from statescan.data.recordings import SILENCE, Recordings, read_recordings, refuse_repeats
 from statescan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from statescan.evaluate.waveforms import bits_per_sample
@@ -50,7 +50,7 @@ __all__ = [
 _LOG_COLUMNS = ("step", "bits", "learning_rate", "gradient_norm", "skipped")
 _EVALUATION_COLUMNS = ("step", "bits_per_sample", "samples")
 # What a resumed run must share with the one it goes on from; all of the model and the data besides.
-_FIXED = ("seed", "batch_size", "window", "flip")
+_FIXED = ("seed", "batch_size", "window", "flip", "stretch")
 # Folder of the weights that the held-out recordings chose, in the run's.
 BEST = "best"
 
@@ -66,6 +66,8 @@ class WaveformTraining:
             one is heard whole, with silence behind it, which the model learns too.
         flip: turn every second window upside down, by chance, which no one hears: twice as many sounds to learn from.
             Silence behind a recording stays what it is.
+        stretch: play each window up to this part faster or slower, by chance, as a tape would, pitch and all: other
+            voices to learn from. 0 to below 1.
         lr: peak learning rate; parameters of S4's and S4D's systems have 0.001 at most.
         min_lr: learning rate at the end of the cosine.
         warmup: updates over which the learning rate rises in a line.
@@ -91,6 +93,7 @@ class WaveformTraining:
     batch_size: int = 16
     window: int = 8192
     flip: bool = False
+    stretch: float = 0.0
     lr: float = 2e-3
     min_lr: float = 1e-5
     warmup: int = 100
@@ -115,6 +118,8 @@ class WaveformTraining:
         for name, least in (("window", 2), ("evaluate_windows", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"config: train.{name}: wanted >= {least}, got {getattr(self, name)}")
+        if not 0 <= self.stretch < 1:
+            raise ConfigError(f"config: train.stretch: wanted at least 0 and below 1, got {self.stretch}")
         if self.keep_best and self.evaluate_windows:
             raise ConfigError(
                 f"config: train.evaluate_windows: wanted 0 with train.keep_best, got {self.evaluate_windows}; "
@@ -305,7 +310,14 @@ def load_audio_run(out: str | os.PathLike[str]) -> AudioRun:
 
 
 def window_batch(
-    recordings: Recordings, window: int, rows: int, seed: int, step: int, *, flip: bool = False
+    recordings: Recordings,
+    window: int,
+    rows: int,
+    seed: int,
+    step: int,
+    *,
+    flip: bool = False,
+    stretch: float = 0.0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The windows of an update, given by the seed and its number alone.
 
@@ -318,6 +330,8 @@ def window_batch(
         rows: windows.
         seed, step: of the draw.
         flip: turn half of the windows upside down; which, is drawn as well. Default False.
+        stretch: play each window between 1 - stretch and 1 + stretch times as fast, drawn evenly, by linear
+            interpolation between its samples. Default 0.
 
     Returns:
         (codes, numbers): (rows, window) uint8 with silence behind short recordings, and the recording each is of.
@@ -327,17 +341,26 @@ def window_batch(
     places = np.cumsum(-(-lengths // window))
     numbers = np.searchsorted(places, draw.integers(places[-1], size=rows), side="right")
     codes = np.full((rows, window), SILENCE, np.uint8)
-    for row, number in enumerate(numbers):
+    rates = 1 + stretch * draw.uniform(-1, 1, rows) if stretch else np.ones(rows)
+    heard = np.empty(rows, np.int64)
+    for row, (number, rate) in enumerate(zip(numbers, rates, strict=True)):
         begin, length = int(recordings.offsets[number]), int(lengths[number])
-        begin += int(draw.integers(max(0, length - window) + 1))
-        real = min(window, length)
-        codes[row, :real] = recordings.codes[begin : begin + real]
+        reach = min(length, math.ceil(window * rate))
+        begin += int(draw.integers(length - reach + 1))
+        real = heard[row] = min(window, max(1, int((reach - 1) / rate) + 1))
+        piece = recordings.codes[begin : begin + reach]
+        codes[row, :real] = piece if rate == 1 else _faster(piece, float(rate), real, recordings.quantization)
     if flip:
         # Both quantisations have their zero between the two codes in the middle.
         for row in np.flatnonzero(draw.integers(2, size=rows)):
-            real = int(lengths[numbers[row]])
-            codes[row, :real] = LEVELS - 1 - codes[row, :real]
+            codes[row, : heard[row]] = LEVELS - 1 - codes[row, : heard[row]]
     return codes, numbers
+
+
+def _faster(codes: NDArray[np.uint8], rate: float, samples: int, quantization: str) -> NDArray[np.uint8]:
+    """The first so many samples of a sound played `rate` times as fast."""
+    sound = dequantize(codes, quantization)
+    return quantize(np.interp(np.arange(samples) * rate, np.arange(len(sound)), sound), quantization)
 
 
 def train_waveform(
@@ -523,7 +546,9 @@ class _WaveformTrainer:
 
     def _update(self) -> None:
         config, train = self.config, self.data[0]
-        codes, numbers = window_batch(train, config.window, config.batch_size, config.seed, self.done, flip=config.flip)
+        codes, numbers = window_batch(
+            train, config.window, config.batch_size, config.seed, self.done, flip=config.flip, stretch=config.stretch
+        )
         labels = np.zeros(config.batch_size, np.uint8) if train.labels is None else train.labels[numbers]
         # Dropout's numbers belong to the update, whatever was drawn before it.
         torch.manual_seed(config.seed + (self.done << 20))
