@@ -25,7 +25,7 @@ __all__ = ["ByContext", "CarriedOctave", "ContextPoint", "Region", "read_by_cont
 # Windows: as long as the longest, half as long, ...
 _LENGTHS = 8
 # Tokens of a locus at least, and of a stretch that is read at once.
-_LOCUS = 1 << 16
+_LOCUS = 1 << 14
 # Tokens and stretches judged at most; each token is read twice for each length.
 _TOKENS, _STRETCHES = 1 << 22, 1 << 10
 # Tokens of a forward pass, where a window isn't longer.
