@@ -303,3 +303,16 @@ def test_bad_input() -> None:
         CausalSelfAttention(8, 4, n_kv_head=3)
     with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 1"):
         CausalSelfAttention(8, 4, dropout=1.0)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "conv", "attention rotary"])
+def test_wrong_boundaries_stop_a_compiled_layer(kind: str) -> None:
+    """The lengths of [2, 21] fit, too, so nothing else would tell."""
+    layer = _layer(kind)
+    x = _input(layer)[:1]
+    run = torch.compile(lambda x, cu: layer(x, cu_seqlens=cu).output, backend="eager")
+    right = torch.tensor([0, 8, 19], dtype=torch.int32)
+    torch.testing.assert_close(run(x, right), layer(x, cu_seqlens=right).output)
+    for wrong in ([2, 10, 21], [0, 8, 18], [-1, 8, 18]):
+        with pytest.raises(RuntimeError, match="cu_seqlens must go from 0 to the length and never fall"):
+            run(x, torch.tensor(wrong, dtype=torch.int32))

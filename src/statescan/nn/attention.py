@@ -153,7 +153,7 @@ class CausalSelfAttention(nn.Module):
             )
         rows = x.shape[0]
         if cu_seqlens is not None:
-            check_cu_seqlens("CausalSelfAttention", cu_seqlens, x.shape[0], x.shape[1])
+            check_cu_seqlens("CausalSelfAttention", cu_seqlens, x.shape[0], x.shape[1], in_graph=True)
             rows = cu_seqlens.shape[0] - 1
         if state is not None and state.keys.shape[0] != rows:
             raise ShapeError(

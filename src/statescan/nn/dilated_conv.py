@@ -81,7 +81,7 @@ class DilatedConv(nn.Module):
             )
         rows = x.shape[0]
         if cu_seqlens is not None:
-            check_cu_seqlens("DilatedConv", cu_seqlens, x.shape[0], x.shape[1])
+            check_cu_seqlens("DilatedConv", cu_seqlens, x.shape[0], x.shape[1], in_graph=True)
             rows = cu_seqlens.shape[0] - 1
         if state is not None:
             self._check_state(state, rows)

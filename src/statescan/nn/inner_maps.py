@@ -190,7 +190,7 @@ def run_linear(
     with without_autocast(u.device.type):
         if cu_seqlens is None:
             return tuple(linear(u, state))  # type: ignore[return-value]
-        check_cu_seqlens(type(linear).__name__, cu_seqlens, u.shape[0], u.shape[1])
+        check_cu_seqlens(type(linear).__name__, cu_seqlens, u.shape[0], u.shape[1], in_graph=True)
         bounds = cu_seqlens.tolist()
         if state is None:
             return _packed(linear, u, bounds), None

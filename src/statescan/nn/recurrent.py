@@ -80,7 +80,7 @@ class _Recurrent(nn.Module):
                 f"{name}: x must be (batch, length >= 1, d_model) with d_model {self.d_model}, got {tuple(x.shape)}"
             )
         if cu_seqlens is not None:
-            check_cu_seqlens(name, cu_seqlens, x.shape[0], x.shape[1])
+            check_cu_seqlens(name, cu_seqlens, x.shape[0], x.shape[1], in_graph=True)
             return self._packed(name, x, cu_seqlens.diff().tolist(), state)
         after = None if state is None else self._given(name, state, x.shape[0])
         pieces = []

@@ -36,7 +36,7 @@ def by_sequence(caller: str, run: Callable[[Tensor], Tensor], x: Tensor, cu_seql
         cu_seqlens: (sequences + 1,), from 0 to the number of tokens.
         state: has to be None.
     """
-    check_cu_seqlens(caller, cu_seqlens, x.shape[0], x.shape[1])
+    check_cu_seqlens(caller, cu_seqlens, x.shape[0], x.shape[1], in_graph=True)
     if state is not None:
         raise ConfigError(f"{caller}: state and cu_seqlens exclude each other here; run the sequences as a batch")
     sizes = cu_seqlens.diff().tolist()

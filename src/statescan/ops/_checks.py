@@ -96,13 +96,13 @@ def check_device(op: str, argument: str, value: Tensor, like: Tensor, like_name:
         )
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> None:
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int, in_graph: bool = False) -> None:
     """Checks the boundaries of packed sequences: int32 or int64, from 0 to the length, never falling, batch 1.
 
     The values are read on the host (one copy from the device), and only outside of torch.compile and torch.export, and
     of a CUDA graph's capture: there each backend checks them where they are, in every call and replay. A tensor on a
     CUDA device is read once, as long as nothing changes it: each layer has the same one, and each look waits for all
-    that the device has to do.
+    that the device has to do. `in_graph`: for a caller with nothing behind it that would check there.
     """
     check_tensor(op, "cu_seqlens", cu_seqlens)
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
@@ -116,7 +116,11 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int) -> No
             f"{op}: with cu_seqlens the batch must be 1, got {batch}; "
             "put all sequences one after the other along the length"
         )
-    if _in_graph(cu_seqlens) or is_checked(cu_seqlens, length):
+    if _in_graph(cu_seqlens):
+        if in_graph:
+            assert_cu_seqlens(op, cu_seqlens, length)
+        return
+    if is_checked(cu_seqlens, length):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
