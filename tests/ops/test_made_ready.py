@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from statescan.errors import BackendUnavailableError
 from statescan.ops import _cuda, _dispatch, mamba_step, pack_weight
@@ -112,6 +113,22 @@ def test_a_rehearsal_without_room_is_left_out(machine: Machine) -> None:
     for count in (1, 2):
         _cuda.make_ready(launch, torch.zeros(8))
         assert len(tried) == count
+
+
+def test_tensors_without_values_are_left_out(machine: Machine) -> None:
+    """Where a call is traced there is no memory whose layout could be looked at."""
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x: Tensor) -> Tensor:
+        _cuda.make_ready(launch_one, x, 1)
+        return x + 1
+
+    def looked_at() -> None:
+        compiled(torch.zeros(8))
+        with FakeTensorMode():
+            _cuda.make_ready(launch_one, torch.zeros(8), 1)
+
+    assert not machine.makes(looked_at)
 
 
 def test_a_gradient_in_a_layout_that_no_kernel_takes(machine: Machine) -> None:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import statescan
 from statescan.errors import BackendUnavailableError, CheckpointError, ConfigError
@@ -449,8 +450,8 @@ _MOST_READY = 4096  # where every batch has a length of its own
 def _layout(x: Any) -> Any:
     """All of an argument that a choice of kernels may depend on."""
     if isinstance(x, Tensor):
-        return x.dtype, x.device.index, x.shape, x.stride(), x.data_ptr() % 16
-    if dataclasses.is_dataclass(x):
+        return x.dtype, x.get_device(), x.shape, x.stride(), x.data_ptr() % 16
+    if hasattr(x, "__dataclass_fields__"):
         return type(x), *(_layout(getattr(x, field.name)) for field in dataclasses.fields(x))
     return x
 
@@ -469,7 +470,8 @@ def make_ready(launch: Callable[..., object], *given: Any) -> None:
     Raises:
         BackendUnavailableError: the compiler or the driver refuses one.
     """
-    if torch.compiler.is_compiling():  # without values, and nothing is caught in a graph
+    # Traced and fake tensors have no values and launch nothing.
+    if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in given):
         return
     key = (launch, *map(_layout, given))
     if key in _ready:
