@@ -360,7 +360,14 @@ def test_the_runs_on_record_are_the_recipes_and_the_documents_numbers():
         assert f"({right} of {run['examples']['test']})" in text or f"({right})" in text
         assert f"{percent(chosen['accuracy'])} ({chosen['epoch']})" in text
     shorter = {"lstm": ["train.steps=79"], "conditional": ["train.steps=3335", "train.evaluate_every=667"]}
-    shorter["conditional"] += ["train.evaluate_windows=64", "train.keep_best=false"]
+    shorter["conditional"] += ["train.evaluate_windows=64", "train.keep_best=false", "train.stretch=0"]
+    longer = json.loads((RECORD / "benchmarks" / "results" / "reproduce" / "raw-audio-conditional.json").read_text())
+    (run,) = longer["runs"]
+    wanted = raw_audio.waveform_run("conditional", ["train.steps=6500", "train.stretch=0"])
+    assert wanted.model == raw_audio.WaveformConfig.from_dict(run["config"]["model"])
+    assert wanted.train == build_config(waveform.WaveformTraining, run["config"]["train"])
+    assert f"**{percent(longer['judged']['made']['accuracy'])} %** of 400 recognised" in text
+    assert f"{run['scores']['all']['bits']:.3f} bits for a sample of the test" in text
     for run in held[1]["runs"]:
         wanted = raw_audio.waveform_run(run["row"], shorter.get(run["row"], ["train.steps=441"]))
         assert wanted.model == raw_audio.WaveformConfig.from_dict(run["config"]["model"])
