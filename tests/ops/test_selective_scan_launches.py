@@ -251,11 +251,12 @@ def test_pieces_write_where_the_caller_wants_them(machine: Machine, monkeypatch:
     torch.testing.assert_close(y, selective_scan(**problem, backend="torch").y)
     assert checkpoints.shape == (3, 1, 8, 4)
     places = torch.full((3, 5, 16), float("nan"))
-    du, ddt, *_ = backend.launch_backward(
-        *inputs, dy=torch.ones_like(u), checkpoints=checkpoints, du=places[..., :8], ddt=places[..., 8:]
-    )
-    assert (du.data_ptr(), ddt.data_ptr()) == (places[..., :8].data_ptr(), places[..., 8:].data_ptr())
+    places_BC = torch.full((3, 5, 1, 8), float("nan"))
+    where = {"du": places[..., :8], "ddt": places[..., 8:], "dB": places_BC[..., :4], "dC": places_BC[..., 4:]}
+    du, ddt, _, dB, dC, *_ = backend.launch_backward(*inputs, dy=torch.ones_like(u), checkpoints=checkpoints, **where)
+    assert [x.data_ptr() for x in (du, ddt, dB, dC)] == [x.data_ptr() for x in where.values()]
     assert places.isfinite().all()
+    assert places_BC.isfinite().all()
 
 
 def test_a_length_that_positions_cannot_count_is_refused(machine: Machine) -> None:
