@@ -405,7 +405,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 color=f"C{number}",
             )
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("bases of context, more than half as many before each (bars: standard error of the change)")
+    axes.set_xlabel("bases of context, at most (bars: standard error of the change)")
     axes.set_ylabel("bits per base, the same bases")
     axes.legend(frameon=False, fontsize=8)
     save_figure(made, path)
