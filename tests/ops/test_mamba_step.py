@@ -16,6 +16,7 @@ from statescan import errors
 from statescan.ops import mamba_step, pack_weight
 from statescan.ops._dispatch import BACKENDS
 from statescan.ops.mamba_step import BlockWeights
+from statescan.ops.mamba_step import cuda as cuda_step
 from statescan.testing import assert_within_budget, check_registration, poisoned_memory, recorded_calls
 
 TEST_DEVICE = os.environ.get("STATESCAN_TEST_DEVICE", "cpu")
@@ -218,3 +219,27 @@ def test_forward_mode_is_refused() -> None:
 
     with pytest.raises(errors.ConfigError, match=r"no forward-mode AD and no .* torch\.func.*nn\.Mamba"):
         torch.func.jvp(step, (GOOD["x"],), (GOOD["x"],))
+
+
+def test_many_rows_on_cuda_go_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch has at most 65,535 rows on its second axis: each gets its own, and none twice."""
+    seen: list[tuple[str, int, Tensor]] = []
+
+    def kernel(self: object, name: str, early: bool = False, **options: int) -> Any:
+        def run(grid: tuple[int, int, int], *arguments: Any) -> None:
+            y = [x for x in arguments if isinstance(x, Tensor)][-1]
+            seen.append((name, grid[1], y))
+            y += 1
+
+        return run
+
+    pieces = object.__new__(cuda_step.Pieces)
+    monkeypatch.setattr(cuda_step.Pieces, "_kernel", kernel)
+    rows, d_inner = 2 * 65535 + 3, 1
+    u, z, dt, y = (torch.zeros(rows, d_inner) for _ in range(4))
+    state, B, C = (torch.zeros(rows, *shape) for shape in ((d_inner, 4), (4,), (4,)))
+    pieces.state_step(state, u, z, dt, torch.zeros(d_inner, 4), B, C, None, None, y)
+    pieces.conv_step(u, torch.zeros(rows, 3, d_inner), torch.zeros(d_inner, 4), None, y)
+    for name in ("state_step", "conv_step"):
+        assert [count for one, count, _ in seen if one == name] == [65535, 65535, 3]
+    assert (y == 2).all()

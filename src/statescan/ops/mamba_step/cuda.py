@@ -25,12 +25,13 @@ _SOURCE = Path(__file__).with_name("step.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
 _THREADS = 256
 _ROWS = 8  # that `linear` takes at a time
+_MOST_ROWS = 65535  # in one launch, whose second axis they are
 
 
 def refuses(facts: Facts) -> str | None:
     """CUDA devices, d_state up to 256."""
     if facts.device != "cuda":
-        return f"it runs on CUDA devices, the inputs are on '{facts.device}'"
+        return _cuda.elsewhere(facts.device)
     if facts.d_state > 256:
         return f"its kernels hold up to 256 states a channel, d_state is {facts.d_state}; use backend='torch'"
     return _cuda.unavailable_reason()
@@ -43,6 +44,10 @@ def _lanes(d_state: int) -> tuple[int, int]:
         return lanes, 4
     lanes = max(1, min(32, 1 << math.ceil(math.log2(math.ceil(d_state / 32)))))
     return lanes, math.ceil(d_state / lanes)
+
+
+def _pieces(rows: int) -> list[slice]:
+    return [slice(first, first + _MOST_ROWS) for first in range(0, rows, _MOST_ROWS)]
 
 
 class Pieces:
@@ -101,6 +106,10 @@ class Pieces:
         The state is float32 (float64 for float64) or has x's dtype.
         """
         rows, d_inner = x.shape
+        if rows > _MOST_ROWS:
+            for r in _pieces(rows):
+                self.conv_step(x[r], state[r], weight, bias, y[r])
+            return
         run = self._kernel("conv_step", W=weight.shape[1], CONV=int(state.dtype != weight.dtype))
         run((math.ceil(d_inner / _THREADS), rows, 1), x, x.stride(0), state, weight, bias, y, i32(d_inner))
 
@@ -119,6 +128,10 @@ class Pieces:
     ) -> None:
         """y = (C . h + D u) silu(z) for h, (rows, d_inner, d_state), moved on in place; dt before bias and softplus."""
         rows, d_inner = u.shape
+        if rows > _MOST_ROWS:
+            for r in _pieces(rows):
+                self.state_step(state[r], u[r], z[r], dt[r], A, B[r], C[r], D, bias, y[r])
+            return
         lanes, states = _lanes(A.shape[1])
         marks = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (state, A, B, C))
         run = self._kernel("state_step", N=A.shape[1], G=lanes, NS=states, VBC=int(marks))
