@@ -362,7 +362,7 @@ def test_every_size_of_a_step_is_made_ready(on_gpu: Callable[..., Engine]) -> No
         warnings.simplefilter("error")
         engine = on_gpu(lambda *_: slots, 20)
     assert engine._slots is slots
-    assert slots.asked == [(what, rows) for rows in (1, 2, 4, 8, 16, 20) for what in ("step", "draw")]
+    assert slots.asked == [(what, rows) for rows in (20, 16, 8, 4, 2, 1) for what in ("step", "draw")]
     assert not getattr(_cuda._thread, "rehearses", False)
 
 

@@ -1,4 +1,6 @@
-"""compute-sanitizer over every GPU kernel of this package on small shapes: ``python tests/gpu/sanitize.py [TOOL]...``.
+"""compute-sanitizer over GPU kernels of this package on small shapes: ``python tests/gpu/sanitize.py [TOOL]...``.
+
+Those that only a decoder's graph launches (decode, middle, middle_tiles, projection, sample) are not among them.
 
 Tools are memcheck and racecheck, both by default. For each tool the script runs itself under compute-sanitizer, once an
 op, and fails where the tool reports anything. It also fails where it leaves something out: without a GPU, without

@@ -123,6 +123,19 @@ def test_likelihoods_are_sums_of_single_predictions(both: bool) -> None:
         assert torch.allclose(got, wanted, atol=1e-6)
 
 
+def test_likelihoods_are_not_rounded_by_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states come in autocast's dtype; what is summed over hundreds of tokens does not."""
+    model = classifier(head="likelihood").float()
+    torch.nn.init.normal_(model.label.weight)
+    ids, hidden = bases(2, 500), torch.randn(2, 500, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+    monkeypatch.setattr(model, "_read", lambda inputs, labels, mask: (hidden, ids % 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids).logits
+    scores = hidden.double() @ model.backbone.embedding.weight.double().T
+    wanted = scores.log_softmax(-1).gather(-1, (ids % 4)[..., None]).sum((1, 2))
+    assert torch.allclose(found.double(), wanted[:, None].expand(-1, 3), rtol=1e-5)
+
+
 def test_both_strands_are_as_likely() -> None:
     ids = bases(3, 20)
     both, one = classifier(reverse_complement=True, head="likelihood"), classifier(head="likelihood")
@@ -153,6 +166,8 @@ def test_what_has_no_likelihood() -> None:
     for wrong in ({"pooling": "last"}, {"dropout": 0.1}):
         with pytest.raises(ConfigError, match="head must be 'linear' where pooling or dropout is set"):
             classifier(head="likelihood", **wrong)
+    with pytest.raises(ConfigError, match="head must be 'linear' for a backbone without tie_embeddings"):
+        classifier(head="likelihood", backbone=BACKBONE.replace(tie_embeddings=False))
     with pytest.raises(ConfigError, match="head must be 'linear' or 'likelihood', got 'bayes'"):
         classifier(head="bayes")
     with pytest.raises(ShapeError, match=r"labels must be \(batch,\) = \(2,\), got \(3,\)"):

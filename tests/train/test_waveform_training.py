@@ -102,6 +102,11 @@ def test_windows_are_played_faster_and_slower(quantization):
     assert 0.73 < min(rates) < 0.78
     assert 1.22 < max(rates) < 1.27
     assert np.std(rates) == pytest.approx(0.5 / np.sqrt(12), rel=0.15)
+    # A window from inside of a recording is full, however slowly it is played.
+    loud = Recordings(np.full(4000, 255, np.uint8), np.array([0, 4000]), ("loud",), 8000, quantization)
+    for step in range(300):
+        codes, _ = window_batch(loud, 100, 4, 0, step, stretch=0.9)
+        assert (codes != SILENCE).all()
     for wrong in (-0.1, 1.0):
         with pytest.raises(ConfigError, match=r"train\.stretch: wanted at least 0 and below 1"):
             WaveformTraining(stretch=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -211,9 +212,11 @@ class Engine:
             slots = kind(self.decoder, self.max_batch, self.tokenizer.vocab_size)
             sizes = {bucket(rows, self.max_batch) for rows in range(1, self.max_batch + 1)}
             with _cuda.rehearsal(), torch.no_grad(), torch.cuda.device(self.device):
-                for size in sorted(sizes):
-                    slots._rehearse(size)
-                    slots._launch_draw(slots.logits, 0, size)
+                # The largest first: what it takes for a moment, the smaller ones take again.
+                for size in sorted(sizes, reverse=True):
+                    with contextlib.suppress(torch.OutOfMemoryError):  # the step itself may yet have room
+                        slots._rehearse(size)
+                        slots._launch_draw(slots.logits, 0, size)
         except BackendUnavailableError as problem:
             warnings.warn(f"Engine: a step runs op by op instead of as one CUDA graph: {problem}", stacklevel=3)
             return None

@@ -60,6 +60,10 @@ class BackboneClassifierConfig:
         self._want("head", self.head in ("linear", "likelihood"), "'linear' or 'likelihood'")
         pools = self.head == "linear" or (self.pooling == "mean" and not self.dropout)
         self._want("head", pools, "'linear' where pooling or dropout is set, which a likelihood has not")
+        tied = self.head == "linear" or self.backbone.tie_embeddings
+        self._want(
+            "head", tied, "'linear' for a backbone without tie_embeddings: tokens are predicted by its embedding"
+        )
         self._want("pooling", self.pooling in ("mean", "last"), "'mean' or 'last'")
         self._want("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         pairs = not self.reverse_complement or (self.pooling == "mean" and self.backbone.vocab_size == 5)
@@ -186,7 +190,9 @@ class BackboneClassifier(nn.Module):
         """Of each row under its label, nats, (batch,); with reverse_complement the mean of both strands."""
         hidden, targets = self._read(inputs, labels, mask)
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        scores = F.linear(hidden.to(exact), self.backbone.embedding.weight.to(exact))
+        # A label's lead is a small difference of sums over all tokens: rounded by autocast it would be another.
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = F.linear(hidden.to(exact), self.backbone.embedding.weight.to(exact))
         each = -F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_IGNORED)
         rows = each.view(targets.shape).sum(1)
         return rows.view(-1, inputs.shape[0]).mean(0)

@@ -388,8 +388,18 @@ def _function(
 ) -> Kernel:
     module = _module(file, options, device, specific)
     try:
-        function = module.get_kernel(name)
+        try:
+            function = module.get_kernel(name)
+        except Exception as problem:
+            if "OUT_OF_MEMORY" not in str(problem).upper():
+                raise
+            torch.cuda.empty_cache()  # the driver loads code beside torch's memory
+            function = module.get_kernel(name)
     except Exception as problem:
+        if "OUT_OF_MEMORY" in str(problem).upper():
+            raise torch.OutOfMemoryError(
+                f"no memory is left on the GPU to load the kernel {name}: {problem}"
+            ) from problem
         raise BackendUnavailableError(
             f"a compiled CUDA kernel could not be loaded ({type(problem).__name__}: {_in_a_line(problem)}); use "
             "backend='torch' and report this; an earlier kernel's error may show here: run with CUDA_LAUNCH_BLOCKING=1"

@@ -345,7 +345,7 @@ def window_batch(
     heard = np.empty(rows, np.int64)
     for row, (number, rate) in enumerate(zip(numbers, rates, strict=True)):
         begin, length = int(recordings.offsets[number]), int(lengths[number])
-        reach = min(length, math.ceil(window * rate))
+        reach = min(length, math.ceil((window - 1) * rate) + 1)
         begin += int(draw.integers(length - reach + 1))
         real = heard[row] = min(window, max(1, int((reach - 1) / rate) + 1))
         piece = recordings.codes[begin : begin + reach]

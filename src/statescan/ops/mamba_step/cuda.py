@@ -96,6 +96,8 @@ class Pieces:
         run = self._kernel("linear", WT=_TYPES[packed.data.dtype])
         grid = (math.ceil(outputs / 8), math.ceil(rows / _ROWS), 1)
         scale = packed.scale if packed.scale is None or x.dtype != torch.float64 else packed.scale.double()
+        if grid[1] > _MOST_ROWS:
+            return torch.cat([self.linear(part, packed, bias) for part in x.split(_MOST_ROWS)])
         sizes = (i32(rows), i32(outputs), i32(columns))
         run(grid, x, x.stride(0), packed.data, scale, bias, y, *sizes)
         return y

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statescan.errors import BackendUnavailableError
 from statescan.ops import _cuda
 from statescan.ops._cuda import i32
 
@@ -56,7 +57,10 @@ def _tensor_map(tensor: Tensor, box_rows: int) -> bytes:
         ctypes.c_int(0),
     )
     if code:
-        raise RuntimeError(f"projection: the driver refuses a tensor map of {tuple(tensor.shape)} (CUDA error {code})")
+        raise BackendUnavailableError(
+            f"projection: the driver refuses a tensor map of {tuple(tensor.shape)} (CUDA error {code}); "
+            "report this with the GPU's name"
+        )
     return buffer.raw[start : start + 128]
 
 
