@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statescan.errors import BackendUnavailableError, ShapeError
+from statescan.errors import BackendUnavailableError
 from statescan.ops import add_rms_norm, causal_conv1d, selective_scan
-from statescan.ops._checks import check_cu_seqlens
 from statescan.ops.mamba_inner import LayerWeights, api, unavailable_reason
 from statescan.ops.mamba_inner.layer import POLICIES, Kept, LayerGradients, Normed, backward, forward
 from statescan.testing import assert_within_budget
@@ -188,28 +187,6 @@ def test_a_kernel_that_cannot_be_made_is_named_once(monkeypatch: pytest.MonkeyPa
     with pytest.warns(UserWarning, match="op by op instead of as one function: no compiler"):
         assert api.mamba_inner_or_none(x, w) is None
     assert api._broken == {(torch.float32, 3, 4): "no compiler"}
-
-
-def test_offsets_are_read_once_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
-
-    def check(op: str, offsets: Tensor, batch: int, length: int) -> None:
-        read.append(offsets.tolist())
-        check_cu_seqlens(op, offsets, batch, length)
-
-    monkeypatch.setattr(api, "check_cu_seqlens", check)
-    offsets = CU_SEQLENS.clone()
-    for _ in range(3):
-        api._check_offsets(offsets, 1, 13)
-    assert len(read) == 1
-    with pytest.raises(ShapeError, match="must end at the length 14"):
-        api._check_offsets(offsets, 1, 14)
-    with pytest.raises(ShapeError, match="the batch must be 1"):
-        api._check_offsets(offsets, 2, 13)
-    offsets[1] = 7
-    for _ in range(2):
-        with pytest.raises(ShapeError, match="never fall"):
-            api._check_offsets(offsets, 1, 13)
 
 
 def test_elsewhere_the_layer_takes_its_ops() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 import torch
@@ -41,22 +40,6 @@ def unavailable_reason(device: str, dtype: torch.dtype, d_state: int, d_conv: in
 
 
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_dispatch.choose`
-
-
-# The offsets that were read last, their version and the length: all layers of a model are handed the same ones, and
-# reading them makes the host wait for the device.
-_read: tuple[weakref.ref[Tensor], int, int] | None = None
-
-
-def _check_offsets(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    global _read
-    if torch.compiler.is_compiling() or cu_seqlens.is_inference():  # without values, or without a version
-        check_cu_seqlens("Mamba.forward", cu_seqlens, batch, length)
-        return
-    if _read is not None and _read[0]() is cu_seqlens and _read[1:] == (cu_seqlens._version, length) and batch == 1:
-        return
-    check_cu_seqlens("Mamba.forward", cu_seqlens, batch, length)
-    _read = (weakref.ref(cu_seqlens), cu_seqlens._version, length)
 
 
 class _Inner(torch.autograd.Function):
@@ -125,7 +108,7 @@ def mamba_inner(
     import statescan.ops.mamba_inner.cuda  # noqa: F401  # registers the two ops
 
     if cu_seqlens is not None:
-        _check_offsets(cu_seqlens, x.shape[0], x.shape[1])
+        check_cu_seqlens("Mamba.forward", cu_seqlens, x.shape[0], x.shape[1])
     device = x.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     source = (None, None, 0.0) if normed is None else (normed.stream.detach(), normed.weight.detach(), normed.eps)
