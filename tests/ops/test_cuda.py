@@ -271,6 +271,27 @@ def test_a_kernel_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None
         _cuda.kernel(Path("a file.cu"), "f", {}, 128, 0)
 
 
+def test_a_gpu_without_memory_is_no_kernel_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch keeps is given back and the kernel loaded again; where that fails too the next call may have room."""
+    asked, freed = [], []
+    full = 3
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        if len(asked) <= full:
+            raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
+        return name
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(len(asked)))
+    monkeypatch.setattr(_cuda, "_module", lambda *_: types.SimpleNamespace(get_kernel=load))
+    monkeypatch.setattr(_cuda, "Kernel", lambda function, *_: function)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory is left on the GPU to load 'f'"):
+        _cuda.kernel(Path("another file.cu"), "f", {}, 128, 0)
+    assert (len(asked), freed) == (2, [1])
+    assert _cuda.kernel(Path("another file.cu"), "f", {}, 128, 0) == "f"
+    assert (len(asked), freed) == (4, [1, 3])
+
+
 class Driver:
     """cuLaunchKernelEx: keeps what it is handed, as the driver would read it."""
 

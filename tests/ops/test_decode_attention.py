@@ -174,7 +174,7 @@ def test_more_rows_than_a_grid_takes_go_in_several_launches(monkeypatch: pytest.
         assert all(len(own) == grid[2] for own in (q_, lengths_, out_))
         seen.append((grid, places))
 
-    monkeypatch.setattr(backend, "_MOST_ROWS", 2)
+    monkeypatch.setattr(backend._cuda, "MOST_BLOCKS", 2)
     monkeypatch.setattr(backend._cuda, "kernel", lambda *_: run)
     backend.launch(q, k, v, caches[0], caches[1], lengths, None, out, torch.zeros(1000), torch.zeros(rows).int())
     assert [(grid[2], places) for grid, places in seen] == [(2, [0] * 7), (2, [2] * 7), (1, [4] * 7)]

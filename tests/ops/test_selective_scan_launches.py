@@ -99,7 +99,7 @@ class Machine:
         def launch(grid: tuple[int, int, int], *arguments: Any) -> None:
             if getattr(_cuda._thread, "rehearses", False):
                 return
-            assert grid[1] <= backend._MOST_ROWS
+            assert grid[1] <= _cuda.MOST_BLOCKS
             assert grid[2] <= 65535
             self.launches.append((name, grid))
             if run is self.marks:
@@ -229,7 +229,7 @@ def test_a_batch_above_what_a_launch_takes(name: str, machine: Machine, monkeypa
     once = derivatives(on_cuda, problem)
     assert [launched for launched, _ in machine.launches if launched.startswith("scan_")].count("scan_forward") == 1
     machine.launches.clear()
-    monkeypatch.setattr(backend, "_MOST_ROWS", 2)
+    monkeypatch.setattr(_cuda, "MOST_BLOCKS", 2)
     pieces = derivatives(on_cuda, problem)
     rows = [2] * (CASES[name].batch // 2) + [1] * (CASES[name].batch % 2)
     for kernel in ("scan_forward", "scan_backward"):
@@ -242,7 +242,7 @@ def test_a_batch_above_what_a_launch_takes(name: str, machine: Machine, monkeypa
 
 def test_pieces_write_where_the_caller_wants_them(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of wider tensors, as the whole layer's function gives them."""
-    monkeypatch.setattr(backend, "_MOST_ROWS", 2)
+    monkeypatch.setattr(_cuda, "MOST_BLOCKS", 2)
     problem = scan_problem(ScanCase(batch=3, length=5, d_inner=8, d_state=4), torch.float32)
     inputs = [problem[name] for name in ("u", "dt", "A")] + [problem[name].unsqueeze(2) for name in ("B", "C")]
     u, wide = inputs[0], torch.full((3, 5, 16), float("nan"))

@@ -33,6 +33,7 @@ from statescan.files import atomic_file, default_cache_folder
 from statescan.ops._checks import no_device
 
 __all__ = [
+    "MOST_BLOCKS",
     "Kernel",
     "cache_folder",
     "elsewhere",
@@ -40,6 +41,7 @@ __all__ = [
     "kernel",
     "launch_ready",
     "make_ready",
+    "pieces",
     "rehearsal",
     "unavailable_reason",
 ]
@@ -48,6 +50,7 @@ _Result = TypeVar("_Result")
 
 _COMMON = Path(__file__).with_name("_cuda_common.cuh")
 i32 = ctypes.c_int32
+MOST_BLOCKS = 65535  # of a launch on its second and on its third axis
 
 
 def _core() -> Any:
@@ -124,6 +127,11 @@ def unavailable_reason() -> str | None:
     if reason is not None:
         warnings.warn(f"statescan's CUDA kernels are not used: {reason}", stacklevel=2)
     return reason
+
+
+def pieces(rows: int) -> list[slice]:
+    """The rows of a batch, as many at once as a launch takes where each has blocks of its own on such an axis."""
+    return [slice(first, first + MOST_BLOCKS) for first in range(0, rows, MOST_BLOCKS)]
 
 
 def _in_a_line(problem: BaseException) -> str:
@@ -373,6 +381,23 @@ def _module(file: str, options: tuple[str, ...], device: int, specific: bool) ->
     return core.ObjectCode.from_cubin(_cached(source, options, f"sm_{major}{minor}{'a' * specific}"))
 
 
+def _loaded(module: Any, name: str, again: bool = True) -> Any:
+    """A kernel of a module, which the driver loads with the first; `again`: once more where it found no memory."""
+    try:
+        return module.get_kernel(name)
+    except Exception as problem:
+        if "OUT_OF_MEMORY" not in str(problem).upper():
+            raise BackendUnavailableError(
+                f"a compiled CUDA kernel could not be loaded ({type(problem).__name__}: {_in_a_line(problem)}); use "
+                "backend='torch' and report this; an earlier kernel's error may show here: run with "
+                "CUDA_LAUNCH_BLOCKING=1"
+            ) from problem
+        if not again:
+            raise torch.OutOfMemoryError(f"no memory is left on the GPU to load '{name}': {problem}") from problem
+    torch.cuda.empty_cache()  # the driver loads code beside what torch keeps
+    return _loaded(module, name, again=False)
+
+
 @functools.cache
 def _function(
     file: str,
@@ -386,24 +411,7 @@ def _function(
     early: bool,
     specific: bool,
 ) -> Kernel:
-    module = _module(file, options, device, specific)
-    try:
-        try:
-            function = module.get_kernel(name)
-        except Exception as problem:
-            if "OUT_OF_MEMORY" not in str(problem).upper():
-                raise
-            torch.cuda.empty_cache()  # the driver loads code beside torch's memory
-            function = module.get_kernel(name)
-    except Exception as problem:
-        if "OUT_OF_MEMORY" in str(problem).upper():
-            raise torch.OutOfMemoryError(
-                f"no memory is left on the GPU to load the kernel {name}: {problem}"
-            ) from problem
-        raise BackendUnavailableError(
-            f"a compiled CUDA kernel could not be loaded ({type(problem).__name__}: {_in_a_line(problem)}); use "
-            "backend='torch' and report this; an earlier kernel's error may show here: run with CUDA_LAUNCH_BLOCKING=1"
-        ) from problem
+    function = _loaded(_module(file, options, device, specific), name)
     return Kernel(function, threads, shared, cooperative, cluster, early)
 
 

@@ -22,7 +22,6 @@ _THREADS, _UNROLL = 128, 4
 # Blocks of a launch, where there is work for so many: a few rounds of what a GPU holds at once.
 _BLOCKS = 4096
 _MOST_SPANS = 32
-_MOST_ROWS = 65535  # of the batch in one launch, whose third axis they are
 
 
 def refuses(facts: Facts) -> str | None:
@@ -73,8 +72,8 @@ def launch(
         ended: int32 zeros, at least batch * kv_heads, zeros again afterwards; no other launch may use them meanwhile.
     """
     batch, heads, size = q.shape
-    if batch > _MOST_ROWS:
-        for rows in (slice(first, first + _MOST_ROWS) for first in range(0, batch, _MOST_ROWS)):
+    if batch > _cuda.MOST_BLOCKS:
+        for rows in _cuda.pieces(batch):
             q_, k_, v_, keys_, values_, lengths_, out_ = (x[rows] for x in (q, k, v, keys, values, lengths, out))
             launch(q_, k_, v_, keys_, values_, lengths_, rotary, out_, partial, ended)
         return

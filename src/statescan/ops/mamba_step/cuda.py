@@ -25,7 +25,6 @@ _SOURCE = Path(__file__).with_name("step.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
 _THREADS = 256
 _ROWS = 8  # that `linear` takes at a time
-_MOST_ROWS = 65535  # in one launch, whose second axis they are
 
 
 def refuses(facts: Facts) -> str | None:
@@ -44,10 +43,6 @@ def _lanes(d_state: int) -> tuple[int, int]:
         return lanes, 4
     lanes = max(1, min(32, 1 << math.ceil(math.log2(math.ceil(d_state / 32)))))
     return lanes, math.ceil(d_state / lanes)
-
-
-def _pieces(rows: int) -> list[slice]:
-    return [slice(first, first + _MOST_ROWS) for first in range(0, rows, _MOST_ROWS)]
 
 
 class Pieces:
@@ -96,8 +91,8 @@ class Pieces:
         run = self._kernel("linear", WT=_TYPES[packed.data.dtype])
         grid = (math.ceil(outputs / 8), math.ceil(rows / _ROWS), 1)
         scale = packed.scale if packed.scale is None or x.dtype != torch.float64 else packed.scale.double()
-        if grid[1] > _MOST_ROWS:
-            return torch.cat([self.linear(part, packed, bias) for part in x.split(_MOST_ROWS)])
+        if grid[1] > _cuda.MOST_BLOCKS:
+            return torch.cat([self.linear(part, packed, bias) for part in x.split(_cuda.MOST_BLOCKS)])
         sizes = (i32(rows), i32(outputs), i32(columns))
         run(grid, x, x.stride(0), packed.data, scale, bias, y, *sizes)
         return y
@@ -108,8 +103,8 @@ class Pieces:
         The state is float32 (float64 for float64) or has x's dtype.
         """
         rows, d_inner = x.shape
-        if rows > _MOST_ROWS:
-            for r in _pieces(rows):
+        if rows > _cuda.MOST_BLOCKS:
+            for r in _cuda.pieces(rows):
                 self.conv_step(x[r], state[r], weight, bias, y[r])
             return
         run = self._kernel("conv_step", W=weight.shape[1], CONV=int(state.dtype != weight.dtype))
@@ -130,8 +125,8 @@ class Pieces:
     ) -> None:
         """y = (C . h + D u) silu(z) for h, (rows, d_inner, d_state), moved on in place; dt before bias and softplus."""
         rows, d_inner = u.shape
-        if rows > _MOST_ROWS:
-            for r in _pieces(rows):
+        if rows > _cuda.MOST_BLOCKS:
+            for r in _cuda.pieces(rows):
                 self.state_step(state[r], u[r], z[r], dt[r], A, B[r], C[r], D, bias, y[r])
             return
         lanes, states = _lanes(A.shape[1])

@@ -88,7 +88,6 @@ class Plan:
 
 _NT_FORWARD, _NT_BACKWARD, _NT_SUMS, _NT_MARKS = 256, 256, 256, 256  # threads a block
 _RESIDENT_FORWARD, _RESIDENT_BACKWARD = 2, 2  # blocks that a multiprocessor holds at once
-_MOST_ROWS = 65535  # of the batch in one launch, whose second axis they are
 _LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
 # Two lanes a channel take fewer instructions a state than four, but give half the warps: worth it where there are this
 # many blocks of 64 channels a multiprocessor, or where time is long enough to be cut into as many chunks as it takes.
@@ -467,19 +466,14 @@ def _place(given: Tensor | None, like: Tensor, name: str) -> Tensor:
     return given
 
 
-def _pieces(batch: int) -> list[slice]:
-    """The rows of the batch, as many at once as one launch takes."""
-    return [slice(first, first + _MOST_ROWS) for first in range(0, batch, _MOST_ROWS)]
-
-
 def _forward(
     c: _Call, cu_seqlens: Tensor | None, want_final: bool, want_checkpoints: bool, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, d_inner = c.u.shape
     n, p, device = c.A.shape[1], c.plan, c.u.device
     y = _place(y, c.u, "y")
-    if batch > _MOST_ROWS:
-        pieces = [_forward(c.part(r), None, want_final, want_checkpoints, y[r]) for r in _pieces(batch)]
+    if batch > _cuda.MOST_BLOCKS:
+        pieces = [_forward(c.part(r), None, want_final, want_checkpoints, y[r]) for r in _cuda.pieces(batch)]
         _, finals, kept = zip(*pieces, strict=True)
         return y, torch.cat(finals), torch.cat(kept)
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -568,7 +562,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; an empty tensor for an input that isn't there."""
     batch, length, d_inner = c.u.shape
-    if batch > _MOST_ROWS:
+    if batch > _cuda.MOST_BLOCKS:
         return _backward_in_pieces(c, dy, dfinal, checkpoints, B, C, du, ddt, dz, dB, dC, y)
     n, p, device = c.A.shape[1], c.plan, c.u.device
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
@@ -688,7 +682,7 @@ def _backward_in_pieces(
         beside = (None if x is None else x[r] for x in (du, ddt, dz, dB, dC, y))
         return _backward(c.part(r), None, dy[r], None if dfinal is None else dfinal[r], checkpoints[r], B_, C_, *beside)
 
-    pieces = zip(*(piece(r) for r in _pieces(c.u.shape[0])), strict=True)
+    pieces = zip(*(piece(r) for r in _cuda.pieces(c.u.shape[0])), strict=True)
     _, _, dA, gB, gC, dD, gz, dbias, ginit = (list(found) for found in pieces)
 
     def added(found: list[Tensor]) -> Tensor:
