@@ -150,7 +150,8 @@ def mask_alike(aligned: AlignedBlocks) -> AlignedBlocks:
     """The same with every base unknown, in all species, that is unknown in one of them.
 
     Which bases an assembly could not read tells the species: by their number alone half of all long windows are told
-    apart. So a stretch of N in a block of one species is masked at the same part of that block in every other.
+    apart. So a stretch of N in a block of one species is masked at the same part of that block in every other, as many
+    bases of it: were the stretch drawn out or rounded up with the block, its length would tell where it is from.
     """
     tokens = np.array(aligned.tokens)
     for here, ends in enumerate(aligned.offsets):
@@ -163,6 +164,7 @@ def mask_alike(aligned: AlignedBlocks) -> AlignedBlocks:
                 for species, other in enumerate(aligned.offsets):
                     if species != here:
                         length = int(other[block + 1] - other[block])
-                        from_, to = other[block] + int(low) * length // size, -(-int(high) * length // size)
-                        tokens[from_ : other[block] + to] = UNKNOWN
+                        from_ = max(0, min(int(low) * length // size, length - int(high - low)))
+                        to = min(length, from_ + int(high - low))
+                        tokens[other[block] + from_ : other[block] + to] = UNKNOWN
     return replace(aligned, tokens=tokens)
