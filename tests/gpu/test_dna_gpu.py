@@ -20,8 +20,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BACKBONE = MambaConfig(d_model=32, n_layer=2, vocab_size=5)
 
 
-@pytest.mark.parametrize(("together", "head"), [(1, "linear"), (2, "linear"), (1, "likelihood")])
-def test_windows_are_cut_in_the_graph_as_outside(together: int, head: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("together", "head", "labels_from"),
+    [(1, "linear", 1.0), (2, "linear", 1.0), (1, "likelihood", 1.0), (1, "likelihood", 0.5), (2, "likelihood", 0.5)],
+)
+def test_windows_are_cut_in_the_graph_as_outside(together: int, head: str, labels_from: float, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 5, 20_000).astype(np.uint8)
     first, room = window_rows(np.array([[0, 20_000]]), 100)
     labels = (np.arange(len(first)) % 2).astype(np.uint8)
@@ -29,7 +32,9 @@ def test_windows_are_cut_in_the_graph_as_outside(together: int, head: str, tmp_p
     data = Splits(rows.take(slice(0, 120)), rows.take(slice(120, 160)), rows.take(slice(160, 200)))
     dropout = 0.1 if head == "linear" else 0.0
     model = BackboneClassifierConfig(2, BACKBONE, reverse_complement=True, dropout=dropout, head=head)
-    config = ClassifyConfig(epochs=2, batch_size=8, warmup=2, log_every=5, accelerator="cuda", precision="bf16")
+    config = ClassifyConfig(
+        epochs=2, batch_size=8, warmup=2, log_every=5, accelerator="cuda", precision="bf16", labels_from=labels_from
+    )
     captured = train_classifier(model, config, data, tmp_path / "captured", progress=False)
     plain = train_classifier(model, replace(config, capture=False), data, tmp_path / "plain", progress=False)
     assert (captured.final, captured.evaluations) == (plain.final, plain.evaluations)

@@ -114,21 +114,27 @@ def test_likelihoods_are_sums_of_single_predictions(both: bool) -> None:
     output = model(ids, labels)
     assert torch.allclose(output.logits, each.mean(0), atol=1e-5)
     assert torch.allclose(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
-    # Training minimises the same, of the sequences' own labels.
+    # Training minimises the likelihoods of the sequences' own labels, ...
     own = each[:, torch.arange(3), labels].sum() / -sum(int((strand != 4).sum()) for strand in strands)
-    loss = model.training_loss(ids, labels)
-    assert torch.allclose(loss, own, atol=1e-6)
+    # ... and the cross entropy of the labels, -log softmax_c(log p(x|c)).
+    mean = each.mean(0)
+    told = (mean.exp().sum(1).log() - mean[torch.arange(3), labels]).mean()
     parameters = list(model.parameters())
-    for got, wanted in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(own, parameters), strict=True):
-        assert torch.allclose(got, wanted, atol=1e-6)
+    assert output.loss is not None
+    for loss, by_hand in ((model.generative_loss(ids, labels), own), (output.loss, told)):
+        assert torch.allclose(loss, by_hand, atol=1e-6)
+        found, wanted = (torch.autograd.grad(value, parameters, retain_graph=True) for value in (loss, by_hand))
+        for got, expected in zip(found, wanted, strict=True):
+            assert expected.any()
+            assert torch.allclose(got, expected, atol=1e-6)
 
 
 def test_likelihoods_are_not_rounded_by_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states come in autocast's dtype; what is summed over hundreds of tokens does not."""
     model = classifier(head="likelihood").float()
-    torch.nn.init.normal_(model.label.weight)
+    torch.nn.init.normal_(model.backbone.embedding.weight)
     ids, hidden = bases(2, 500), torch.randn(2, 500, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
-    monkeypatch.setattr(model, "_read", lambda inputs, labels, mask: (hidden, ids % 4))
+    monkeypatch.setattr(model, "_read", lambda inputs, labels, mask: (hidden.repeat(3, 1, 1), inputs % 4))
     with torch.autocast("cpu", torch.bfloat16):
         found = model(ids).logits
     scores = hidden.double() @ model.backbone.embedding.weight.double().T
@@ -156,8 +162,8 @@ def test_what_has_no_likelihood() -> None:
     alone = [model(ids[i : i + 1, :n]).logits for i, n in ((0, 7), (1, 12))]
     assert torch.allclose(together.logits, torch.cat(alone), atol=1e-5)
     counts = [int((ids[i, :n] != 4).sum()) for i, n in ((0, 7), (1, 12))]
-    rows = [model.training_loss(ids[i : i + 1, :n], labels[i : i + 1]) for i, n in ((0, 7), (1, 12))]
-    whole = model.training_loss(ids, labels, mask=mask)
+    rows = [model.generative_loss(ids[i : i + 1, :n], labels[i : i + 1]) for i, n in ((0, 7), (1, 12))]
+    whole = model.generative_loss(ids, labels, mask=mask)
     assert torch.allclose(whole, (counts[0] * rows[0] + counts[1] * rows[1]) / sum(counts), atol=1e-6)
     assert torch.equal(model(torch.full((2, 6), 4)).logits, torch.zeros(2, 3))
     # Where tokens are no bases, 4 is one of them.
@@ -171,7 +177,9 @@ def test_what_has_no_likelihood() -> None:
     with pytest.raises(ConfigError, match="head must be 'linear' or 'likelihood', got 'bayes'"):
         classifier(head="bayes")
     with pytest.raises(ShapeError, match=r"labels must be \(batch,\) = \(2,\), got \(3,\)"):
-        model.training_loss(bases(2, 5), torch.tensor([0, 1, 2]))
+        model.generative_loss(bases(2, 5), torch.tensor([0, 1, 2]))
+    with pytest.raises(ConfigError, match="generative_loss: head must be 'likelihood', got 'linear'"):
+        classifier().generative_loss(ids, labels)
     with pytest.raises(ShapeError, match="rows must be of one length, got a mask"):
         classifier(reverse_complement=True, head="likelihood")(ids, mask=mask)
 
@@ -193,10 +201,15 @@ def test_dropout_of_the_backbone_is_on_in_training_alone(name: str, both: bool, 
     ids, labels = bases(3, 40), torch.tensor([0, 2, 1])
     model = classifier(backbone=BACKBONE.replace(**{name: 0.3}), reverse_complement=both, head=head)
     plain = classifier(reverse_complement=both, head=head)
-    assert torch.equal(model.training_loss(ids, labels), plain.training_loss(ids, labels))
+
+    def losses(some: BackboneClassifier) -> list[Tensor]:
+        own = some(ids, labels).loss
+        assert own is not None
+        return [own, some.generative_loss(ids, labels)] if head == "likelihood" else [own]
+
+    assert all(torch.equal(*pair) for pair in zip(losses(model), losses(plain), strict=True))
     model.train()
-    first, second = (model.training_loss(ids, labels) for _ in range(2))
-    assert not torch.allclose(first, second, atol=1e-5)
+    assert not any(torch.allclose(*pair, atol=1e-5) for pair in zip(losses(model), losses(model), strict=True))
 
 
 def test_pretrained_weights_are_taken_and_others_refused(tmp_path: Path) -> None:

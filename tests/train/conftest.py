@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from statescan.models import CausalLM, MambaConfig
 from statescan.train import DataConfig, GuardedAdamW, RunConfig, TrainConfig, latest_checkpoint
 from statescan.train.checkpoint import _tensors, load_checkpoint
+from statescan.train.classify import _ClassifierTrainer
 
 CHILD = Path(__file__).with_name("child.py")
 
@@ -58,6 +60,22 @@ def run_child(tmp_path):
         return subprocess.run(command, **pipes, timeout=240, check=False)
 
     return start
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """A function that makes the training of a classifier get a SIGINT after an update."""
+
+    def arrange(step: int | None) -> None:
+        def update(self: _ClassifierTrainer) -> None:
+            original(self)
+            if self.done == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(_ClassifierTrainer, "_update", update)
+
+    original = _ClassifierTrainer._update
+    return arrange
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,22 +46,6 @@ def _ragged(count: int, seed: int) -> LabelledSequences:
 @pytest.fixture
 def data() -> Splits:
     return Splits(_pulses(130, 0), _pulses(40, 1), _pulses(50, 2))
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that makes the run get a SIGINT after an update."""
-
-    def arrange(step: int | None) -> None:
-        def update(self: Trainer) -> None:
-            original(self)
-            if self.done == step:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        monkeypatch.setattr(Trainer, "_update", update)
-
-    original = Trainer._update
-    return arrange
 
 
 def test_it_learns_and_the_test_is_judged_with_the_last_and_the_best_weights(data: Splits, tmp_path: Path) -> None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from statescan.data import reverse_complement
-from statescan.data.labelled import LabelledOrder
+from statescan.data.labelled import LabelledOrder, LabelledSequences
 from statescan.data.windows import LabelledWindows, window_rows
-from statescan.errors import CheckpointError, DataError
+from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.models import CausalLM, MambaConfig
 from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
-from statescan.train.classify import ClassifyConfig, Splits, _ResidentWindows, train_classifier
+from statescan.train.classify import ClassifyConfig, Splits, _label_passes, _ResidentWindows, judge, train_classifier
 from statescan.train.logs import read_csv
 
 BACKBONE = MambaConfig(d_model=16, n_layer=1, vocab_size=5)
 MODEL = BackboneClassifierConfig(2, BACKBONE, reverse_complement=True, dropout=0.1)
+LIKELIHOOD = replace(MODEL, dropout=0.0, head="likelihood")
 TRAIN = ClassifyConfig(epochs=2, batch_size=8, lr=1e-2, warmup=5, log_every=4, accelerator="cpu", threads=1)
 
 
@@ -115,7 +118,7 @@ def test_learns_and_goes_on_to_the_same_bits(data: Splits, tmp_path: Path) -> No
 
 def test_tells_labels_apart_by_their_likelihoods(data: Splits, tmp_path: Path) -> None:
     """It learns without a loss of the labels, and goes on to the same bits; what is logged is nats a base."""
-    model = replace(MODEL, dropout=0.0, head="likelihood")
+    model = LIKELIHOOD
     config = replace(TRAIN, epochs=3, log_every=1)
     whole = train_classifier(model, config, data, tmp_path / "whole", progress=False)
     assert whole.best is not None
@@ -127,6 +130,109 @@ def test_tells_labels_apart_by_their_likelihoods(data: Splits, tmp_path: Path) -
     train_classifier(model, config, data, part, progress=False, resume=True)
     for name in ("model.safetensors", "log.csv", "evaluations.csv"):
         assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_labels_are_learnt_from_a_part_of_the_updates_on(
+    data: Splits, stop_after: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Up to it the run is one without; then the loss is the labels' cross entropy, in passes of as many readings."""
+    config = replace(TRAIN, log_every=1)
+    train_classifier(LIKELIHOOD, config, data, tmp_path / "without", progress=False)
+    read, original = [], BackboneClassifier._read
+
+    def count(self: BackboneClassifier, inputs: torch.Tensor, *rest: Any) -> Any:
+        read.append(len(inputs))
+        return original(self, inputs, *rest)
+
+    monkeypatch.setattr(BackboneClassifier, "_read", count)
+    judge(BackboneClassifier(LIKELIHOOD), data.valid, batch_size=9)
+    assert read == [8] * 7 + [4]  # of thirty windows four at once, for two labels
+    read.clear()
+    config = replace(config, labels_from=0.4)
+    result = train_classifier(LIKELIHOOD, config, data, tmp_path / "run", progress=False)
+    without, rows = (read_csv(tmp_path / name / "log.csv") for name in ("without", "run"))
+    assert result.steps == 30
+    assert rows[:12] == without[:12]
+    assert read[:16] == [8] * 16  # twelve updates, and two of two passes for two labels
+
+    stop_after(12)
+    train_classifier(LIKELIHOOD, config, data, tmp_path / "part", progress=False)
+    model = BackboneClassifier.from_pretrained(tmp_path / "part")
+    assert isinstance(data.train, LabelledWindows)
+    resident = _ResidentWindows(data.train, torch.device("cpu"))
+    torch.manual_seed(config.seed + (12 << 20))
+    losses = []
+    for part in torch.from_numpy(LabelledOrder(data.train, 8, config.seed)[12][0]).chunk(2):
+        inputs, labels, _ = resident.batch(part, 64, vary=True)
+        losses.append(F.cross_entropy(model(inputs).logits, labels).item())
+    assert float(rows[12]["loss"]) == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert float(rows[12]["loss"]) != pytest.approx(float(without[12]["loss"]), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16", "ragged"])
+def test_stopped_where_labels_begin_to_be_learnt_it_goes_on_to_the_same_bits(
+    data: Splits, stop_after: Any, tmp_path: Path, kind: str
+) -> None:
+    model, config = LIKELIHOOD, replace(TRAIN, log_every=5, labels_from=0.4)
+    if kind == "bf16":
+        config = replace(config, precision="bf16")
+    elif kind == "ragged":
+        draw = np.random.default_rng(0)
+        lengths = draw.integers(3, 21, 125).astype(np.int32)
+        labels = (np.arange(125) % 2).astype(np.uint8)
+        values = draw.integers(1, 5, (125, 20)) + 4 * labels[:, None]
+        values = np.where(np.arange(20) < lengths[:, None], values, 0).astype(np.uint8)
+        rows = LabelledSequences(values, labels, 2, lengths, vocab_size=9)
+        data = Splits(rows, rows.take(slice(0, 30)), rows.take(slice(30, 60)))
+        model = replace(LIKELIHOOD, backbone=BACKBONE.replace(vocab_size=9), reverse_complement=False)
+        config = replace(config, multiple=8)
+    whole = train_classifier(model, config, data, tmp_path / "whole", progress=False)
+    assert whole.best is not None
+    assert whole.best.accuracy > 0.9
+    # No row is of both losses.
+    steps = [int(row["step"]) for row in read_csv(tmp_path / "whole" / "log.csv")]
+    assert steps == [5, 10, 12, 15, 20, 25, 30]
+    for stop in (11, 12, 13):
+        part = tmp_path / str(stop)
+        stop_after(stop)
+        assert train_classifier(model, config, data, part, progress=False).steps == stop
+        stop_after(None)
+        train_classifier(model, config, data, part, progress=False, resume=True)
+        for name in ("model.safetensors", "log.csv", "evaluations.csv"):
+            assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (stop, name)
+
+
+def test_a_run_goes_on_to_learn_labels(data: Splits, tmp_path: Path) -> None:
+    """Its tokens learnt, with another schedule, which is told."""
+    whole, late = tmp_path / "whole", tmp_path / "late"
+    train_classifier(LIKELIHOOD, replace(TRAIN, epochs=1), data, late, progress=False)
+    config = replace(TRAIN, labels_from=0.5)
+    train_classifier(LIKELIHOOD, config, data, late, progress=False, resume=True)
+    assert json.loads((late / "run.json").read_text())["history"] == [
+        {"after_step": 15, "changed": {"epochs": [1, 2], "labels_from": [1.0, 0.5]}}
+    ]
+    # From the first update on.
+    best = train_classifier(LIKELIHOOD, replace(config, labels_from=0.0), data, whole, progress=False).best
+    assert best is not None
+    assert best.accuracy > 0.85
+    first = float(read_csv(whole / "log.csv")[0]["loss"])
+    assert first < 1.0, "of two labels, where a base costs more"
+
+
+def test_when_labels_can_be_learnt(data: Splits, tmp_path: Path) -> None:
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=rf"train\.labels_from: wanted in \[0, 1\], got {wrong}"):
+            replace(TRAIN, labels_from=wrong)
+    with pytest.raises(ConfigError, match=r"wanted train\.labels_from=1 for a model that learns labels throughout"):
+        train_classifier(MODEL, replace(TRAIN, labels_from=0.5), data, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_passes_of_an_update_that_learns_labels() -> None:
+    """Each reads no more sequences than the batch has, where it can be cut so."""
+    for classes, parts, passes in ((8, 256, 8), (3, 256, 4), (8, 20, 10), (8, 13, 13), (4, 2, 2), (2, 1, 1)):
+        assert _label_passes(replace(LIKELIHOOD, classes=classes), parts) == passes
+    assert _label_passes(MODEL, 256) == 1
 
 
 def test_a_run_from_before_a_field_was_there(data: Splits, tmp_path: Path) -> None:

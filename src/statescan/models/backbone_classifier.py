@@ -151,25 +151,36 @@ class BackboneClassifier(nn.Module):
             mask: (batch, length), 1 at real positions, padding behind them. Default: all are real.
 
         Returns:
-            ClassifierOutput; of head "likelihood" the logits are log-likelihoods of whole sequences, nats.
+            ClassifierOutput; of head "likelihood" the logits are log-likelihoods of whole sequences, nats, read under
+            all labels at once, in the memory of `classes` times the batch.
 
         Raises:
             ShapeError: an argument doesn't fit.
         """
         if self.config.head == "likelihood":
-            rows = torch.arange(self.config.classes, device=inputs.device)[:, None].expand(-1, inputs.shape[0])
-            logits = torch.stack([self._log_likelihood(inputs, one, mask) for one in rows], 1)
+            logits = self._log_likelihoods(inputs, mask)
             return ClassifierOutput(logits, self._loss(logits, labels))
         return self._classify(self._hidden(inputs, mask), labels, mask)
 
-    def training_loss(self, inputs: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """What is minimised in training: the labels' cross entropy; of head "likelihood" the cross entropy of each
-        token under its sequence's own label, of both strands with reverse_complement. A scalar in nats; arguments as
-        of `forward`."""
-        if self.config.head == "linear":
-            loss = self(inputs, labels, mask=mask).loss
-            assert loss is not None
-            return loss
+    def generative_loss(self, inputs: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The cross entropy of each token under its sequence's own label, of both strands with reverse_complement: what
+        a language model that is told labels minimises, where the loss of `forward` tells the labels apart.
+
+        Args:
+            inputs, labels, mask: as of `forward`.
+
+        Returns:
+            A scalar, nats: the mean over the tokens that are predicted.
+
+        Raises:
+            ConfigError: of another head than "likelihood".
+            ShapeError: an argument doesn't fit.
+        """
+        if self.config.head != "likelihood":
+            raise ConfigError(
+                f"BackboneClassifier.generative_loss: head must be 'likelihood', got {self.config.head!r}; "
+                "take the loss of forward"
+            )
         hidden, targets = self._read(inputs, labels, mask)
         return linear_cross_entropy(hidden, self.backbone.embedding.weight, targets, ignore_index=_IGNORED)
 
@@ -186,16 +197,19 @@ class BackboneClassifier(nn.Module):
         targets = self._known(inputs.long())
         return hidden, targets if mask is None else targets.masked_fill(mask == 0, _IGNORED)
 
-    def _log_likelihood(self, inputs: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-        """Of each row under its label, nats, (batch,); with reverse_complement the mean of both strands."""
-        hidden, targets = self._read(inputs, labels, mask)
+    def _log_likelihoods(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Of each row under each label, nats, (batch, classes); with reverse_complement the mean of both strands."""
+        classes, batch = self.config.classes, inputs.shape[0]
+        labels = torch.arange(classes, device=inputs.device)[:, None].expand(-1, batch).reshape(-1)
+        masks = None if mask is None else torch.cat([mask] * classes)
+        hidden, targets = self._read(torch.cat([inputs] * classes), labels, masks)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         # A label's lead is a small difference of sums over all tokens: rounded by autocast it would be another.
         with torch.autocast(hidden.device.type, enabled=False):
             scores = F.linear(hidden.to(exact), self.backbone.embedding.weight.to(exact))
         each = -F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_IGNORED)
         rows = each.view(targets.shape).sum(1)
-        return rows.view(-1, inputs.shape[0]).mean(0)
+        return rows.view(-1, classes, batch).mean(0).T
 
     def _known(self, targets: Tensor) -> Tensor:
         """Without the unknown among bases, which are read and not predicted."""

@@ -78,6 +78,11 @@ class ClassifyConfig:
         lr: peak learning rate; parameters of S4's and S4D's systems have 0.001 at most.
         min_lr: learning rate at the end of the cosine.
         warmup: updates over which the learning rate rises in a line.
+        labels_from: of a `BackboneClassifier` of head "likelihood", the part of the updates from which on the labels'
+            cross entropy over the likelihoods is minimised, by which it is judged; before, each sequence's tokens are
+            learnt under its own label. Such an update reads a sequence once a label, and so costs `classes` times one
+            before; it is cut into passes that take no more memory than one before, as far as the batch can be cut.
+            Dropout is drawn for each label anew. 1, none of them, for other models, which learn labels throughout.
         weight_decay: AdamW's, on matrices; none on the systems of S4 and S4D, norms and biases.
         betas: AdamW's.
         eps: AdamW's.
@@ -99,6 +104,7 @@ class ClassifyConfig:
     lr: float = 4e-3
     min_lr: float = 1e-6
     warmup: int = 500
+    labels_from: float = 1.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -118,6 +124,8 @@ class ClassifyConfig:
         for name in ("epochs", "multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: train.{name}: wanted >= 1, got {getattr(self, name)}")
+        if not 0 <= self.labels_from <= 1:
+            raise ConfigError(f"config: train.labels_from: wanted in [0, 1], got {self.labels_from}")
         check_as_train_config(self)
 
 
@@ -156,6 +164,11 @@ Classifier = SequenceClassifier | BackboneClassifier
 def make_classifier(config: ClassifierConfig | BackboneClassifierConfig) -> Classifier:
     """The untrained classifier of a configuration."""
     return BackboneClassifier(config) if isinstance(config, BackboneClassifierConfig) else SequenceClassifier(config)
+
+
+def _by_likelihood(config: ClassifierConfig | BackboneClassifierConfig) -> bool:
+    """Whether labels are told apart by likelihoods, for which a sequence is read once a label."""
+    return isinstance(config, BackboneClassifierConfig) and config.head == "likelihood"
 
 
 def train_classifier(
@@ -201,6 +214,11 @@ def train_classifier(
     out = Path(out)
     previous = check_folder(out, resume)
     _check_fits(model, data)
+    if train.labels_from < 1 and not _by_likelihood(model):
+        raise ConfigError(
+            f"train: wanted train.labels_from=1 for a model that learns labels throughout, got {train.labels_from}; "
+            "leave it at 1, or take a BackboneClassifier of head 'likelihood'"
+        )
     if train.threads:
         torch.set_num_threads(train.threads)
     with Interruption() as interruption:
@@ -289,7 +307,7 @@ def judge(
     Args:
         model: on the device where it shall run.
         data: the split.
-        batch_size: rows at once.
+        batch_size: rows at once; where each is read once a label, so many readings.
         autocast: dtype of `torch.autocast`; None for none.
     """
     device = next(model.parameters()).device
@@ -308,8 +326,9 @@ def _judge(
     model: Classifier, data: _Resident | _ResidentWindows, batch_size: int, autocast: torch.dtype | None
 ) -> tuple[Judgement, NDArray[np.int64]]:
     device, lengths = data.labels.device, data.data.lengths
-    # Of long rows fewer at once.
-    batch_size = max(1, min(batch_size, _JUDGED_POSITIONS // data.data.length))
+    # Of long rows fewer at once, and of such as are read several times.
+    readings = model.config.classes if _by_likelihood(model.config) else 1
+    batch_size = max(1, min(batch_size, _JUDGED_POSITIONS // data.data.length) // readings)
     order = np.arange(len(data.data)) if lengths is None else np.argsort(lengths, kind="stable")
     loss = torch.zeros((), device=device, dtype=torch.float64)
     given: list[Tensor] = []
@@ -382,6 +401,9 @@ class _ClassifierTrainer:
         self.order = LabelledOrder(data.train, config.batch_size, config.seed, multiple=config.multiple)
         self.steps = config.epochs * self.order.batches
         self.schedule = TrainConfig(steps=self.steps, warmup=config.warmup, lr=config.lr, min_lr=config.min_lr)
+        # So many updates learn tokens, the others labels.
+        self.generative = round(config.labels_from * self.steps) if _by_likelihood(model) else 0
+        self.label_passes = _label_passes(model, config.batch_size // getattr(data.train, "together", 1))
         self.facts = {"data": facts | _describe(data), "config": _plain(model, config)}
         self.history: list[dict[str, Any]] = []
         if previous is not None:
@@ -414,8 +436,9 @@ class _ClassifierTrainer:
             self._restore(checkpoint)
         if previous is not None:
             self.history = previous.get("history", []) + _changes(previous, self.facts, self.done)
-        # One for each length that batches are padded to. Made after the moments are restored, which they take as such.
-        self.updates: dict[int, CapturedStep] = {}
+        # One for each length that batches are padded to, and whether labels are learnt. Made after the moments are
+        # restored, which they take as such.
+        self.updates: dict[tuple[int, bool], CapturedStep] = {}
         make_folder(out)
         self._write_run("running")
         keep = None if checkpoint is None else self.done
@@ -449,7 +472,8 @@ class _ClassifierTrainer:
                 self._update()
                 self.progress.step(self.done)
                 epoch, place = divmod(self.done, self.order.batches)
-                if self.done % self.config.log_every == 0 or self.done == self.steps:
+                # A row is of one loss.
+                if self.done % self.config.log_every == 0 or self.done in (self.generative, self.steps):
                     self._log()
                 if place == 0:
                     self._evaluate(epoch)
@@ -466,9 +490,10 @@ class _ClassifierTrainer:
 
     def _update(self) -> None:
         rows, length = self.order[self.done]
-        update = self.updates.get(length)
+        kind = length, self.done >= self.generative
+        update = self.updates.get(kind)
         if update is None:
-            update = self.updates[length] = self._make_update(length)
+            update = self.updates[kind] = self._make_update(*kind)
         # Dropout's numbers belong to the update, whatever was drawn before it.
         torch.manual_seed(self.config.seed + (self.done << 20))
         update.set_lr(learning_rate(self.done, self.schedule))
@@ -481,11 +506,12 @@ class _ClassifierTrainer:
         self.in_window += 1
         self.done += 1
 
-    def _make_update(self, length: int) -> CapturedStep:
+    def _make_update(self, length: int, by_labels: bool) -> CapturedStep:
         def loss(rows: Tensor) -> Tensor:
             inputs, labels, mask = self.train_rows.batch(rows, length, vary=True)
-            if isinstance(self.model, BackboneClassifier):
-                return self.model.training_loss(inputs, labels, mask=mask)
+            if not by_labels:
+                assert isinstance(self.model, BackboneClassifier)
+                return self.model.generative_loss(inputs, labels, mask=mask)
             found = self.model(inputs, labels, mask=mask).loss
             assert found is not None
             return found
@@ -495,6 +521,7 @@ class _ClassifierTrainer:
             loss,
             clip=self.config.clip,
             autocast=self.autocast,
+            accumulate=self.label_passes if by_labels else 1,
             beside=next(iter(self.updates.values()), None),
             capture=None if self.config.capture else False,
         )
@@ -583,6 +610,14 @@ class _ClassifierTrainer:
             **results,
         }
         write_json(self.out / RUN_FILE, facts, indent=2)
+
+
+def _label_passes(model: ClassifierConfig | BackboneClassifierConfig, parts: int) -> int:
+    """Into how many passes an update that learns labels is cut, a divisor of the parts that its batch can be cut into:
+    where each row is read once a label, so that a pass reads no more than the batch has rows, if it can be."""
+    if not _by_likelihood(model):
+        return 1
+    return next((passes for passes in range(model.classes, parts) if parts % passes == 0), parts)
 
 
 def _plain(model: ClassifierConfig | BackboneClassifierConfig, train: ClassifyConfig) -> dict[str, Any]:
