@@ -472,8 +472,7 @@ class _ClassifierTrainer:
                 self._update()
                 self.progress.step(self.done)
                 epoch, place = divmod(self.done, self.order.batches)
-                # A row is of one loss.
-                if self.done % self.config.log_every == 0 or self.done in (self.generative, self.steps):
+                if self.done % self.config.log_every == 0 or self.done == self.steps:
                     self._log()
                 if place == 0:
                     self._evaluate(epoch)
@@ -489,6 +488,8 @@ class _ClassifierTrainer:
             self.progress.close()
 
     def _update(self) -> None:
+        if self.done == self.generative and self.in_window:
+            self._log()  # a row is of one loss
         rows, length = self.order[self.done]
         kind = length, self.done >= self.generative
         update = self.updates.get(kind)
