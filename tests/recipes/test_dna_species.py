@@ -18,6 +18,7 @@ from statescan.recipes import dna_species as recipe
 from statescan.recipes.synthetic import interval
 from statescan.train.classify import ClassifyConfig, Splits
 from statescan.train.config import build_config
+from statescan.train.logs import read_csv
 
 
 def write(path: Path, records: list[np.ndarray]) -> None:
@@ -190,7 +191,7 @@ def test_regression_on_some_of_the_windows_sees_every_label() -> None:
 
 
 # The head of the runs on record, which were there before the other one.
-LINEAR = ["model.head=linear", "model.dropout=0.1"]
+LINEAR = ["model.head=linear", "model.dropout=0.1", "train.labels_from=1"]
 SMALL = ["model.backbone.d_model=8", "model.backbone.n_layer=1", "train.batch_size=12", "train.epochs=1"]
 SMALL += ["train.precision=float32", "train.accelerator=cpu", "train.threads=1", "rows=24"]
 
@@ -200,6 +201,7 @@ def test_microbes_of_every_length_cost_as_many_bases(length: int) -> None:
     run = recipe.microbe_run(length, 8)
     assert run.train.epochs * (8 * run.rows // run.train.batch_size) == 8192
     assert run.train.batch_size * length == 65_536
+    assert run.train.labels_from * run.train.epochs == 6, "of the eight epochs the last two learn labels"
 
 
 def test_heads_and_dropout_are_set_by_overrides() -> None:
@@ -209,6 +211,7 @@ def test_heads_and_dropout_are_set_by_overrides() -> None:
     assert run.name == "microbes-256-scratch-seed0"
     run = recipe.microbe_run(256, 8, overrides=["model.backbone.embedding_dropout=0.1"])
     assert run.model.backbone.embedding_dropout == 0.1
+    assert (plain.train.labels_from, recipe.microbe_run(256, 8, overrides=LINEAR).train.labels_from) == (0.75, 1)
 
 
 def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
@@ -219,6 +222,9 @@ def test_runs_go_on_and_are_tabled(genomes: Path, tmp_path: Path) -> None:
         recipe.dna_species(run, splits, out, species=names, seconds=0, say=lines.append)
     assert recipe.report(out)["rows"] == []
     recipe.dna_species(run, splits, out, species=names, say=lines.append)
+    losses = [float(row["loss"]) for row in read_csv(out / run.name / "log.csv")]
+    assert len(losses) == 2, "four updates of bases, and two of species"
+    assert losses[1] < 1.2 < losses[0]
     stamp = (out / run.name / "model.safetensors").stat().st_mtime_ns
     recipe.dna_species(run, splits, out, species=names, say=lines.append)
     assert (out / run.name / "model.safetensors").stat().st_mtime_ns == stamp, "a finished run is taken as it lies"
