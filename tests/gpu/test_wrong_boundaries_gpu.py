@@ -38,8 +38,13 @@ def run(cu):
 
 right = torch.tensor([0, 5, 5, 10], dtype=torch.int32, device="cuda")
 wrong = torch.tensor(values, dtype=torch.int32, device="cuda")
+# where a graph is captured all is done on its stream: autograd goes back to the one on which it first met a tensor
+torch.cuda.synchronize()
+stream = torch.cuda.Stream() if way == "captured" else torch.cuda.current_stream()
+torch.cuda.set_stream(stream)
 expected = run(right)
 torch.autograd.grad(expected.sum(), u)
+torch.cuda.synchronize()
 if way == "compiled":
     graph = torch.compile(run, fullgraph=True)
     torch.testing.assert_close(graph(right), expected)
@@ -47,7 +52,7 @@ if way == "compiled":
     torch.autograd.grad(graph(wrong).sum(), u)
 else:
     graph, cu = torch.cuda.CUDAGraph(), right.clone()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         y = run(cu)
         gradient = torch.autograd.grad(y.sum(), u)
     graph.replay()

@@ -36,6 +36,7 @@ __all__ = [
     "no_device",
     "refuse_second_derivative",
     "seen_and_right",
+    "sequence_of",
     "state_dtypes",
     "transformed",
     "transforms_active",
@@ -159,6 +160,13 @@ def assert_cu_seqlens(op: str, cu_seqlens: Tensor, length: int) -> None:
         f"{op}: cu_seqlens must go from 0 to the length and never fall, got other offsets; pass the running sum of "
         "the sequences' lengths, with 0 in front",
     )
+
+
+def sequence_of(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The sequence that each of `length` packed positions belongs to, (length,), int64: the last one that begins at or
+    before it. Searched in all of the boundaries: torch.compile on GPUs forgets where a slice of them would begin."""
+    positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, positions, right=True) - 1
 
 
 def _has_assert(device: str) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statescan.ops._checks import assert_cu_seqlens
+from statescan.ops._checks import assert_cu_seqlens, sequence_of
 from statescan.ops._dispatch import Facts
 from statescan.ops.causal_conv1d.validation import compute_dtype
 
@@ -41,7 +41,7 @@ def causal_conv1d(
         history = torch.cat([x[0], state.reshape(sequences * past, features)], 0)
         starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         positions = torch.arange(length, device=x.device)
-        sequence = torch.searchsorted(ends, positions, right=True)
+        sequence = sequence_of(cu_seqlens, length)
 
         def rows(position: Tensor, of: Tensor) -> Tensor:
             ahead = position - starts[of]

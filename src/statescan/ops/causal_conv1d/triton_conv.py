@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _triton
-from statescan.ops._checks import refuse_second_derivative
+from statescan.ops._checks import refuse_second_derivative, sequence_of
 from statescan.ops._dispatch import Facts
 
 __all__ = ["causal_conv1d", "causal_conv1d_update", "refuses"]
@@ -26,12 +26,11 @@ def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | N
 
 
 def _owners(cu_seqlens: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """(boundaries, the sequence of every position: the number of sequences that have ended by then)."""
+    """(boundaries, the sequence of every position)."""
     if cu_seqlens is None:
         return None, None
     cu = cu_seqlens.to(torch.int32).contiguous()
-    positions = torch.arange(length, device=cu.device, dtype=torch.int32)
-    return cu, torch.searchsorted(cu[1:].contiguous(), positions, right=True, out_int32=True)
+    return cu, sequence_of(cu, length).int()
 
 
 def _strides(state: Tensor | None) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statescan.ops._checks import assert_cu_seqlens
+from statescan.ops._checks import assert_cu_seqlens, sequence_of
 from statescan.ops._dispatch import Facts
 
 __all__ = ["refuses", "selective_scan"]
@@ -66,9 +66,8 @@ def selective_scan(
     owner = first = None
     if cu_seqlens is not None:
         assert_cu_seqlens("selective_scan", cu_seqlens, length)
-        # The sequence each position belongs to: the number of sequences that have ended by then.
+        owner = sequence_of(cu_seqlens, length)
         positions = torch.arange(length, device=u.device, dtype=torch.int32)
-        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
         first = (cu_seqlens[owner] == positions).view(length, 1, 1, 1)
 
     h = initial_state if cu_seqlens is None else torch.zeros_like(initial_state[:1])

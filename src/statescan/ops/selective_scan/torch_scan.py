@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from statescan.ops._checks import assert_cu_seqlens
+from statescan.ops._checks import assert_cu_seqlens, sequence_of
 from statescan.ops._dispatch import Facts
 
 __all__ = ["CHUNK", "refuses", "selective_scan"]
@@ -168,10 +168,8 @@ def selective_scan(
         h = u.new_zeros(batch, d_inner, A.shape[1], dtype=A.dtype)
     if cu_seqlens is not None:
         assert_cu_seqlens("selective_scan", cu_seqlens, length)
-        positions = torch.arange(length, device=u.device, dtype=torch.int32)
-        # The sequence each position belongs to: the number of sequences that have ended by then.
-        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
-        restarts = cu_seqlens[owner] == positions
+        owner = sequence_of(cu_seqlens, length)
+        restarts = cu_seqlens[owner] == torch.arange(length, device=u.device, dtype=torch.int32)
         nonempty = cu_seqlens[1:] > cu_seqlens[:-1]
         last = cu_seqlens[1:].long() - 1
 
