@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +120,40 @@ def test_within_budget(name: str, dtype: torch.dtype) -> None:
     hold_to_budget(running(), CASES[name], dtype)
 
 
+@pytest.fixture
+def plans_anew() -> Iterator[None]:
+    """Plans are kept by shape: none from before the test's own thresholds, and none of its own afterwards."""
+    backend.plan.cache_clear()
+    yield
+    backend.plan.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=names)
 @pytest.mark.parametrize(
     "name",
     ["smallest", "every option", "d_state 5", "d_state 8", "fixed B and C", "packed, empty ones", "large steps",
      "whole blocks, cut tile", "cut block", "groups of whole blocks", "chunks", "chunks, packed"],
 )  # fmt: skip
+@pytest.mark.usefixtures("plans_anew")
 def test_two_lanes_a_channel(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward's form for calls that fill the chip twice over, here made to run small ones."""
     monkeypatch.setattr(backend, "_BLOCKS_FOR_TWO_LANES", 0)
     assert backend.plan(1, 1, 8, 16, 1, 132, False, False).lanes_forward == 2
     hold_to_budget(running(), CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("lanes", [2, 4])
+@pytest.mark.usefixtures("plans_anew")
+def test_chunks_in_pieces(lanes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward's first pass with every chunk but the last in pieces, as long rows have it, here of a short one."""
+    monkeypatch.setattr(backend, "_LONG_FORWARD", 64)
+    monkeypatch.setattr(backend, "_BLOCKS_FOR_TWO_LANES", 0 if lanes == 2 else 10**6)
+    chip = torch.cuda.get_device_properties(0).multi_processor_count
+    cut = backend.plan(2, 1500, 64, 16, 1, chip, False, False)
+    assert (cut.lanes_forward, cut.pieces_forward) == (lanes, 3)
+    assert cut.chunks_forward > 2
+    hold_to_budget(running(), ScanCase(batch=2, length=1500, d_inner=64, d_state=16, **EVERY), dtype)
 
 
 def test_256_states() -> None:

@@ -476,6 +476,9 @@ def test_plan_of_the_backward_on_an_h100(packed: bool) -> None:
     assert 4 * (full.shared_ends + 1024) <= 2 * room
     long = backend.plan(1, 65536, 2048, 16, 1, 132, False, packed, False, room)
     assert (long.chunks_backward, long.chunk_len_backward) == (33, 2016)
+    # the forward's first pass cuts such chunks again, where no packed sequence may begin within one
+    assert (long.chunks_forward, long.pieces_forward) == (16, 1 if packed else 3)
+    assert long.chunk_len_forward == (4096 if packed else 3 * 1376)
     short = backend.plan(1, 2048, 1536, 16, 1, 132, False, packed, False, room)
     assert (short.chunks_backward, short.chunk_len_backward) == (11, 192)
 

@@ -20,9 +20,11 @@ _AT_ONCE = 1 << 25
 
 def _row_sums(ids: Tensor, rows: Tensor, table: torch.Size) -> Tensor:
     """The sum of the rows of each id, in a fixed order: ids (tokens,), rows (tokens, width), to the table's shape."""
-    sums = rows.new_zeros(table)
     if table[0] > _FEW_ROWS:
-        return sums.index_put((ids.long(),), rows, accumulate=True)
+        # added up one after the other, in the dtype of the sums: a half's would be lost where a row is used often
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return rows.new_zeros(table, dtype=wide).index_put((ids.long(),), rows.to(wide), accumulate=True).to(rows.dtype)
+    sums = rows.new_zeros(table)
     every = torch.arange(table[0], device=ids.device, dtype=ids.dtype)[:, None]
     tokens = max(1, _AT_ONCE // table[0])
     for some_ids, some_rows in zip(ids.split(tokens), rows.split(tokens), strict=True):

@@ -141,7 +141,8 @@ def _(x, *rest):  # type: ignore[no-untyped-def]
     }
     keep = POLICIES[_POLICIES[policy]]
     kept = [x.new_empty(shapes[name] if name in keep else 0) for name in Kept._fields[:-1]]
-    tile = scan.plan(1, 1, 8, int(state), 1, 1, x.dtype == torch.float64, cu_seqlens is not None).tile
+    # sizes may be symbols
+    tile = scan.plan.__wrapped__(1, 1, 8, state, 1, 1, x.dtype == torch.float64, cu_seqlens is not None).tile
     shape = (batch, (length + tile - 1) // tile, inner, state)
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     checkpoints = x.new_empty(shape, dtype=real) if "checkpoints" in keep else x.new_empty(0)

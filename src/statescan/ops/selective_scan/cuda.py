@@ -65,6 +65,8 @@ class Plan:
         shared_ends: the same of its pass that finds what leaves a chunk.
         chunks_forward, chunks_backward: pieces of time that run side by side (1: one pass).
         chunk_len_forward, chunk_len_backward: steps of each.
+        pieces_forward: in how many pieces the forward's first pass, which finds the states that chunks begin with, cuts
+            a chunk.
     """
 
     lanes: int
@@ -84,6 +86,7 @@ class Plan:
     chunks_backward: int
     chunk_len_forward: int
     chunk_len_backward: int
+    pieces_forward: int
 
 
 _NT_FORWARD, _NT_BACKWARD, _NT_SUMS, _NT_MARKS = 256, 256, 256, 256  # threads a block
@@ -102,6 +105,9 @@ _INVARIANT_LENGTH, _INVARIANT_CHUNKS = 512, 16
 # Steps of a chunk from which on the backward takes more chunks, and in how many rounds of blocks they then run: the
 # pass that finds what leaves a chunk can use more blocks, and the last round is a shorter one.
 _LONG_CHUNK, _ROUNDS = 4096, 4
+# The same of the forward's first pass, and the pieces of a chunk there: as many blocks as chunks leave some
+# multiprocessors with a block less than others, three times as many share the work more evenly.
+_LONG_FORWARD, _PIECES_FORWARD = 2048, 3
 
 
 def _chunks(blocks: int | None, wanted: int, length: int, tile: int) -> tuple[int, int]:
@@ -172,7 +178,12 @@ def plan(
     channels_backward = threads // lanes
     forward_blocks = None if batch_invariant else batch * groups * math.ceil(group_channels / channels_forward)
     backward_blocks = None if batch_invariant else batch * groups * math.ceil(group_channels / channels_backward)
-    forward = _chunks(forward_blocks, resident_forward * multiprocessors, length, max(tile, 32))
+    unit, pieces_forward = max(tile, 32), 1
+    forward = _chunks(forward_blocks, resident_forward * multiprocessors, length, unit)
+    if forward[0] > 1 and forward[1] >= _LONG_FORWARD and not packed:
+        each = math.ceil(forward[1] / unit / _PIECES_FORWARD) * unit * _PIECES_FORWARD
+        if length > each:
+            forward, pieces_forward = (math.ceil(length / each), each), _PIECES_FORWARD
     backward = _chunks(backward_blocks, _RESIDENT_BACKWARD * multiprocessors, length, tile)
     if not batch_invariant and backward[0] > 1 and backward[1] >= _LONG_CHUNK:
         backward = _chunks(backward_blocks, _ROUNDS * _RESIDENT_BACKWARD * multiprocessors, length, tile)
@@ -194,6 +205,7 @@ def plan(
         backward[0],
         forward[1],
         backward[1],
+        pieces_forward,
     )
 
 
@@ -495,17 +507,19 @@ def _forward(
     ):
         tile //= 2
     states = sums = None
+    starts = (p.chunks_forward - 1) * p.pieces_forward + 1  # of pieces, and of the last chunk, which is not cut
     if p.chunks_forward > 1:
-        states, sums = _states(c, p.chunks_forward)
+        states, sums = _states(c, starts)
 
     def forward_options(**more: int) -> dict[str, int]:
         access = c.wide_access(p.channels_forward, y)
         lanes = {"G": p.lanes_forward, "NS": p.states_forward, "NT": p.threads_forward}
         resident = _RESIDENT_FORWARD * _NT_FORWARD // p.threads_forward
-        return c.options(TILE=tile, MINB=resident, EVERY=p.tile, **lanes, **access, **more)
+        cut = {"TILE": tile, "EVERY": p.tile, "CUT": p.pieces_forward}
+        return c.options(MINB=resident, **cut, **lanes, **access, **more)
 
-    def launch(part: int, chunks: int) -> None:
-        grid, per_group = c.grid(p.channels_forward, chunks)
+    def launch(part: int, blocks: int, chunks: int, chunk_len: int) -> None:
+        grid, per_group = c.grid(p.channels_forward, blocks)
         options = forward_options(PASS=part)
         run = _cuda.kernel(_FORWARD, "scan_forward", options, p.threads_forward, device.index or 0)
         run(
@@ -516,18 +530,17 @@ def _forward(
             checkpoints if want_checkpoints else None,
             states,
             sums,
-            *(i32(v) for v in (length, d_inner, d_inner // c.groups, per_group, p.chunk_len_forward)),
-            i32(p.chunks_forward),
+            *(i32(v) for v in (length, d_inner, d_inner // c.groups, per_group, chunk_len, chunks)),
         )
 
     if states is not None and sums is not None:
-        launch(1, p.chunks_forward - 1)
+        launch(1, starts - 1, starts, p.chunk_len_forward // p.pieces_forward)
         options = forward_options(PASS=1)
         combine = _cuda.kernel(_FORWARD, "scan_combine", options, 128, device.index or 0)
         first = None if c.varlen else c.initial
-        sizes = (i32(d_inner), i32(p.chunks_forward))
+        sizes = (i32(d_inner), i32(starts))
         combine((math.ceil(d_inner * n / 128), batch, 1), states, sums, c.A, first, *sizes)
-    launch(0, p.chunks_forward)
+    launch(0, p.chunks_forward, p.chunks_forward, p.chunk_len_forward)
     return y, final, checkpoints
 
 

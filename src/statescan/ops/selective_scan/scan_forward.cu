@@ -5,7 +5,8 @@
 // whole tile ahead, in 16-byte pieces. Sums over states go through a butterfly that leaves each lane one step.
 //
 // Grid (groups * blocks per group, batch, chunks). PASS 1 writes only a chunk's end state and its sum of dt: the decay of a
-// whole chunk is exp(A * sum dt). `scan_combine` turns these into every chunk's start state; PASS 0 writes the outputs.
+// whole chunk is exp(A * sum dt). `scan_combine` turns these into every chunk's start state; PASS 0 writes the outputs. To
+// share its work more evenly, PASS 1 may cut every chunk but the last, which it has no need of, in CUT pieces.
 #ifndef G
 #define G 4
 #endif
@@ -41,6 +42,9 @@
 #endif
 #ifndef SOFTPLUS
 #define SOFTPLUS 1
+#endif
+#ifndef CUT
+#define CUT 1  // pieces that PASS 1 cuts a chunk in
 #endif
 #ifndef EVERY
 #define EVERY 32  // steps between checkpoints
@@ -135,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
 #endif
     h[n] = real(0);
     if (here) {
-      if (LAST_PASS && chunks > 1) h[n] = chunk_state[((b * chunks + k0) * d_inner + c) * N + s];
+      if (LAST_PASS && chunks > 1) h[n] = chunk_state[((b * ((chunks - 1) * CUT + 1) + k0 * CUT) * d_inner + c) * N + s];
       else if (LAST_PASS && !VARLEN && init && k0 == 0) h[n] = init[(b * d_inner + c) * N + s];
     }
   }
