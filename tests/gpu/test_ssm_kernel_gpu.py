@@ -297,5 +297,5 @@ def test_offsets_above_2_31() -> None:
         assert torch.equal(K[-tail:], products.vandermonde(log[-tail:], w[-tail:], length, "triton"))
         whole = torch.ops.statescan.vandermonde_product_triton_backward(log.real, log.imag, K)
         part = torch.ops.statescan.vandermonde_product_triton_backward(log.real[-tail:], log.imag[-tail:], K[-tail:])
-    for a, b in zip(whole, part, strict=True):
-        assert torch.equal(a[-tail:], b)
+    for a, b in zip(whole, part, strict=True):  # parts of the length are added up in an order that goes by the channels
+        torch.testing.assert_close(a[-tail:], b, rtol=0, atol=1e-4 * float(b.abs().max()))

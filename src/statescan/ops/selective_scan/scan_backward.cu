@@ -80,7 +80,6 @@ typedef i64 offset;
 #define R (HT < 4 ? HT : 4)  // steps of one butterfly over states
 #define TENSOR (IN == 1 && G == 4 && NS == 4 && HT == 8)
 #define PIPE (TENSOR && !VARLEN)  // the states of the next sub-chunk are made while this one is walked back
-#define DIRECT (PIPE && VEC && N == NP)  // checkpoints go straight to where shared memory keeps states, by no register
 #define PIECES (TILE * N / 8)
 #define TILES_A 4  // tiles whose dA is added up before it goes to the sum over time
 #define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for ahead
@@ -351,15 +350,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     return r;
   };
 
-#if PASS == 0 && DIRECT
-  // A thread's own states at the start of a tile, to its own place, where the tile before has been read: what reads them
-  // waits, and no barrier is needed.
-  auto bring_states = [&]() {
-    const u32 me = opaque(tid), to = (u32)__cvta_generic_to_shared(&S.hs[0][0][0]) + me * u32(sizeof(Four));
-    const char* from = global<const char>(S.base[now][STATE], CHANNEL(me) * (N * 4) + me % 32 / CPW * 16);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
-  };
-#elif PASS == 0
+#if PASS == 0
   auto fetch_state = [&]() {
     Row r{};
     const real* p = global<const real>(S.base[now][STATE], i64(CHANNEL(opaque(tid))) * (N * int(sizeof(real))));
@@ -377,11 +368,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   Pack8 next_bc = fetch_bc(t_last);
 #endif
 #if PASS == 0
-#if DIRECT
-  bring_states();
-#else
   Row next_h = fetch_state();
-#endif
 #endif
   auto ask = [&](int t0) {
     const int t1 = max(t0 - TILE, t_begin);
@@ -390,11 +377,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     next_bc = fetch_bc(t1);
 #endif
 #if PASS == 0
-#if DIRECT
-    bring_states();
-#else
     next_h = fetch_state();
-#endif
 #endif
   };
 #if PASS == 0
@@ -558,15 +541,8 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     if (t0 > t_begin) enter(t0 - TILE, true);
 #else  // PASS == 0
     real h[NS], e[NS];
-#if DIRECT
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    const Four first = S.hs[0][0][tid];
-#pragma unroll
-    for (int n = 0; n < NS; n++) h[n] = first.v[n];
-#else
 #pragma unroll
     for (int n = 0; n < NS; n++) h[n] = next_h.v[n];
-#endif
     auto step = [&](int s) {
 #if VARLEN
       if (S.start[s])
@@ -585,16 +561,6 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       }
     };
     const int subs = TENSOR ? NSUB : (steps + HT - 1) / HT;
-#if DIRECT
-#pragma unroll 1
-    for (u32 j = 0; j < NSUB - 1;) {
-#pragma unroll
-      for (int s = 0; s < HT; s++) step(j * HT + s);
-      j++;
-      asm volatile("" : "+r"(j));
-      S.hs[j][0][tid] = Four{h[0], h[1], h[2], h[3]};
-    }
-#else
 #pragma unroll 1
     for (int j = 0; j < subs - PIPE; j++) {
 #pragma unroll
@@ -603,7 +569,6 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
         for (int s = 0; s < HT; s++) step(j * HT + s);
     }
-#endif
     struct History { real before[HT + 1][NS], kept[HT][NS]; };  // the state before step r, its decay
     auto recompute = [&](History& to, int j, int r) {
       if (r == 0 && PIPE && j == NSUB - 1) {  // it goes on from where the first run ended

@@ -70,9 +70,6 @@
 #define PIECES (TILE * N / 8)
 #define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for a tile ahead
 #define LAST_PASS (PASS == 0)
-#ifndef UNROLL
-#define UNROLL 8
-#endif
 
 struct alignas(2 * sizeof(real)) Slot { real dv, du; };  // dt and dt*u; afterwards y stands where dt stood
 
@@ -288,8 +285,8 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_forward(
     Slot ahead[4];
 #pragma unroll
     for (int r = 0; r < 4; r++) ahead[r] = slots[w][r][at];
-    constexpr int unrolled = UNROLL;
-#pragma unroll unrolled
+    constexpr int rounds = G > 2 ? 8 : 4;  // measured: with two lanes a whole tile at once is slower
+#pragma unroll rounds
     for (int s0 = 0; s0 < TILE; s0 += 4) {
       real acc[4];
       // The next four steps' slots come before this round's store, across which the compiler moves no load.
