@@ -199,9 +199,9 @@ SMALL += ["train.precision=float32", "train.accelerator=cpu", "train.threads=1",
 @pytest.mark.parametrize("length", [64, 256, 1024, 4096])
 def test_microbes_of_every_length_cost_as_many_bases(length: int) -> None:
     run = recipe.microbe_run(length, 8)
-    assert run.train.epochs * (8 * run.rows // run.train.batch_size) == 8192
+    assert run.train.epochs * (8 * run.rows // run.train.batch_size) == 5120
     assert run.train.batch_size * length == 65_536
-    assert run.train.labels_from * run.train.epochs == 6, "of the eight epochs the last two learn labels"
+    assert run.train.labels_from == 0.75, "the last quarter of the updates learns labels"
 
 
 def test_heads_and_dropout_are_set_by_overrides() -> None:
@@ -325,8 +325,26 @@ def test_the_runs_on_record_are_those_of_the_recipe() -> None:
     record = Path(__file__).parents[2]
     text = (record / "docs" / "dna.md").read_text(encoding="utf-8")
     held = json.loads((record / "benchmarks" / "results" / "reproduce" / "microbes.json").read_text(encoding="utf-8"))
-    assert [row["length"] for row in held["rows"]] == [256, 1024]
-    for row, (rows, epochs) in zip(held["rows"], ((8192, 16), (4096, 4)), strict=True):
+    assert [row["length"] for row in held["rows"]] == [256, 1024, 256, 1024]
+    linear, likelihood = held["rows"][:2], held["rows"][2:]
+    for row, was in zip(likelihood, linear, strict=True):
+        wanted = recipe.microbe_run(row["length"], 8, overrides=["train.accelerator=cuda"])
+        assert wanted.model == BackboneClassifierConfig.from_dict(row["config"]["model"])
+        assert wanted.train == build_config(ClassifyConfig, row["config"]["train"])
+        assert wanted.rows == row["data"]["rows"]
+        assert row["data"]["test"] == was["data"]["test"], "the same windows"
+        confusion, judged, kmers = np.array(row["confusion"]), row["judged"], row["kmers"]
+        assert (int(np.trace(confusion)), int(confusion.sum())) == (row["right"], judged)
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row['length']:,} | **"))
+        (low, high), (less, more), (first, last) = row["interval"], kmers["interval"], row["above_kmers_interval"]
+        assert f"**{recipe.percent(row['right'] / judged)}** ({row['right']:,} of {judged:,}; epoch" in line
+        assert f"epoch {row['test']['best']['epoch']}) | {low:.2f} to {high:.2f} |" in line
+        assert f"| {recipe.percent(kmers['right'] / judged)} ({less:.2f} to {more:.2f}) |" in line
+        above = f"+{row['above_kmers']:.2f} (+{first:.2f} to +{last:.2f})"
+        assert f"| {above} | {row['loci']} | {row['seconds']:.0f} |" in line
+        each = [f"{100 * part:.1f}".removesuffix(".0") for part in np.diag(confusion) / confusion.sum(1)]
+        assert f"| {row['length']:,} | {' | '.join(each)} |" in text
+    for row, (rows, epochs) in zip(linear, ((8192, 16), (4096, 4)), strict=True):
         wanted = recipe.microbe_run(row["length"], 8, overrides=[f"rows={rows}", f"train.epochs={epochs}", *LINEAR])
         assert wanted.model == BackboneClassifierConfig.from_dict(row["config"]["model"])
         assert wanted.train == build_config(ClassifyConfig, row["config"]["train"])
