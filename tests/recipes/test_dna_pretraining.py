@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from statescan.errors import CheckpointError, ConfigError, DataError
+from statescan.evaluate import ByContext
 from statescan.models import CausalLM
 from statescan.recipes import dna_pretraining as recipe
-from statescan.train import loop
+from statescan.train import DataConfig, TrainConfig, loop
+from statescan.train.config import build_config
 from statescan.train.loop import read_genome
 
 
@@ -275,3 +277,43 @@ def test_homologues_lie_at_the_same_place(tmp_path: Path) -> None:
         "mamba", [str(flat)], length=64, valid_regions=str(bed), overrides=[f"data.cache={tmp_path / 'cache'}"]
     )
     assert recipe._regions(read_genome(run)) == [(0, 200, 0, 0), (200, 600, 1, 0)]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("", ["mamba", "s4", "conv"]), ("-apes", ["mamba", "conv"])])
+def test_the_runs_on_record_are_those_of_the_recipe(name: str, rows: list[str]) -> None:
+    """What the document tells was made by the recipe as it is, and follows from the sums that are kept."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "dna.md").read_text(encoding="utf-8")
+    path = root / "benchmarks" / "results" / "reproduce" / f"dna-pretraining{name}.json"
+    held = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["row"] for row in held["rows"]] == rows
+    assert [row["row"] for row in held["not_judged"]] == ["transformer"]
+    for row in [*held["rows"], *held["not_judged"]]:
+        wanted = recipe.pretraining_run(
+            row["row"], row["config"]["data"]["paths"], length=1 << 17, steps=1500, judged=1 << 17,
+            overrides=["train.accelerator=cuda", "train.precision=bf16"],
+        )  # fmt: skip
+        assert wanted.model == type(wanted.model).from_dict(row["config"]["model"])
+        assert wanted.train == build_config(TrainConfig, row["config"]["train"])
+        assert wanted.data == build_config(DataConfig, row["config"]["data"])
+        assert row["parameters"] == CausalLM(wanted.model, device="meta").parameter_count()
+        assert row["train_loss"] == pytest.approx(held["training"]["loss"][row["row"]][-1][1], abs=1e-5)
+    for row in held["rows"]:
+        again = ByContext.from_dict(row["by_context"])
+        assert [point._asdict() for point in again.curve()] == row["curve"]
+        assert again.whole() == (row["whole"]["change"], row["whole"]["standard_error"])
+    compared, apart = recipe._compare(held["rows"])
+    assert (compared, apart) == (held["compared"], [])
+    for line in recipe._table(held["rows"], compared, apart, []).splitlines():
+        assert not line.startswith("| ") or line in text
+    # What was not judged is told by the losses of training alone.
+    at = {row: dict(map(tuple, losses)) for row, losses in held["training"]["loss"].items()}
+    last = max(at["transformer"])
+    assert last == {"": 1320, "-apes": 1500}[name]
+    for losses in at.values():
+        mean = np.mean([losses[step] for step in range(1050, 1321, 30)])
+        assert name or f"{mean:.4f}" in text
+        assert not name or f"{losses[last]:.4f}" in text
+    assert all(at["transformer"][step] > at["mamba"][step] for step in at["transformer"])
+    for bits in held["last_evaluation"]["bits"].values():
+        assert not name or f"{bits:.4f}" in text
