@@ -31,6 +31,27 @@ def test_gradient_is_torchs(
     assert torch.autograd.gradgradcheck(lambda w: _Lookup.apply(ids, w), weight)
 
 
+def test_sums_of_halves_are_added_up_in_float32() -> None:
+    """A row that thousands of tokens use: bfloat16 sums stand still where they are 256 times what is added."""
+    torch.manual_seed(0)
+    weight = torch.zeros(1025, 2, dtype=torch.bfloat16, requires_grad=True)
+    grad = 1 + torch.rand(5000, 2).bfloat16()
+    (got,) = torch.autograd.grad(_Lookup.apply(torch.full((5000,), 7), weight), weight, grad)
+    torch.testing.assert_close(got[7].double(), grad.double().sum(0), rtol=2**-8, atol=0)
+    assert not got[:7].any()
+    assert not got[8:].any()
+
+
+def test_a_backward_under_autocast_rounds_nothing() -> None:
+    torch.manual_seed(0)
+    weight = torch.zeros(8, 3, requires_grad=True)
+    ids, grad = torch.randint(0, 8, (1000,)), torch.randn(1000, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(_Lookup.apply(ids, weight), weight, grad)
+    wanted = torch.zeros(8, 3, dtype=torch.float64).index_add_(0, ids, grad.double())
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_it_is_torchs_layer() -> None:
     torch.manual_seed(0)
     layer = Embedding(5, 3)

@@ -187,6 +187,8 @@ def test_the_plan_is_told() -> None:
 def test_the_plan_cuts_time_where_the_chip_is_not_filled() -> None:
     plans = explain("selective_scan", device="cuda", batch=1, length=2048, d_inner=1536, multiprocessors=132).plans
     assert "time in 11 chunks of 192 steps: 24 blocks do not fill 132 multiprocessors" in plans["cuda"]
+    long = explain("selective_scan", device="cuda", batch=1, length=65536, d_inner=2048, multiprocessors=132).plans
+    assert "16 chunks of 4128 steps, whose start states are found in pieces of 1376: 32 blocks do not" in long["cuda"]
     fixed = explain("selective_scan", device="cuda", batch_invariant=True, batch=1, length=2048, d_inner=1536,
                     multiprocessors=132).plans["cuda"]  # fmt: skip
     many = explain("selective_scan", device="cuda", batch_invariant=True, batch=64, length=2048, d_inner=1536,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statescan.ops._checks import transforms_active
+from statescan.ops._checks import transforms_active, without_autocast
 
 __all__ = ["Embedding"]
 
@@ -49,7 +49,8 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[None, Tensor]:
         (ids,), (gradient,) = ctx.saved_tensors, gradients
         rows = gradient.reshape(-1, gradient.shape[-1])
-        return None, _row_sums(ids.reshape(-1), rows, ctx.shape)
+        with without_autocast(rows.device.type):  # which would round the sums
+            return None, _row_sums(ids.reshape(-1), rows, ctx.shape)
 
 
 class Embedding(nn.Embedding):

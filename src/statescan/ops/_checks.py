@@ -166,7 +166,7 @@ def sequence_of(cu_seqlens: Tensor, length: int) -> Tensor:
     """The sequence that each of `length` packed positions belongs to, (length,), int64: the last one that begins at or
     before it. Searched in all of the boundaries: torch.compile on GPUs forgets where a slice of them would begin."""
     positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens, positions, right=True) - 1
+    return torch.searchsorted(cu_seqlens.contiguous(), positions, right=True) - 1
 
 
 def _has_assert(device: str) -> bool:

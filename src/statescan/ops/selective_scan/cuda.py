@@ -106,7 +106,8 @@ _INVARIANT_LENGTH, _INVARIANT_CHUNKS = 512, 16
 # pass that finds what leaves a chunk can use more blocks, and the last round is a shorter one.
 _LONG_CHUNK, _ROUNDS = 4096, 4
 # The same of the forward's first pass, and the pieces of a chunk there: as many blocks as chunks leave some
-# multiprocessors with a block less than others, three times as many share the work more evenly.
+# multiprocessors with a block less than others, three times as many share the work more evenly. (Not of packed rows,
+# where it was not measured.)
 _LONG_FORWARD, _PIECES_FORWARD = 2048, 3
 
 
@@ -181,9 +182,9 @@ def plan(
     unit, pieces_forward = max(tile, 32), 1
     forward = _chunks(forward_blocks, resident_forward * multiprocessors, length, unit)
     if forward[0] > 1 and forward[1] >= _LONG_FORWARD and not packed:
-        each = math.ceil(forward[1] / unit / _PIECES_FORWARD) * unit * _PIECES_FORWARD
-        if length > each:
-            forward, pieces_forward = (math.ceil(length / each), each), _PIECES_FORWARD
+        pieces_forward = _PIECES_FORWARD
+        each = math.ceil(forward[1] / unit / pieces_forward) * unit * pieces_forward
+        forward = math.ceil(length / each), each
     backward = _chunks(backward_blocks, _RESIDENT_BACKWARD * multiprocessors, length, tile)
     if not batch_invariant and backward[0] > 1 and backward[1] >= _LONG_CHUNK:
         backward = _chunks(backward_blocks, _ROUNDS * _RESIDENT_BACKWARD * multiprocessors, length, tile)
@@ -241,17 +242,19 @@ def describe(
     wide = facts.dtype == torch.float64
     p = plan(batch, length, d_inner, facts.d_state, groups, multiprocessors, wide, packed, facts.batch_invariant, room)
     lines = []
-    for name, lanes, states, threads, channels, chunks, steps in (
+    for name, lanes, states, threads, channels, chunks, steps, pieces in (
         ("forward", p.lanes_forward, p.states_forward, p.threads_forward, p.channels_forward,
-         p.chunks_forward, p.chunk_len_forward),
+         p.chunks_forward, p.chunk_len_forward, p.pieces_forward),
         ("backward", p.lanes, p.states, p.threads_backward, p.channels_backward,
-         p.chunks_backward, p.chunk_len_backward),
+         p.chunks_backward, p.chunk_len_backward, 1),
     ):  # fmt: skip
         blocks = batch * groups * math.ceil(d_inner // groups / channels)
         if chunks == 1:
             cut = "one pass over time"
         else:
             cut = f"time in {chunks} chunks of {steps} steps"
+            if pieces > 1:
+                cut += f", whose start states are found in pieces of {steps // pieces}"
         if facts.batch_invariant:
             why = "by the length alone, as batch_invariant asks"
         elif chunks > 1:
@@ -515,12 +518,11 @@ def _forward(
         access = c.wide_access(p.channels_forward, y)
         lanes = {"G": p.lanes_forward, "NS": p.states_forward, "NT": p.threads_forward}
         resident = _RESIDENT_FORWARD * _NT_FORWARD // p.threads_forward
-        cut = {"TILE": tile, "EVERY": p.tile, "CUT": p.pieces_forward}
-        return c.options(MINB=resident, **cut, **lanes, **access, **more)
+        return c.options(TILE=tile, MINB=resident, EVERY=p.tile, **lanes, **access, **more)
 
     def launch(part: int, blocks: int, chunks: int, chunk_len: int) -> None:
         grid, per_group = c.grid(p.channels_forward, blocks)
-        options = forward_options(PASS=part)
+        options = forward_options(PASS=part, **({} if part else {"CUT": p.pieces_forward}))
         run = _cuda.kernel(_FORWARD, "scan_forward", options, p.threads_forward, device.index or 0)
         run(
             grid,
