@@ -124,3 +124,65 @@ def test_unknown_bases_are_masked_alike() -> None:
     known = masked.tokens != 4
     assert (masked.tokens[known] == plain.tokens[known]).all()
     assert (masked.tokens[tokens == 4] == 4).all()
+
+
+def masks_of_blocks(sizes: list[list[int]], unknown: list[tuple[int, int, int, int]]) -> list[list[str]]:
+    """Of each species and block the masked bases, as a string of N and dots.
+
+    Args:
+        sizes: (species, blocks) bases of each block.
+        unknown: species, block, first and last of some stretches of N.
+    """
+    ends = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+    count = len(sizes[0])
+    offsets = np.stack([ends[i * count : (i + 1) * count + 1] for i in range(len(sizes))])
+    tokens = np.zeros(ends[-1], np.uint8)
+    for species, block, first, last in unknown:
+        tokens[offsets[species, block] + first : offsets[species, block] + last] = 4
+    masked = mask_alike(AlignedBlocks(list("abcd")[: len(sizes)], tokens, offsets)).tokens
+    text = "".join(".???N"[base] for base in masked)
+    return [[text[row[i] : row[i + 1]] for i in range(count)] for row in offsets]
+
+
+def test_stretches_near_each_other_stay_apart_and_in_order() -> None:
+    sizes = [[8, 40, 8], [8, 40, 8], [8, 22, 8], [8, 20, 8], [8, 90, 8]]
+    own = "." * 4 + "N" * 10 + ".." + "N" * 10 + "." * 14
+    for number, other in enumerate(
+        (own, "N" * 10 + "." + "N" * 10 + ".", "N" * 20, "." * 14 + "N" * 10 + "." * 5 + "N" * 10 + "." * 51)
+    ):
+        masks = masks_of_blocks([sizes[0], sizes[number + 1]], [(0, 1, 4, 14), (0, 1, 16, 26)])
+        assert masks[0] == ["." * 8, own, "." * 8]
+        assert [masks[1][0], masks[1][2]] == ["." * 8, "." * 8]
+        assert (masks[1][1].count("N"), len(masks[1][1])) == (20, sizes[number + 1][1])
+        assert masks[1][1] == other
+    # What reaches over a border does so in all, and is as long.
+    masks = masks_of_blocks([[40, 40], [90, 17]], [(0, 0, 36, 40), (0, 1, 0, 6)])
+    assert masks[1] == ["." * 86 + "NNNN", "NNNNNN" + "." * 11]
+
+
+def test_of_a_block_shorter_than_the_stretches_all_is_masked_and_none_of_its_neighbours() -> None:
+    # In the middle: from where it lies it would reach into the block before, and over its own end.
+    for first, last in ((0, 30), (5, 35), (10, 40)):
+        masks = masks_of_blocks([[9, 40, 9], [9, 20, 9]], [(0, 1, first, last)])
+        assert masks[1] == ["." * 9, "N" * 20, "." * 9]
+        assert masks[0][1].count("N") == 30
+    masks = masks_of_blocks([[9, 40, 9], [9, 20, 9]], [(0, 1, 3, 15), (0, 1, 20, 32)])
+    assert masks[1] == ["." * 9, "N" * 20, "." * 9]
+    # A block without bases.
+    assert masks_of_blocks([[9, 40, 9], [9, 0, 9]], [(0, 1, 3, 15)])[1] == ["." * 9, "", "." * 9]
+
+
+def test_stretches_of_two_species_that_overlap_are_as_many_bases() -> None:
+    masks = masks_of_blocks([[100], [101], [99]], [(0, 0, 10, 20), (1, 0, 15, 25)])
+    assert [row[0].count("N") for row in masks] == [15, 15, 15]
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = draw.integers(0, 30, (3, 4))
+        unknown = []
+        for species, block in zip(draw.integers(0, 3, 6), draw.integers(0, 4, 6), strict=True):
+            first, last = np.sort(draw.integers(0, sizes[species, block] + 1, 2))
+            unknown.append((int(species), int(block), int(first), int(last)))
+        counts = np.array([[mask.count("N") for mask in row] for row in masks_of_blocks(sizes.tolist(), unknown)])
+        assert (counts == np.minimum(counts.max(0), sizes)).all()
+        named = {block for _, block, first, last in unknown if last > first}
+        assert set(np.flatnonzero(counts.any(0))) == named

@@ -150,21 +150,50 @@ def mask_alike(aligned: AlignedBlocks) -> AlignedBlocks:
     """The same with every base unknown, in all species, that is unknown in one of them.
 
     Which bases an assembly could not read tells the species: by their number alone half of all long windows are told
-    apart. So a stretch of N in a block of one species is masked at the same part of that block in every other, as many
-    bases of it: were the stretch drawn out or rounded up with the block, its length would tell where it is from.
+    apart. So the stretches of N in a block of one species are masked in that block of every other, in their order, as
+    far into its known bases, and as many bases of each: were a stretch drawn out or rounded up with the block, its
+    length would tell where it is from. At least a base stays between two of them where the block has room.
+
+    So a block has as many unknown bases in every species, except where it is shorter than that in one: there it is
+    unknown as a whole, and they are fewer. Where stretches of two species meet in a block, or it has no room to keep
+    them apart, their bases are as many, but how long each stretch is may differ.
     """
     tokens = np.array(aligned.tokens)
+    held: set[int] = set()
     for here, ends in enumerate(aligned.offsets):
         whole = ends[[0, -1]].reshape(1, 2)
+        found: dict[int, list[tuple[int, int]]] = {}
         for start, end in outside(whole, without_gaps(aligned.tokens, whole, 0)).tolist():
             first, last = np.searchsorted(ends, [start, end - 1], side="right") - 1
             for block in range(int(first), int(last) + 1):
-                size = int(ends[block + 1] - ends[block])
-                low, high = max(start, int(ends[block])) - ends[block], min(end, int(ends[block + 1])) - ends[block]
-                for species, other in enumerate(aligned.offsets):
-                    if species != here:
-                        length = int(other[block + 1] - other[block])
-                        from_ = max(0, min(int(low) * length // size, length - int(high - low)))
-                        to = min(length, from_ + int(high - low))
-                        tokens[other[block] + from_ : other[block] + to] = UNKNOWN
+                low, high = max(start, int(ends[block])), min(end, int(ends[block + 1]))
+                found.setdefault(block, []).append((low - int(ends[block]), high - low))
+        for block, stretches in found.items():
+            starts, sizes = np.array(stretches).T
+            size = int(ends[block + 1] - ends[block])
+            for species, other in enumerate(aligned.offsets):
+                if species != here:
+                    begin, end = other[block : block + 2]
+                    for low, count in zip(_spread(starts, sizes, size, int(end - begin)), sizes, strict=True):
+                        tokens[begin + low : min(begin + low + count, end)] = UNKNOWN
+        held.update(found)
+    # Stretches of two species that overlap in a block may by more or fewer bases in another, and the last of one has
+    # been cut where there was no room for a base between any two.
+    for block in held:
+        views = [tokens[ends[block] : ends[block + 1]] for ends in aligned.offsets]
+        counts = [int((view == UNKNOWN).sum()) for view in views]
+        most = max(counts)
+        for view, count in zip(views, counts, strict=True):
+            if 0 < count < most:
+                known = np.flatnonzero(view != UNKNOWN)
+                nearest = np.argsort(np.abs(known - np.argmax(view == UNKNOWN)), kind="stable")
+                view[known[nearest[: most - count]]] = UNKNOWN
     return replace(aligned, tokens=tokens)
+
+
+def _spread(starts: NDArray[np.int64], sizes: NDArray[np.int64], size: int, length: int) -> NDArray[np.int64]:
+    """Where stretches of a block of `size` bases begin in one of `length`: what lies between them is drawn out or drawn
+    in, they are not. A stretch at an end of the block stays there."""
+    taken = np.cumsum(sizes + 1) - sizes - 1  # by those before, and a base between any two
+    least = int(sizes.sum()) + len(sizes) - 1
+    return taken + (starts - taken) * max(0, length - least) // max(1, size - least)
