@@ -1,12 +1,14 @@
-"""How much of a window of DNA tells which great ape it is from, by statistics alone, on the split of `great-apes`:
+"""How much of a window of DNA tells which great ape it is from, by statistics alone, on the parts of `great-apes`:
 
     python benchmarks/ape_signal.py --data great_apes.npz --out ape-signal.json
     python benchmarks/ape_signal.py --data great_apes.npz --alignment chr22.maf.gz --out ape-signal.json
 
-Judged are the recipe's windows of the test, and by cross-validation windows of five consecutive parts of the training
-blocks. What is counted is fitted without the part that is judged:
+Judged are windows of the test, and by cross-validation windows of five consecutive parts of the training blocks. Those
+of a locus begin as far into the same block, which the recipe's own test windows do not. Models and discriminants are
+fitted without the part that is judged:
 
-- markov-K: log-likelihoods by a Markov model of order K for each species, both strands, argmax;
+- markov-K: log-likelihoods by a Markov model of order K for each species, both strands, argmax; each less its mean over
+  the other parts' windows, whose models have read the part that is judged;
 - runs, words: a linear discriminant (ridge) on how many stretches of one base have which length, on 5-mers, on both;
 - masked: lengths of the masked stretches, which must tell nothing.
 
@@ -22,7 +24,7 @@ import argparse
 import gzip
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from statescan.bench.measure import machine_facts
 from statescan.data.aligned import AlignedBlocks, mask_alike, read_blocks
 from statescan.data.dna import UNKNOWN
 from statescan.data.windows import LabelledWindows
+from statescan.errors import DataError, StatescanError
 from statescan.evaluate.kmers import kmer_regression
 from statescan.files import write_json
 from statescan.recipes.dna_species import ape_splits, resampled
@@ -41,6 +44,9 @@ FOLDS = 5
 ORDERS = (1, 2, 3, 4, 5, 6, 8)
 WORD = 5
 LONGEST_RUN = 24
+# Least distance of two windows that are fitted to. Lengths are multiples of it, so that judged ones lie side by side in
+# the first species, and in the others but for what they lack.
+STEP = 1 << 12
 # Counts that a species' own conditional distribution is shrunk by, towards that of all; and the discriminant's ridge,
 # in variances of a feature. Neither was fitted to anything.
 SHRINK, RIDGE = 300.0, 1.0
@@ -88,7 +94,7 @@ class Signal:
 
     Args:
         aligned: blocks, unknown bases masked alike.
-        length: bases of a window.
+        length: bases of a window, a multiple of `STEP`.
     """
 
     def __init__(self, aligned: AlignedBlocks, length: int) -> None:
@@ -98,12 +104,9 @@ class Signal:
         begin, end = aligned.part("train")
         borders = np.linspace(begin, end, FOLDS + 1).astype(int)
         self.parts: list[tuple[int, int]] = [*itertools.pairwise(borders.tolist()), aligned.part("test")]
-        stride = max(length // 4, 1 << 12)
+        stride = max(length // 4, STEP)
         self.windows = [self._homologous(first, last, stride) for first, last in self.parts[:FOLDS]]
-        test = ape_splits(aligned, length, 1, mask=False).test
-        assert isinstance(test, LabelledWindows)
-        starts = test.first.reshape(-1, len(self.bases)) - aligned.offsets[:, 0]
-        self.windows.append(Windows(starts, np.ones(len(starts), bool)))
+        self.windows.append(self._homologous(*self.parts[FOLDS], length))
 
     def _homologous(self, begin: int, end: int, stride: int) -> Windows:
         """Windows that begin every so many bases of the first species, and as far into the same block of the others."""
@@ -269,9 +272,11 @@ def at_length(aligned: AlignedBlocks, length: int) -> list[dict[str, Any]]:
     signal = Signal(aligned, length)
     splits = ape_splits(aligned, length, (1 << 24) // length, mask=False)
     assert isinstance(splits.train, LabelledWindows)
-    assert isinstance(splits.test, LabelledWindows)
-    said = kmer_regression(splits.train, splits.test, WORD)
-    yardstick = 100.0 * (said == splits.test.labels)
+    first = (signal.windows[FOLDS].starts + aligned.offsets[:, 0]).ravel()
+    labels = np.tile(np.arange(len(aligned.names), dtype=np.uint8), len(first) // len(aligned.names))
+    test = replace(splits.train, first=first, room=np.ones_like(first), labels=labels)
+    said = kmer_regression(splits.train, test, WORD)
+    yardstick = 100.0 * (said == labels)
     loci = np.arange(len(yardstick)) // len(aligned.names)
     regression = {"loci": int(loci[-1]) + 1, "accuracy": yardstick.mean(), "interval": resampled(yardstick, loci)}
     rows: list[dict[str, Any]] = [{"length": length, "by": "5-mer logistic regression", "test": regression}]
@@ -301,8 +306,12 @@ def at_length(aligned: AlignedBlocks, length: int) -> list[dict[str, Any]]:
     return rows
 
 
-def read_alignment(path: Path, names: Sequence[str]) -> tuple[NDArray[np.uint8], Ints]:
-    """(species, columns) uint8, A C G T N as 0 to 4 and gaps as 5; and where each block begins, and the end."""
+def read_alignment(path: Path, aligned: AlignedBlocks) -> tuple[NDArray[np.uint8], Ints]:
+    """(species, columns) uint8, A C G T N as 0 to 4 and gaps as 5; and where each block begins, and the end.
+
+    Raises:
+        DataError: they are not the blocks of `aligned`.
+    """
     letters = np.full(256, UNKNOWN, np.uint8)
     for number, pair in enumerate(("Aa", "Cc", "Gg", "Tt")):
         letters[[ord(letter) for letter in pair]] = number
@@ -315,13 +324,24 @@ def read_alignment(path: Path, names: Sequence[str]) -> tuple[NDArray[np.uint8],
             elif line[:1] == "s":
                 _, source, *_, text = line.split()
                 blocks[-1][source.split(".")[0]] = letters[np.frombuffer(text.encode(), np.uint8)]
-    columns = np.concatenate([np.stack([block[name] for name in names]) for block in blocks], 1)
-    return columns, np.cumsum([0, *(len(block[names[0]]) for block in blocks)])
+    wanted = f"--alignment: wanted the {aligned.blocks:,} blocks of --data"
+    if len(blocks) != aligned.blocks:
+        raise DataError(f"{wanted}, got {len(blocks):,} in {path}; give the .maf.gz that they were taken from")
+    for number, block in enumerate(blocks):
+        found = [int((block[name] != 5).sum()) if name in block else None for name in aligned.names]
+        lengths = np.diff(aligned.offsets[:, number : number + 2])[:, 0].tolist()
+        if found != lengths:
+            raise DataError(
+                f"{wanted}, got {found} bases of {', '.join(aligned.names)} in block {number} of {path} and {lengths} "
+                "in --data; give the .maf.gz that they were taken from"
+            )
+    columns = np.concatenate([np.stack([block[name] for name in aligned.names]) for block in blocks], 1)
+    return columns, np.cumsum([0, *(len(block[aligned.names[0]]) for block in blocks)])
 
 
 def with_alignment(aligned: AlignedBlocks, path: Path, lengths: Sequence[int]) -> dict[str, Any]:
     """What is private to a species, and how far the kinds of its private substitutions tell it."""
-    columns, begins = read_alignment(path, aligned.names)
+    columns, begins = read_alignment(path, aligned)
     known = (columns < UNKNOWN).all(0)
     equal = known & (columns == columns[0]).all(0)
     flanked = np.zeros_like(known)
@@ -371,11 +391,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     lengths = options.length or [1 << 13, 1 << 15, 1 << 17]
-    blocks = read_blocks(options.data)
-    aligned = mask_alike(blocks)
-    found: dict[str, Any] = {"benchmark": "ape-signal", "machine": machine_facts(), "split": blocks.facts()}
-    if options.alignment:
-        found["alignment"] = with_alignment(aligned, options.alignment, lengths)
+    for length in lengths:
+        if length < STEP or length % STEP:
+            parser.error(f"--length: wanted a multiple of {STEP}, got {length}")
+    try:
+        blocks = read_blocks(options.data)
+        aligned = mask_alike(blocks)
+        longest = min(int(np.diff(aligned.spans(part)).min()) for part in ("valid", "test"))
+        if max(lengths) > longest:
+            parser.error(f"--length: wanted at most {longest}, the bases of a part, got {max(lengths)}")
+        found: dict[str, Any] = {"benchmark": "ape-signal", "machine": machine_facts(), "split": blocks.facts()}
+        if options.alignment:
+            found["alignment"] = with_alignment(aligned, options.alignment, lengths)
+    except StatescanError as error:
+        parser.error(str(error))
     found["rows"] = []
     print("| nt | by | test, % | beside homologues | five parts of training, % | beside homologues |\n|" + "---|" * 6)
     for length in lengths:
