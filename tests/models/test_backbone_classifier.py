@@ -142,6 +142,17 @@ def test_likelihoods_are_not_rounded_by_autocast(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(found.double(), wanted[:, None].expand(-1, 3), rtol=1e-5)
 
 
+def test_likelihoods_keep_no_logits() -> None:
+    """Of a large vocabulary they would be the most of what training keeps, once a label."""
+    model = classifier(backbone=BACKBONE.replace(vocab_size=3000), head="likelihood").train()
+    ids, kept = torch.randint(0, 3000, (2, 20)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        loss = model(ids, torch.tensor([0, 2])).loss
+    assert max(kept) < 3 * 2 * 20 * 3000
+    loss.backward()
+    assert model.backbone.embedding.weight.grad.any()
+
+
 def test_both_strands_are_as_likely() -> None:
     ids = bases(3, 20)
     both, one = classifier(reverse_complement=True, head="likelihood"), classifier(head="likelihood")
@@ -257,5 +268,15 @@ def test_wrong_arguments() -> None:
     model = classifier(reverse_complement=True)
     with pytest.raises(ShapeError, match="rows must be of one length, got a mask"):
         model(bases(2, 9), mask=torch.ones(2, 9))
+    # In the sizes that were passed, though a likelihood repeats them for each label.
+    for head in ("linear", "likelihood"):
+        for shape in ((2, 8), (1, 9), (6, 9)):
+            message = rf"mask must be \(batch, length\) = \(2, 9\), as inputs, got \({shape[0]}, {shape[1]}\)"
+            other, mask = classifier(head=head), torch.ones(shape, dtype=torch.bool)
+            with pytest.raises(ShapeError, match=message):
+                other(bases(2, 9), mask=mask)
+            if head == "likelihood":
+                with pytest.raises(ShapeError, match=message):
+                    other.generative_loss(bases(2, 9), torch.tensor([0, 1]), mask=mask)
     with pytest.raises(ShapeError, match=r"labels must be \(batch,\) = \(2,\), got \(3,\)"):
         model(bases(2, 9), torch.zeros(3, dtype=torch.long))

@@ -157,6 +157,7 @@ class BackboneClassifier(nn.Module):
         Raises:
             ShapeError: an argument doesn't fit.
         """
+        self._check_mask(inputs, mask)
         if self.config.head == "likelihood":
             logits = self._log_likelihoods(inputs, mask)
             return ClassifierOutput(logits, self._loss(logits, labels))
@@ -181,6 +182,7 @@ class BackboneClassifier(nn.Module):
                 f"BackboneClassifier.generative_loss: head must be 'likelihood', got {self.config.head!r}; "
                 "take the loss of forward"
             )
+        self._check_mask(inputs, mask)
         hidden, targets = self._read(inputs, labels, mask)
         return linear_cross_entropy(hidden, self.backbone.embedding.weight, targets, ignore_index=_IGNORED)
 
@@ -189,7 +191,6 @@ class BackboneClassifier(nn.Module):
         d_model) and (rows, length). With reverse_complement rows are first the batch, then the other strand of it."""
         self._check_labels(labels, inputs.shape[0])
         if self.config.reverse_complement:
-            self._check_strands(mask)
             inputs, labels = torch.cat([inputs, complement_ids(inputs)]), torch.cat([labels, labels])
         x = self.backbone.embed("BackboneClassifier", inputs, None, 2)
         x = torch.cat([self.start.to(x.dtype).expand(x.shape[0], 1, -1), x[:, :-1]], 1)
@@ -206,10 +207,9 @@ class BackboneClassifier(nn.Module):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         # A label's lead is a small difference of sums over all tokens: rounded by autocast it would be another.
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = F.linear(hidden.to(exact), self.backbone.embedding.weight.to(exact))
-        each = -F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_IGNORED)
-        rows = each.view(targets.shape).sum(1)
-        return rows.view(-1, classes, batch).mean(0).T
+            weight = self.backbone.embedding.weight.to(exact)
+            each = linear_cross_entropy(hidden.to(exact), weight, targets, ignore_index=_IGNORED, reduction="none")
+        return -each.sum(1).view(-1, classes, batch).mean(0).T
 
     def _known(self, targets: Tensor) -> Tensor:
         """Without the unknown among bases, which are read and not predicted."""
@@ -217,12 +217,19 @@ class BackboneClassifier(nn.Module):
             return targets.masked_fill(targets == DnaTokenizer.unjudged, _IGNORED)
         return targets
 
-    @staticmethod
-    def _check_strands(mask: Tensor | None) -> None:
-        if mask is not None:
+    def _check_mask(self, inputs: Tensor, mask: Tensor | None) -> None:
+        """Before rows are repeated, so that an error tells the sizes that were passed."""
+        if mask is None:
+            return
+        if self.config.reverse_complement:
             raise ShapeError(
                 "BackboneClassifier: with reverse_complement rows must be of one length, got a mask; the other "
                 "strand would begin with padding"
+            )
+        if mask.shape != inputs.shape:
+            raise ShapeError(
+                f"BackboneClassifier: mask must be (batch, length) = {tuple(inputs.shape)}, as inputs, got "
+                f"{tuple(mask.shape)}; give one number a token, 1 where it is real"
             )
 
     @staticmethod
@@ -233,7 +240,6 @@ class BackboneClassifier(nn.Module):
     def _hidden(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """(batch, length, d_model); of both strands (batch, length, 2 d_model), as `ReverseComplement` gives them."""
         if self.config.reverse_complement:
-            self._check_strands(mask)
             pair = strand_pair(lambda ids: self.backbone.embed("BackboneClassifier", ids, None, 2), inputs)
             return ReverseComplement(lambda x: self.backbone.run(x, None, None).hidden)(pair)
         return self.backbone(inputs, mask=mask).hidden
