@@ -18,7 +18,15 @@ from statescan.data.windows import LabelledWindows, window_rows
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.models import CausalLM, MambaConfig
 from statescan.models.backbone_classifier import BackboneClassifier, BackboneClassifierConfig
-from statescan.train.classify import ClassifyConfig, Splits, _label_passes, _ResidentWindows, judge, train_classifier
+from statescan.train.classify import (
+    ClassifyConfig,
+    Splits,
+    _ClassifierTrainer,
+    _label_passes,
+    _ResidentWindows,
+    judge,
+    train_classifier,
+)
 from statescan.train.logs import read_csv
 
 BACKBONE = MambaConfig(d_model=16, n_layer=1, vocab_size=5)
@@ -197,6 +205,7 @@ def test_stopped_where_labels_begin_to_be_learnt_it_goes_on_to_the_same_bits(
         stop_after(stop)
         assert train_classifier(model, config, data, part, progress=False).steps == stop
         stop_after(None)
+        assert [int(row["step"]) for row in read_csv(part / "log.csv")] == [5, 10, 12][: 2 + (stop >= 12)]
         train_classifier(model, config, data, part, progress=False, resume=True)
         for name in ("model.safetensors", "log.csv", "evaluations.csv"):
             assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (stop, name)
@@ -223,6 +232,76 @@ def test_a_run_goes_on_to_learn_labels(data: Splits, stop_after: Any, tmp_path: 
     assert float(read_csv(whole / "log.csv")[0]["loss"]) < 1.0
 
 
+def test_a_row_ends_where_a_resume_begins_to_learn_labels(data: Splits, stop_after: Any, tmp_path: Path) -> None:
+    """Even where the run was stopped behind the update from which labels are learnt then, and killed once more."""
+    config = replace(TRAIN, log_every=10)
+    part = tmp_path / "part"
+    stop_after(16)
+    train_classifier(LIKELIHOOD, replace(config, log_every=16), data, tmp_path / "rows", progress=False)
+    train_classifier(LIKELIHOOD, config, data, part, progress=False)
+    config = replace(config, labels_from=0.4)
+    for late in (True, False):  # killed, and not
+        with pytest.MonkeyPatch.context() as patch:
+            if late:
+                patch.setattr(_ClassifierTrainer, "_save", lambda trainer: None)
+            stop_after(19 if late else None)
+            train_classifier(LIKELIHOOD, config, data, part, progress=False, resume=True)
+        rows = read_csv(part / "log.csv")
+        assert [int(row["step"]) for row in rows] == ([10, 16] if late else [10, 16, 20, 30])
+    first, second = float(rows[0]["loss"]), float(rows[1]["loss"])
+    assert (10 * first + 6 * second) / 16 == pytest.approx(float(read_csv(tmp_path / "rows" / "log.csv")[0]["loss"]))
+    assert float(rows[2]["loss"]) < 0.7, "of labels alone"
+
+
+def test_killed_behind_a_checkpoint_where_labels_begin(data: Splits, tmp_path: Path) -> None:
+    """The row of the last tokens is written before the checkpoint, and stands once."""
+    config = replace(TRAIN, labels_from=0.5)
+    train_classifier(LIKELIHOOD, config, data, tmp_path / "whole", progress=False)
+    update = _ClassifierTrainer._update
+
+    def killed(trainer: _ClassifierTrainer) -> None:
+        if trainer.done == 18:
+            raise RuntimeError("killed")
+        update(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ClassifierTrainer, "_update", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_classifier(LIKELIHOOD, config, data, tmp_path / "part", progress=False)
+    steps = [int(row["step"]) for row in read_csv(tmp_path / "part" / "log.csv")]
+    assert steps == [4, 8, 12, 15, 16], "an epoch has 15 updates"
+    train_classifier(LIKELIHOOD, config, data, tmp_path / "part", progress=False, resume=True)
+    for name in ("model.safetensors", "log.csv", "evaluations.csv"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_run_that_learnt_labels_does_not_go_back(data: Splits, stop_after: Any, tmp_path: Path) -> None:
+    out, config = tmp_path / "run", replace(TRAIN, labels_from=0.5)
+    stop_after(19)
+    train_classifier(LIKELIHOOD, config, data, out, progress=False)
+    stop_after(None)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for wrong, most, until in (
+        ({"epochs": 4}, 0.3166, 30),
+        ({"labels_from": 0.7}, 0.6333, 21),
+        ({"labels_from": 1.0}, 0.6333, 30),
+    ):
+        other = replace(config, **wrong)  # type: ignore[arg-type]
+        message = (
+            rf"train\.labels_from of at most {most} with train\.epochs={other.epochs}.* learns labels by step 19, got "
+            rf"{other.labels_from}, with which it would go back to tokens until step {until}; "
+            rf"set train\.labels_from={most} to go on"
+        )
+        with pytest.raises(ConfigError, match=message):
+            train_classifier(LIKELIHOOD, other, data, out, progress=False, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    # What the message says goes on, and so does a later beginning that lies behind.
+    stop_after(20)
+    config = replace(config, epochs=4, labels_from=0.3166)
+    assert train_classifier(LIKELIHOOD, config, data, out, progress=False, resume=True).steps == 20
+    assert all(float(row["loss"]) < 0.7 for row in read_csv(out / "log.csv") if int(row["step"]) > 15)
+
+
 def test_when_labels_can_be_learnt(data: Splits, tmp_path: Path) -> None:
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ConfigError, match=rf"train\.labels_from: wanted in \[0, 1\], got {wrong}"):
@@ -230,6 +309,14 @@ def test_when_labels_can_be_learnt(data: Splits, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"wanted train\.labels_from=1 for a model that learns labels throughout"):
         train_classifier(MODEL, replace(TRAIN, labels_from=0.5), data, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+    # Below 1 the last update learns them at least: a row ends before it.
+    assert isinstance(data.train, LabelledWindows)
+    almost = float(np.nextafter(1, 0))
+    for part, updates, ends in ((0.75, 2, [1, 2]), (0.9, 4, [3, 4]), (almost, 3, [2, 3]), (0.5, 1, [1]), (1.0, 2, [2])):
+        few = data._replace(train=data.train.take(slice(0, 8 * updates)))
+        config, out = replace(TRAIN, epochs=1, labels_from=part, log_every=50), tmp_path / f"{updates} from {part}"
+        train_classifier(LIKELIHOOD, config, few, out, progress=False)
+        assert [int(row["step"]) for row in read_csv(out / "log.csv")] == ends
 
 
 def test_passes_of_an_update_that_learns_labels() -> None:
@@ -237,6 +324,28 @@ def test_passes_of_an_update_that_learns_labels() -> None:
     for classes, parts, passes in ((8, 256, 8), (3, 256, 4), (8, 20, 10), (8, 13, 13), (4, 2, 2), (2, 1, 1)):
         assert _label_passes(replace(LIKELIHOOD, classes=classes), parts) == passes
     assert _label_passes(MODEL, 256) == 1
+
+
+def test_rows_that_go_together_stay_in_one_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Six rows, two by two homologues, of two labels: three passes of two, where rows alone would make two of three."""
+    bases = np.random.default_rng(0).integers(0, 4, 3000).astype(np.uint8)
+    first = np.stack([np.arange(0, 2900, 64), np.arange(3000, 5900, 64)], 1).ravel()
+    labels = np.tile(np.arange(2, dtype=np.uint8), len(first) // 2)
+    rows = LabelledWindows(np.concatenate([bases, bases]), first, np.full(len(first), 20), labels, 2, 64, together=2)
+    data = Splits(rows.take(slice(0, 60)), rows.take(slice(60, 76)), rows.take(slice(76, 92)))
+    read, original = [], BackboneClassifier._read
+
+    def record(self: BackboneClassifier, inputs: torch.Tensor, *rest: Any) -> Any:
+        if self.training:
+            read.append(inputs)
+        return original(self, inputs, *rest)
+
+    monkeypatch.setattr(BackboneClassifier, "_read", record)
+    config = replace(TRAIN, epochs=1, batch_size=6, labels_from=0.5)
+    assert train_classifier(LIKELIHOOD, config, data, tmp_path / "run", progress=False).steps == 10
+    assert [len(inputs) for inputs in read] == [6] * 5 + [2 * 2] * 15  # a pass reads two rows under two labels
+    for inputs in read[5:]:
+        assert torch.equal(inputs[0], inputs[1]), "homologues, from one place and strand"
 
 
 def test_a_run_from_before_a_field_was_there(data: Splits, tmp_path: Path) -> None:

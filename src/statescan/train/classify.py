@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -82,7 +83,8 @@ class ClassifyConfig:
             cross entropy over the likelihoods is minimised, by which it is judged; before, each sequence's tokens are
             learnt under its own label. Such an update reads a sequence once a label, and so costs `classes` times one
             before; it is cut into passes that take no more memory than one before, as far as the batch can be cut.
-            Dropout is drawn for each label anew. 1, none of them, for other models, which learn labels throughout.
+            Dropout is drawn for each label anew. Tokens are learnt in ``floor(labels_from * updates)``, below 1 in all
+            but the last at most. 1, none of them, for other models, which learn labels throughout.
         weight_decay: AdamW's, on matrices; none on the systems of S4 and S4D, norms and biases.
         betas: AdamW's.
         eps: AdamW's.
@@ -206,7 +208,8 @@ def train_classifier(
         The `ClassifyResult`.
 
     Raises:
-        ConfigError: settings that don't go together, or `out` holds anything and `resume` is False.
+        ConfigError: settings that don't go together, or `out` holds anything and `resume` is False; or a run that
+            learnt labels already would go back to tokens.
         CheckpointError: nothing to resume, a damaged checkpoint, or one of another model or data.
         DataError: fewer examples than a batch has.
         TrainingError: `max_nonfinite` gradients in a row were not finite.
@@ -401,8 +404,8 @@ class _ClassifierTrainer:
         self.order = LabelledOrder(data.train, config.batch_size, config.seed, multiple=config.multiple)
         self.steps = config.epochs * self.order.batches
         self.schedule = TrainConfig(steps=self.steps, warmup=config.warmup, lr=config.lr, min_lr=config.min_lr)
-        # So many updates learn tokens, the others labels.
-        self.generative = round(config.labels_from * self.steps) if _by_likelihood(model) else 0
+        # So many updates learn tokens, the others labels: one at least, where it is below 1.
+        self.generative = math.floor(config.labels_from * self.steps) if _by_likelihood(model) else 0
         self.label_passes = _label_passes(model, config.batch_size // getattr(data.train, "together", 1))
         self.facts = {"data": facts | _describe(data), "config": _plain(model, config)}
         self.history: list[dict[str, Any]] = []
@@ -428,6 +431,7 @@ class _ClassifierTrainer:
         self.train_rows = _resident(data.train, self.device)
         self.valid, self.test = _resident(data.valid, self.device), data.test
         self.done, self.in_window, self.seconds = 0, 0, 0.0
+        self.by_labels = False  # what the last update learnt, so whose loss the window sums
         self.loss_sum, self.norm, self.skipped, self.skipped_in_row = torch.zeros(4, device=self.device).unbind()
         self.evaluations: list[tuple[int, float]] = []
 
@@ -442,7 +446,9 @@ class _ClassifierTrainer:
         make_folder(out)
         self._write_run("running")
         keep = None if checkpoint is None else self.done
-        self.log = CsvLog(out / "log.csv", _LOG_COLUMNS, keep)
+        # A row at the checkpoint itself, within its window: where the loss changed in a resume from it before this one.
+        rows = keep - 1 if keep and self.in_window else keep
+        self.log = CsvLog(out / "log.csv", _LOG_COLUMNS, rows)
         self.evaluation_log = CsvLog(out / "evaluations.csv", _EVALUATION_COLUMNS, keep)
         self.progress = Progress(self.steps, self.done, progress, judged="% right", each="sequences")
         if previous is not None:
@@ -456,6 +462,16 @@ class _ClassifierTrainer:
             raise ConfigError(
                 f"resume: wanted train.epochs of at least {-(-state['step'] // self.order.batches)}, which are done in "
                 f"'{self.out}', got {self.config.epochs}; raise train.epochs to go on"
+            )
+        # Earlier versions don't say what was learnt.
+        self.by_labels = state.get("by_labels", state["step"] > self.generative)
+        if self.by_labels and state["step"] < self.generative:
+            most = math.floor(10_000 * state["step"] / self.steps) / 10_000
+            raise ConfigError(
+                f"resume: wanted train.labels_from of at most {most} with train.epochs={self.config.epochs}, since the "
+                f"run in '{self.out}' learns labels by step {state['step']}, got {self.config.labels_from}, with which "
+                f"it would go back to tokens until step {self.generative}; set train.labels_from={most} to go on with "
+                "labels"
             )
         self.done, self.in_window, self.seconds = state["step"], state["in_window"], state["seconds"]
         for name in _COUNTERS:
@@ -472,7 +488,8 @@ class _ClassifierTrainer:
                 self._update()
                 self.progress.step(self.done)
                 epoch, place = divmod(self.done, self.order.batches)
-                if self.done % self.config.log_every == 0 or self.done == self.steps:
+                # A row is of one loss.
+                if self.done % self.config.log_every == 0 or self.done in (self.generative, self.steps):
                     self._log()
                 if place == 0:
                     self._evaluate(epoch)
@@ -488,10 +505,11 @@ class _ClassifierTrainer:
             self.progress.close()
 
     def _update(self) -> None:
-        if self.done == self.generative and self.in_window:
-            self._log()  # a row is of one loss
         rows, length = self.order[self.done]
         kind = length, self.done >= self.generative
+        if self.in_window and kind[1] != self.by_labels:
+            self._log()  # resumed with an earlier `labels_from` within a window
+        self.by_labels = kind[1]
         update = self.updates.get(kind)
         if update is None:
             update = self.updates[kind] = self._make_update(*kind)
@@ -565,6 +583,7 @@ class _ClassifierTrainer:
         state = {
             "step": self.done,
             "in_window": self.in_window,
+            "by_labels": self.by_labels,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
             **{name: float(getattr(self, name)) for name in _COUNTERS},
