@@ -139,6 +139,13 @@ def test_rows_are_trained_judged_and_tabled_once(novels: Path, tmp_path: Path) -
     assert (tmp_path / "mamba-1m" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match=r"mamba-1m/run.json' .* other settings \(train.steps = 25, wanted 13\)"):
         recipe.language_scaling(["mamba-1m"], novels, tmp_path, passes=1.0, say=_silent)
+    # nor does it where the texts were moved; other texts in their place are refused
+    moved = shutil.copytree(novels, tmp_path.with_name(f"{tmp_path.name}-moved"))
+    assert recipe.language_scaling(rows, moved, tmp_path, passes=2.0, say=said.append) == results
+    assert said == []
+    (moved / "novels_train" / "0.txt").write_text("Another book. " * 60)
+    with pytest.raises(CheckpointError, match=r"run.json' is of a run with other data \(digest"):
+        recipe.language_scaling(rows, moved, tmp_path, passes=2.0, say=_silent)
 
 
 def test_a_row_that_was_broken_off_goes_on(novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

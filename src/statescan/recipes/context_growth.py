@@ -38,6 +38,7 @@ from statescan.recipes.language_scaling import (
     row_status,
     scaling_run,
     schedule,
+    settings_of,
     train_row,
 )
 from statescan.recipes.novels import NOVELS, read_corpus
@@ -324,7 +325,7 @@ def context_growth(
 
 def _told(run: RunConfig, digest: str) -> dict[str, Any]:
     """What a curve is of: a run, and the books that it was judged on."""
-    return {"config": run.to_dict(), "digest": digest}
+    return {"config": settings_of(run), "digest": digest}
 
 
 def _curve(folder: Path, longest: int) -> Path:

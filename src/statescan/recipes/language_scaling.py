@@ -66,6 +66,7 @@ __all__ = [
     "row_status",
     "scaling_run",
     "schedule",
+    "settings_of",
     "train_row",
     "tune",
     "tuned",
@@ -171,6 +172,8 @@ HALVINGS, _ASIDE = 2, "blown-up"
 _BPE_LENGTH, _BPE_VOCABULARY = 512, 8192
 
 _SCORE, _WINDOW_BITS, _SPEED, _DIVERGED = "score.json", "windows.npz", "speed.json", "diverged.json"
+# Fields of `DataConfig` that say where something lies.
+_PLACES = ("paths", "valid_paths", "cache")
 # Logits held at once while judging: those of 65,536 bytes.
 _LOGITS = 1 << 24
 
@@ -425,8 +428,16 @@ def row_status(run: RunConfig, folder: Path) -> str | None:
     }
     status = run_status(folder, data=digests)
     if status is not None:
-        check_same(folder / RUN_FILE, load_run(folder).to_dict(), run.to_dict())
+        # A finished run is known by what its texts hold, wherever they lie now; one that goes on reads them again.
+        wanted = settings_of(run) if status == "finished" else run.to_dict()
+        check_same(folder / RUN_FILE, load_run(folder).to_dict(), wanted)
     return status
+
+
+def settings_of(run: RunConfig) -> dict[str, Any]:
+    """All that decides what a run learns, without where its texts and their token files lie."""
+    facts = run.to_dict()
+    return facts | {"data": {name: value for name, value in facts["data"].items() if name not in _PLACES}}
 
 
 class Judged(NamedTuple):
