@@ -36,7 +36,7 @@ from statescan.data.aligned import AlignedBlocks, mask_alike, read_blocks
 from statescan.data.dna import UNKNOWN
 from statescan.data.windows import LabelledWindows
 from statescan.errors import DataError, StatescanError
-from statescan.evaluate.kmers import kmer_regression
+from statescan.evaluate.kmers import kmer_regression, word_codes
 from statescan.files import write_json
 from statescan.recipes.dna_species import ape_splits, resampled
 
@@ -61,17 +61,6 @@ class Windows:
 
     starts: Ints
     judged: NDArray[np.bool_]
-
-
-def word_codes(tokens: NDArray[np.uint8], k: int) -> Ints:
-    """(bases - k + 1,): the number of the word that begins at each base, 4^k where one of its bases is unknown."""
-    count = len(tokens) - k + 1
-    codes, known = np.zeros(count, np.int64), np.ones(count, bool)
-    for offset in range(k):
-        bases = tokens[offset : offset + count]
-        codes = 4 * codes + np.minimum(bases, 3)
-        known &= bases != UNKNOWN
-    return np.where(known, codes, 4**k)
 
 
 def other_strand(k: int) -> Ints:

@@ -9,10 +9,30 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from statescan.data.dna import UNKNOWN
 from statescan.data.windows import LabelledWindows
 from statescan.errors import ConfigError
 
-__all__ = ["kmer_frequencies", "kmer_regression"]
+__all__ = ["kmer_frequencies", "kmer_regression", "word_codes"]
+
+
+def word_codes(tokens: NDArray[np.uint8], k: int) -> NDArray[np.int64]:
+    """The number of the word of k bases that begins at each base: its bases' ids as digits to base 4.
+
+    Args:
+        tokens: (bases,) ids, A C G T N as 0 to 4.
+        k: bases of a word, at most as many as there are.
+
+    Returns:
+        (bases - k + 1,) int64, 4^k where one of the word's bases is unknown.
+    """
+    count = len(tokens) - k + 1
+    codes, known = np.zeros(count, np.int64), np.ones(count, bool)
+    for offset in range(k):
+        bases = tokens[offset : offset + count]
+        codes = 4 * codes + np.minimum(bases, 3)
+        known &= bases < UNKNOWN
+    return np.where(known, codes, 4**k)
 
 
 def kmer_frequencies(windows: NDArray[np.uint8], k: int) -> NDArray[np.float32]:
@@ -30,16 +50,10 @@ def kmer_frequencies(windows: NDArray[np.uint8], k: int) -> NDArray[np.float32]:
     """
     if not 1 <= k <= 8 or windows.shape[1] < k:
         raise ConfigError(f"k-mers: k must be within 1 .. 8 and the length, got {k} for {windows.shape[1]} bases")
-    count, length = windows.shape
-    found = np.zeros((count, 4**k), np.float32)
+    found = np.zeros((len(windows), 4**k), np.float32)
     for row, window in enumerate(windows):
-        word, known = np.zeros(length - k + 1, np.int64), np.ones(length - k + 1, bool)
-        for offset in range(k):
-            bases = window[offset : length - k + 1 + offset]
-            word = 4 * word + np.minimum(bases, 3)
-            known &= bases < 4
-        words = word[known]
-        found[row] = np.bincount(words, minlength=4**k) / max(1, len(words))
+        known = np.bincount(word_codes(window, k), minlength=4**k + 1)[:-1]
+        found[row] = known / max(1, known.sum())
     return found
 
 
