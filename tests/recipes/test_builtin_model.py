@@ -113,12 +113,36 @@ def test_a_run_learns_and_is_rounded_as_it_is_shipped(tmp_path: Path, text: np.n
 
 
 def test_rows_go_on_where_they_ended() -> None:
-    windows = recipe._Windows(replace(SMALL, batch_size=4), 1000)
+    windows = recipe._Windows(replace(SMALL, batch_size=4), 1000, 0)
     first, second = windows.onwards(), windows.onwards()
     inside = first + SMALL.length <= 1000 - SMALL.length - 1
     assert inside.any()
     assert (second[inside] == first[inside] + SMALL.length).all()
     assert ((second >= 0) & (second < 1000 - SMALL.length)).all()
+
+
+def test_half_of_the_windows_have_other_names() -> None:
+    windows = recipe._Windows(replace(SMALL, batch_size=2000), 1000, 3000)
+    starts = windows.anywhere()
+    assert 0.45 < (starts < 1000).mean() < 0.55
+    assert starts.max() < 4000 - SMALL.length
+    assert not ((starts >= 1000 - SMALL.length) & (starts < 1000)).any()
+    first, second = windows.onwards(), windows.onwards()
+    inside = first + SMALL.length < 4000 - SMALL.length
+    assert (second[inside] == first[inside] + SMALL.length).all()
+    # fewer bytes than a window beside the text: nothing past their end
+    assert recipe._Windows(replace(SMALL, batch_size=2000), 1000, 5).anywhere().max() <= 1005 - SMALL.length - 1
+
+
+def test_copies_with_other_names_lie_behind_the_text() -> None:
+    page = np.frombuffer(b"and Sophia met Sophia; so Lincoln, so Lincoln went\n" * 4, np.uint8)
+    course = recipe._Course(replace(SMALL, swapped=2), page, torch.device("cpu"), False)
+    held = course._text.numpy().tobytes()
+    assert held.startswith(page.tobytes())
+    assert held.count(b"and ") == 12
+    assert held[len(page) :] != page.tobytes() * 2
+    with pytest.raises(ConfigError, match="swapped must be at least 0, got -1"):
+        replace(SMALL, swapped=-1)
 
 
 def test_carried_states_reach_the_next_window(text: np.ndarray) -> None:
@@ -423,7 +447,7 @@ def test_runs_that_cannot_be_are_refused(text: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="carried by Mamba alone"):
         replace(TWIN, carried=0.5)
     with pytest.raises(ConfigError, match="at least length"):
-        recipe._Windows(SMALL, 10)
+        recipe._Windows(SMALL, 10, 0)
     for name, value in {"batch_size": 0, "length": 0, "seed": -1}.items():
         with pytest.raises(ConfigError, match=f"{name} must be at least {value + 1}, got {value}"):
             replace(SMALL, **{name: value})

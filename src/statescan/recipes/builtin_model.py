@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statescan.data import ByteTokenizer, TokenFile
+from statescan.data.names import swapped_copies
 from statescan.errors import ConfigError, TrainingError
 from statescan.evaluate import row_bits, window_bits
 from statescan.files import atomic_file, make_folder, write_json, write_text
@@ -91,7 +92,9 @@ class LanguageRun:
             Default 0.
         fresh: the part of those rows that start from an empty state at each update, so that the start of a text stays
             known. Default 1/16.
-        seed: of weights and order.
+        swapped: copies of the text with other names, see `statescan.data.names`, that lie beside it; half of the
+            windows that begin anywhere are theirs. Default 0: none are.
+        seed: of weights and order, and of the copies' names.
     """
 
     row: str
@@ -107,12 +110,13 @@ class LanguageRun:
     clip: float = 1.0
     carried: float = 0.0
     fresh: float = 1 / 16
+    swapped: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps <= 0 and self.seconds <= 0:
             raise ConfigError("builtin-model: a run must end: wanted seconds > 0 or steps > 0, got neither")
-        for name, least in (("batch_size", 1), ("length", 1), ("seed", 0)):
+        for name, least in (("batch_size", 1), ("length", 1), ("swapped", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"builtin-model: {name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.carried <= 1 or not 0 <= self.fresh <= 1:
@@ -174,19 +178,29 @@ _PAIRS = (
 class _Windows:
     """Where the rows of each update start in the text: anywhere, or on from where they ended."""
 
-    def __init__(self, run: LanguageRun, tokens: int) -> None:
-        self._run, self._last = run, tokens - run.length - 1
-        if self._last < 0:
+    def __init__(self, run: LanguageRun, tokens: int, copies: int) -> None:
+        """`tokens` of the text, and after them `copies` of those with other names."""
+        self._run, self._ends = run, [tokens - run.length, copies and tokens + copies - run.length]
+        if tokens <= run.length:
             raise ConfigError(
                 f"builtin-model: wanted a text of at least length + 1 = {run.length + 1} bytes, got {tokens}; take a "
                 "longer one or a smaller length"
             )
+        self._text = tokens
         self._random = np.random.default_rng(run.seed)
         self._lanes: NDArray[np.int64] | None = None
 
     def anywhere(self) -> NDArray[np.int64]:
         """(batch,) starts, independent of each other."""
-        return self._random.integers(0, self._last + 1, self._run.batch_size)
+        rows, (end, end_of_copies) = self._run.batch_size, self._ends
+        starts = self._random.integers(0, end, rows)
+        if not end_of_copies:
+            return starts
+        return np.where(
+            self._random.random(rows) < 0.5,
+            starts,
+            self._random.integers(min(self._text, end_of_copies - 1), end_of_copies, rows),
+        )
 
     def onwards(self) -> NDArray[np.int64]:
         """(batch,) starts, each where that row of the last such batch ended; at first anywhere, and so past the end."""
@@ -194,7 +208,7 @@ class _Windows:
             self._lanes = self.anywhere()
         else:
             following = self._lanes + self._run.length
-            self._lanes = np.where(following > self._last, self.anywhere(), following)
+            self._lanes = np.where(following >= max(self._ends), self.anywhere(), following)
         return self._lanes
 
 
@@ -204,8 +218,9 @@ class _Course:
     def __init__(self, run: LanguageRun, tokens: NDArray[np.uint8], device: torch.device, bf16: bool) -> None:
         self.run = run
         self.model = make_model(run.model, run.seed, device).train()
-        self.windows = _Windows(run, len(tokens))
-        self._text = torch.from_numpy(np.array(tokens)).to(device)
+        copies = swapped_copies(tokens, run.swapped, run.seed) if run.swapped else tokens[:0]
+        self.windows = _Windows(run, len(tokens), len(copies))
+        self._text = torch.from_numpy(np.concatenate((tokens, copies))).to(device)
         self._places = torch.arange(run.length + 1, device=device)
         self._initial: InitialState | None = None
         if run.carried:
@@ -573,7 +588,7 @@ def tune(
     def bits(row: str, lr: float, dropout: float) -> float:
         run, folder = run_of(row, lr, dropout), out / "tuning" / f"{row}-lr{lr:g}-dropout{dropout:g}"
         if (folder / _DIVERGED).exists():
-            check_same(folder / _DIVERGED, _read(folder / _DIVERGED)["run"], run.to_dict())
+            check_same(folder / _DIVERGED, _run_in(_read(folder / _DIVERGED)), run.to_dict())
             return math.inf
         try:
             trained = _trained(run, folder, corpus, device, say)
@@ -607,7 +622,7 @@ def _tuning(out: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted([*out.glob(f"tuning/*/{_TRAINED}"), *out.glob(f"tuning/*/{_DIVERGED}")]):
         facts = _read(path)
-        run, bits = facts["run"], facts.get("bits_per_byte", math.nan)
+        run, bits = _run_in(facts), facts.get("bits_per_byte", math.nan)
         if path.name == _TRAINED and "bits_per_byte" not in facts:
             continue
         found.append(
@@ -679,7 +694,7 @@ def builtin_model(
         _check_as_long(run, out, corpus.digest)
         if held.exists():
             # But for the updates: the twin's are known only when Mamba is trained.
-            check_same(held, _read(held)["run"], run.to_dict() | {"steps": _read(held)["run"]["steps"]})
+            check_same(held, _run_in(_read(held)), run.to_dict() | {"steps": _read(held)["run"]["steps"]})
     for row in rows:
         run = _run_of(row, out, steps, seconds, change)
         _check_as_long(run, out, corpus.digest)
@@ -765,12 +780,13 @@ def _check_as_long(run: LanguageRun, out: Path, corpus_digest: str) -> None:
     if run.seconds:
         # How many they are is known only of a finished run.
         steps = _read(own)["steps"] if own.exists() else f"those of {run.seconds:g} seconds"
-    wanted = (facts["steps"], facts["run"]["batch_size"], facts["run"]["length"])
-    got = (steps, run.batch_size, run.length)
+    held = _run_in(facts)
+    wanted = (facts["steps"], held["batch_size"], held["length"], held["swapped"])
+    got = (steps, run.batch_size, run.length, run.swapped)
     if got != wanted:
         raise ConfigError(
             f"builtin-model: '{run.row}' must read what '{other}' in '{beside.parent}' read, (steps, batch_size, "
-            f"length) = {wanted}, got {got}; take as many, name another folder, or delete that one"
+            f"length, swapped) = {wanted}, got {got}; take as many, name another folder, or delete that one"
         )
     _check_texts(beside, facts, corpus_digest)
 
@@ -792,13 +808,18 @@ def _trained(
     """What trained.json holds of a run that is trained here, or lies finished in its folder."""
     if (folder / _TRAINED).exists():
         trained = _read(folder / _TRAINED)
-        check_same(folder / _TRAINED, trained["run"], run.to_dict())
+        check_same(folder / _TRAINED, _run_in(trained), run.to_dict())
         _check_texts(folder / _TRAINED, trained, corpus.digest)
         return trained
     trained = train_language_model(run, np.asarray(corpus.tokens), folder, device=device, say=say)
     trained["corpus_digest"] = corpus.digest
     write_json(folder / _TRAINED, trained, indent=2)
     return trained
+
+
+def _run_in(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The run that a file tells of; older ones knew no other names."""
+    return {"swapped": 0} | facts["run"]
 
 
 def _blocks_of(folder: Path, judged: str) -> Path:
@@ -851,7 +872,7 @@ def _table(results: Mapping[str, Any], judged: str, out: Path) -> str:
         "of other books or seeds."
     )
     care = {name: {"lr": row["run"]["lr"], "dropout": row["run"]["model"]["dropout"]} for name, row in results.items()}
-    untuned = [name for name in care if care[name] != tuned(name, out, results[name]["run"])]
+    untuned = [name for name in care if care[name] != tuned(name, out, _run_in(results[name]))]
     if untuned:
         lines.append(f"\nRate and dropout not from a grid gone through in this folder: {', '.join(untuned)}.")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,103 @@
+"""Texts in which names are given to others, so that a name is foretold from what was read of it and not by heart.
+
+A small model that reads the same novels many times learns their names by heart, and with that loses the reason to look
+back for them. In a copy of the text whose people and places are called otherwise in every stretch, only looking back
+helps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from statescan.errors import DataError
+
+__all__ = ["SEGMENT", "find_names", "swap_names", "swapped_copies"]
+
+# Bytes in which a name stays the same.
+SEGMENT = 1 << 15
+# A capitalised word: three ASCII letters at least, none of another alphabet beside them.
+_CAPITALISED = re.compile(rb"(?<![A-Za-z\x80-\xff])[A-Z][a-z]{2,}(?![A-Za-z\xc3-\xdf])")
+_WITHIN = re.compile(rb"(?<=[a-z,;] )[A-Z][a-z]{2,}(?![A-Za-z\xc3-\xdf])")
+_LOWER = re.compile(rb"(?<![A-Za-z\x80-\xff])[a-z]{3,}(?![A-Za-z\xc3-\xdf])")
+# How often a name stands inside a sentence at least, and how many times as often as the same word without its capital.
+_LEAST, _RATHER = 2, 5
+
+
+def find_names(text: bytes) -> list[bytes]:
+    """The words that a text writes with a capital inside of sentences, and hardly ever without.
+
+    Args:
+        text: UTF-8 text in a language that capitalises names, English say.
+
+    Returns:
+        Each once, in order.
+    """
+    within, lower = Counter(_WITHIN.findall(text)), Counter(_LOWER.findall(text))
+    return sorted(name for name, count in within.items() if count >= _LEAST and count > _RATHER * lower[name.lower()])
+
+
+def swap_names(text: bytes, names: Sequence[bytes], seed: int | Sequence[int], *, segment: int = SEGMENT) -> bytes:
+    """The text with other names: in every segment each name is another one's, or one made of two, wherever it stands.
+
+    Args:
+        text: UTF-8 text.
+        names: what to swap, as `find_names` gives it.
+        seed: of the draws.
+        segment: bytes, up to a line's end, in which a name stays the same.
+
+    Returns:
+        The new text, of another length.
+
+    Raises:
+        DataError: a segment of no bytes.
+    """
+    if segment < 1:
+        raise DataError(f"swap_names: segment must be at least 1 byte, got {segment}")
+    known, random, parts, start = set(names), np.random.default_rng(seed), [], 0
+
+    def another() -> bytes:
+        one, two = (names[i] for i in random.integers(len(names), size=2))
+        if random.random() < 0.5:
+            return one
+        return one[: (len(one) + 1) // 2] + two[len(two) // 2 :].lower()
+
+    while start < len(text):
+        end = start + segment
+        line = text.rfind(b"\n", start, end) + 1 if end < len(text) else 0
+        end = line if line > start else min(end, len(text))
+        called: dict[bytes, bytes] = {}
+
+        def renamed(found: re.Match[bytes], called: dict[bytes, bytes] = called) -> bytes:
+            name = found.group()
+            if name not in known:
+                return name
+            if name not in called:
+                called[name] = another()
+            return called[name]
+
+        parts.append(_CAPITALISED.sub(renamed, text[start:end]))
+        start = end
+    return b"".join(parts)
+
+
+def swapped_copies(tokens: NDArray[np.uint8], copies: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Copies of a text of bytes, one after the other, each with names of its own.
+
+    Args:
+        tokens: (bytes,) uint8.
+        copies: how many.
+        seed: of the draws; copy k is the same however many there are.
+
+    Returns:
+        (about copies * bytes,) uint8; empty where the text holds no name.
+    """
+    text = tokens.tobytes()
+    names = find_names(text)
+    if not names:
+        return np.empty(0, np.uint8)
+    return np.frombuffer(b"".join(swap_names(text, names, (seed, copy)) for copy in range(copies)), np.uint8)

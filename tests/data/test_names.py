@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from statescan.data.names import find_names, swap_names, swapped_copies
+from statescan.errors import DataError
+
+PAGE = (
+    "When Sophia met Tulkinghorn, he bowed. “Is it you, Sophia?” said Tulkinghorn’s clerk; and Sophia laughed.\n"
+    "They went with Tulkinghorn to Lincoln, and from Lincoln to Lincoln’s fields. When the rain came, the\n"
+    "fields were wet; a When or two is no name. Zoé and Zoé are of another alphabet.\n"
+).encode()
+
+
+def test_names_are_words_that_keep_their_capital() -> None:
+    assert find_names(PAGE) == [b"Lincoln", b"Sophia", b"Tulkinghorn"]
+    # twice within a sentence, and too often without a capital
+    assert find_names(b"so Rain and Rain fell; rain, rain and rain") == []
+
+
+def test_a_name_is_another_everywhere_in_a_segment_and_nothing_else_changes() -> None:
+    names = find_names(PAGE)
+    swapped = swap_names(PAGE, names, 3)
+    shape = re.compile(b"|".join(names))
+    before, after = shape.split(PAGE), swapped
+    called: list[bytes] = []
+    for part, following in zip(before, [*before[1:], None], strict=True):
+        assert after.startswith(part)
+        after = after[len(part) :]
+        if following is not None:
+            name = re.match(rb"[A-Za-z]+", after)
+            assert name is not None
+            called.append(name.group())
+            after = after[name.end() :]
+    assert not after
+    by_name: dict[bytes, set[bytes]] = {}
+    for old, new in zip(shape.findall(PAGE), called, strict=True):
+        by_name.setdefault(old, set()).add(new)
+    assert all(len(new) == 1 for new in by_name.values())
+    assert any(new != {old} for old, new in by_name.items())
+
+
+def test_every_segment_has_its_own_names() -> None:
+    names = [f"Name{'abcdefghijklmnopqrstuvwxyz'[i]}".encode() for i in range(26)]
+    line = b" ".join(names) + b"\n"
+    text = line * 20
+    one, other = swap_names(text, names, 0, segment=2 * len(line)), swap_names(text, names, 0, segment=len(text))
+    assert len(set(other.splitlines())) == 1
+    lines = one.splitlines()
+    assert all(lines[2 * k] == lines[2 * k + 1] for k in range(10))
+    assert len(set(lines)) == 10
+    # a line longer than a segment is cut where the segment ends, and nothing is lost
+    assert swap_names(b"x" * 1000, names, 0, segment=64) == b"x" * 1000
+
+
+def test_copies_are_the_same_however_many() -> None:
+    tokens = np.frombuffer(PAGE, np.uint8)
+    two, three = swapped_copies(tokens, 2, 1), swapped_copies(tokens, 3, 1)
+    assert three.tobytes().startswith(two.tobytes())
+    assert swapped_copies(tokens, 2, 2).tobytes() != two.tobytes()
+    assert two.tobytes().count(b"of another alphabet") == 2
+    assert len(swapped_copies(np.frombuffer(b"no name here", np.uint8), 4)) == 0
+
+
+def test_a_segment_has_bytes() -> None:
+    with pytest.raises(DataError, match="segment must be at least 1 byte, got 0"):
+        swap_names(PAGE, [b"Lincoln"], 0, segment=0)
