@@ -640,7 +640,9 @@ def tune(
                 f"{run.train.lr:g} and {run.model.dropout:g} in their place; leave train.lr and model.dropout alone"
             )
         folder = parent / f"{row}-lr{lr:g}-dropout{dropout:g}"
-        if row_status(run, folder) is None or not (folder / _DIVERGED).exists():
+        status = row_status(run, folder)
+        # Of a run that is done its log tells all: its weights, which nobody needs, may be gone.
+        if status != "finished" and not (status is not None and (folder / _DIVERGED).exists()):
             try:
                 train_row(run, folder, say=say)
             except TrainingError as problem:
