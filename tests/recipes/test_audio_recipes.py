@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -408,6 +409,39 @@ def test_the_runs_on_record_are_the_recipes_and_the_documents_numbers():
     *most, last = [f"{100 * part:.3g}" for part in judged["each"]]
     assert f"{', '.join(most)} and {last} %" in text
     assert f"{run['scores']['all']['bits']:.3f} bits for a sample of the test" in text
+
+
+def test_the_music_on_record_is_the_recipes_and_the_documents_numbers():
+    text = (RECORD / "docs" / "audio.md").read_text(encoding="utf-8")
+    held = json.loads((RECORD / "benchmarks" / "results" / "reproduce" / "raw-audio-music.json").read_text())
+    assert [run["row"] for run in held["runs"]] == ["s4-mamba", "s4-s4", "mamba-mamba", "mamba-s4"]
+    assert [(run["row"], run["steps"]) for run in held["not_judged"]] == [("conv", 759)]
+    for run in [*held["runs"], *held["not_judged"]]:
+        wanted = raw_audio.waveform_run(run["row"], ["train.steps=1000"], task="music")
+        assert wanted.model == raw_audio.WaveformConfig.from_dict(run["config"]["model"])
+        assert wanted.train == build_config(waveform.WaveformTraining, run["config"]["train"])
+        losses = dict(run["training"]["bits"])
+        assert f"{np.mean([losses[step] for step in range(560, 741, 20)]):.3f}" in text
+    each = {run["row"]: np.array(run["each"]) for run in held["runs"]}
+    told = {}
+    for row, beside in itertools.permutations(each, 2):
+        bits, error = paired_difference(each[row], each[beside])
+        told[row, beside] = f"{bits:+.3f} ± {error:.4f}"
+    for run in held["runs"]:
+        assert (run["task"], run["test"]) == ("music", held["data"]["test"]["digest"])
+        assert each[run["row"]][:, 1].tolist() == held["data"]["test"]["samples"]
+        scores, bits = run["scores"], each[run["row"]].sum(0)
+        assert bits[0] / bits[1] == pytest.approx(scores["all"]["bits"], abs=1e-5)
+        away = "" if run["row"] == "s4-s4" else f" {told[run['row'], 's4-s4']}"
+        cells = [run["valid"][-1]["bits"], run["learnt_from"]["bits"]]
+        cells += [scores[str(context)]["bits"] for context in raw_audio.MUSIC_CONTEXTS]
+        line = " | ".join(f"{cell:.3f}" for cell in cells)
+        line = f"| **{scores['all']['bits']:.3f}** |{away} | {line} | {run['parameters']:,} | {run['steps']:,} |"
+        assert line in text
+    # The outer stages exchanged with the same centre, and the centre with the same outside.
+    assert f"{told['s4-s4', 'mamba-s4'][1:]} (S4 in the centre)" in text
+    assert f"{told['s4-mamba', 'mamba-mamba'][1:]} (Mamba)" in text
+    assert f"{told['mamba-mamba', 'mamba-s4']} with Mamba" in text
 
 
 @pytest.mark.parametrize("at", ["first", "last"])
