@@ -77,8 +77,16 @@ def test_the_twin_gets_what_the_packaged_model_got_and_the_spread_of_its_width()
         == initial_spread(320)
         == pytest.approx(0.02 * (768 / 320) ** 0.5, abs=1e-4)
     )
-    same = ("batch_size", "length", "lr", "warmup", "weight_decay", "betas", "clip", "seed")
+    # The rate is each one's own: the grid is what makes the same care of it.
+    same = ("batch_size", "length", "warmup", "weight_decay", "betas", "clip", "swapped", "seed")
     assert {name: twin.to_dict()[name] for name in same} == {name: packaged["run"][name] for name in same}
+    assert twin.model.to_dict()["dropout"] == packaged["run"]["model"]["dropout"]
+    assert {row: run.lr for row, run in ROWS.items()} == {"mamba": packaged["run"]["lr"], "transformer++": 4e-3}
+
+
+def test_seconds_take_the_place_of_a_rows_updates(small: dict[str, Any]) -> None:
+    run = builtin_model(**small, seconds=0.1)["mamba"]["run"]
+    assert (run["seconds"], run["steps"], SMALL.steps) == (0.1, 0, 12)
 
 
 def test_the_rate_rises_and_ends_at_zero_by_updates_or_by_time() -> None:
