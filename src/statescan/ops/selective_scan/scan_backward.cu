@@ -686,13 +686,44 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             if (live && g * NS + n < N) carry[n] += dfinal[((i64)(S.end[s] - 1) * d_inner + c) * N + g * NS + n];
 #endif
         const Slot f = S.slots[s][at];
+#if !FIXC && HASOUT
+        const Row fc = states_of(S.sc[s]);
+#endif
 #if !FIXB
         const Row fb = states_of(S.sb[s]);
 #endif
-#if !FIXC
+#if !FIXC && !HASOUT
         const Row fc = states_of(S.sc[s]);
 #endif
         real v[2 * NS];
+#if HASOUT
+        // The same in another order, in which NVRTC 13.0 spills nothing and copies little from register to register (sm_90).
+        real gg[NS];
+#pragma unroll
+        for (int n = NS - 1; n >= 0; n--) {
+          gg[n] = fma_(f.dy, CVAL(n), carry[n]);
+          carry[n] = kept_e[r][n] * gg[n];
+#if FIXC
+          v[n] = real(0);
+          gC_[n] = fma_(f.dy, hist[r + 1][n], gC_[n]);
+#else
+          v[n] = f.dy * hist[r + 1][n];
+#endif
+          sum[1][r % R] = n < NS - 1 ? fma_(gg[n], BVAL(n), sum[1][r % R]) : gg[n] * BVAL(n);
+        }
+#pragma unroll
+        for (int n = 0; n < NS; n++) {
+#if FIXB
+          v[NS + n] = real(0);
+          gB_[n] = fma_(gg[n], f.du, gB_[n]);
+#else
+          v[NS + n] = gg[n] * f.du;
+#endif
+          const real q = carry[n] * hist[r][n];  // as below
+          sum[2][r % R] = n ? fma_(q, a[n], sum[2][r % R]) : q * a[n];
+          gA_[n] = fma_(q, f.dv, gA_[n]);
+        }
+#else
 #pragma unroll
         for (int n = 0; n < NS; n++) {
           const real hh = hist[r + 1][n], gg = fma_(f.dy, CVAL(n), carry[n]);
@@ -719,6 +750,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
           v[NS + n] = gg * f.du;
 #endif
         }
+#endif
 #if VARLEN
         if (S.start[s])
 #pragma unroll
