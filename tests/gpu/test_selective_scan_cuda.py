@@ -313,6 +313,132 @@ def test_launches_write_into_slices(name: str) -> None:
         backend.launch_backward(u, z=z, **problem, dy=dy, checkpoints=kept, du=parts[0][:, :-1])
 
 
+# ------------------------------------------------------------------------------------------- the output, read once more
+
+
+def everywhere(*values: float) -> Callable[[Tensor], None]:
+    """Each of the values at some places of the gate."""
+
+    def put(z: Tensor) -> None:
+        draw = torch.Generator().manual_seed(len(values))
+        for value in values:
+            z[(torch.rand(z.shape, generator=draw) < 0.02).to(z.device)] = value
+
+    return put
+
+
+def rows_of_zeros(z: Tensor) -> None:
+    z[:, z.shape[1] // 3] = 0
+    z[:, -(z.shape[1] // 4) :] = 0
+    z[-1, ..., 1] = -0.0
+
+
+# Gates by which the output before them can't be found again, or only with care.
+GATES: dict[str, Callable[[Tensor], None]] = {
+    "single zeros": everywhere(0.0, -0.0),
+    "subnormal": everywhere(1e-40, -1e-40, 3e-39),
+    "tiny": everywhere(3e-38, -1e-30, 1e-20, -2e-19, 2e-19, 1e-10),
+    "far out": everywhere(10.0, -10.0, 30.0, -30.0, 80.0, -80.0, 100.0),
+    "huge": everywhere(1e4, 1e20, 1e30),
+    "rows of zeros": rows_of_zeros,
+    "nothing but zeros": lambda z: z.zero_(),
+}
+GATED = ["every option", "fixed B and C", "whole blocks, cut tile", "cut block", "d_state 8", "groups", "chunks"]
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("name", GATED)
+def test_gates_that_hide_what_went_into_them(name: str, kind: str) -> None:
+    case = CASES[name]
+    problem = scan_problem(case, torch.bfloat16)
+    GATES[kind](problem["z"])
+    reference = derivatives(same_precision(case), problem)
+    cotangents = random_cotangents({name: reference[name] for name in OUTPUTS}, 1)
+    cotangents["y"][:, -2:] = 0  # padding gets no gradient
+    truth = truth_of(problem, case, cotangents)
+    reference = derivatives(same_precision(case), problem, cotangents=cotangents)
+    actual = derivatives(running(), problem, cotangents=cotangents)
+    again = derivatives(running(), problem, cotangents=cotangents)
+    # Where single gates are huge dD is the sum of a few numbers, whose error is a matter of luck.
+    for key in ("d z",) if kind == "huge" else truth:
+        assert_within_budget(actual[key], truth[key], reference[key], key)
+    for key, value in actual.items():
+        assert torch.equal(value, again[key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=names)
+def test_gates_without_end(dtype: torch.dtype) -> None:
+    """Infinite gates, NaN ones, ones whose output is infinite or whose sigmoid is zero: as without the output, in every
+    place of dz."""
+    problem = scan_problem(CASES["whole blocks, cut tile"], dtype)
+    top = torch.finfo(dtype).max
+    everywhere(float("inf"), float("-inf"), float("nan"), top, -top, top / 2, -89.0, -100.0, -1e4)(problem["z"])
+    y, _, checkpoints = backend.launch_forward(**problem)
+    dy = torch.randn(y.shape, device="cuda").to(dtype)
+    dy[:, 5] = 0
+    both = [
+        backend.launch_backward(**problem, dy=dy, checkpoints=checkpoints, output=output)[6].float()
+        for output in (None, y)
+    ]
+    assert torch.equal(both[0].isfinite(), both[1].isfinite())
+    assert both[0].isfinite().any()
+    here = both[0].isfinite()
+    torch.testing.assert_close(both[1][here], both[0][here], rtol=2**-6, atol=1e-5)
+    assert torch.equal(both[0].isnan(), both[1].isnan())
+
+
+@pytest.mark.parametrize("name", ["whole blocks, cut tile", "cut block", "chunks"])
+def test_the_output_from_a_slice(name: str) -> None:
+    """Output and dz where wider tensors have them, aligned and not: the same bits, zeros in the gate included."""
+    problem = scan_problem(CASES[name], torch.bfloat16)
+    rows_of_zeros(problem["z"])
+    y, _, checkpoints = backend.launch_forward(**problem)
+    dy = torch.randn(y.shape, device="cuda").to(y.dtype)
+    plain = backend.launch_backward(**problem, dy=dy, checkpoints=checkpoints, output=y)
+    d_inner = y.shape[-1]
+    for pad in (0, 8, 3):
+        room = torch.full((*y.shape[:2], 2 * d_inner + pad), 7.0, device="cuda", dtype=y.dtype)
+        output, dz = room[..., pad : pad + d_inner], room[..., pad + d_inner :]
+        output.copy_(y)
+        sliced = backend.launch_backward(**problem, dy=dy, checkpoints=checkpoints, output=output, dz=dz)
+        for a, b in zip(plain, sliced, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(output, y)
+        assert (room[..., :pad] == 7).all()
+    with pytest.raises(ShapeError, match="selective_scan: output must be"):
+        backend.launch_backward(**problem, dy=dy, checkpoints=checkpoints, output=y[:, :-1])
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("change", ["nothing", "in place", "by another name"])
+def test_an_output_changed_afterwards(change: str, how: str) -> None:
+    """It may be changed in place before the backward, as where nothing reads it there."""
+    problem = scan_problem(CASES["whole blocks, cut tile"], torch.bfloat16)
+
+    def function(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def changed(**given: Any) -> tuple[Tensor, Tensor]:
+            y, state = run(**given)
+            if change == "in place":
+                y.mul_(2)
+            else:
+                doubled = y * 2
+                if change == "by another name":
+                    y.detach().fill_(float("nan"))
+                y = doubled
+            return y, state
+
+        return changed
+
+    torch.compiler.reset()
+    tried = function(running())
+    actual = derivatives(torch.compile(tried, fullgraph=True) if how == "compiled" else tried, problem)
+    cotangents = random_cotangents({key: actual[key] for key in OUTPUTS}, 1)
+    truth = derivatives(function(oracles.selective_scan), problem, cotangents=cotangents, exact=True)
+    reference = derivatives(function(running("reference")), problem, cotangents=cotangents)
+    for key in truth:
+        assert_within_budget(actual[key], truth[key], reference[key], key)
+
+
 @pytest.mark.parametrize(
     "name", ["no options", "every option", "whole blocks", "groups", "fixed B and C", "packed, empty ones"]
 )
