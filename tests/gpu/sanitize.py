@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +50,6 @@ SCANS = {
     "chunks, packed": ScanCase(batch=1, length=600, d_inner=32, d_state=16, cu_seqlens=(0, 5, 5, 300, 600), **EVERY),
     **{name: REAL_CASES[name] for name in ("smallest", "no options", "fixed B and C", "packed, empty ones")},
 }
-# Those that run again with gates of zero, from which the backward can't tell what went into them.
-CLOSED = ("whole blocks, cut tile", "cut block", "chunks")
 CONVS = {
     "tiles": ConvCase(length=150, features=136),
     "cut": ConvCase(length=77, features=67),
@@ -80,16 +77,11 @@ def selective_scan(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for name, case in SCANS.items():
         for dtype in (*LOW, torch.float64) if name == "cut block" and backend == "cuda" else LOW:
 
-            def run(case: ScanCase = case, dtype: torch.dtype = dtype, closed: bool = False) -> None:
-                made = scan_problem(case, dtype, device="cuda")
-                if closed:
-                    made["z"][:, ::3] = 0
-                problem, leaves = with_gradients(made)
+            def run(case: ScanCase = case, dtype: torch.dtype = dtype) -> None:
+                problem, leaves = with_gradients(scan_problem(case, dtype, device="cuda"))
                 differentiate(ops.selective_scan(**problem, return_final_state=True, backend=backend), leaves)
 
             yield f"{name}, {dtype}", run
-            if name in CLOSED and dtype == torch.bfloat16:
-                yield f"{name}, gates closed, {dtype}", partial(run, closed=True)
 
 
 def selective_state_update(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:

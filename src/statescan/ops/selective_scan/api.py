@@ -80,12 +80,7 @@ def selective_scan(
         BackendUnavailableError: the named backend can't run this call.
 
     Numerics: everything is computed in float32 (float64 for float64 inputs; complex64 and complex128 for complex A) and
-    rounded to u's dtype once. Autocast changes nothing inside. On ``"cuda"`` the backward of bfloat16 inputs with z and
-    at most 16 states takes z's gradient from the rounded y, which rounds that gradient twice, unless y was changed in
-    place, rows are packed, or the call is traced by ``torch.compile``.
-
-    Memory: in that case y is kept for the backward as the inputs are; a layer that follows keeps it anyway. Where the
-    caller drops y and its graph lives on that is as much memory as u takes.
+    rounded to u's dtype once. Autocast changes nothing inside.
 
     Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, equations 2a and 2b with
     algorithm 2. As in its published code B is discretized by dt_t B_t (Euler) where A's is zero-order hold, and for

@@ -97,7 +97,6 @@ _LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
 _BLOCKS_FOR_TWO_LANES, _LENGTH_FOR_TWO_LANES = 3, 16384
 _RESIDENT_ENDS = 4  # the same of the backward's pass that finds what leaves a chunk
 _BASES = 17 * 3 * 8 + 16  # bytes of the addresses that a block of the backward keeps, and room for their alignment
-_NOTES = 64 * 4  # bytes of what a block notes of tiles to be mended, where it reads the forward's output
 _HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the most that fit
 
 
@@ -547,27 +546,17 @@ def _forward(
     return y, final, checkpoints
 
 
-def _reads_output(u: Tensor, A: Tensor, z: Tensor | None, cu_seqlens: Tensor | None) -> bool:
-    """Whether the backward of such a call can use the forward's output, from which it has what went into the gate."""
-    return u.dtype == torch.bfloat16 and z is not None and cu_seqlens is None and A.shape[1] <= 16
-
-
-def _backward_options(
-    c: _Call, part: int, *beside: Tensor | None, again: bool = False, output: bool = False
-) -> dict[str, int]:
+def _backward_options(c: _Call, part: int, *beside: Tensor | None, again: bool = False) -> dict[str, int]:
     p = c.plan
     resident = _RESIDENT_ENDS if part == 1 and p.lanes == 4 else _RESIDENT_BACKWARD
     resident = 1 if c.real == torch.float64 else resident  # a double takes two registers
     sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
-    y = {"HASY": int(again), "HASOUT": int(output and part == 0)}
-    return c.options(PASS=part, **y, **sizes, **c.wide_access(p.channels_backward, *beside))
+    return c.options(PASS=part, HASY=int(again), **sizes, **c.wide_access(p.channels_backward, *beside))
 
 
-def _backward_kernel(
-    c: _Call, part: int, *beside: Tensor | None, again: bool = False, output: bool = False
-) -> _cuda.Kernel:
-    options, p = _backward_options(c, part, *beside, again=again, output=output), c.plan
-    shared = (p.shared + _NOTES * output) if part == 0 else p.shared_ends
+def _backward_kernel(c: _Call, part: int, *beside: Tensor | None, again: bool = False) -> _cuda.Kernel:
+    options, p = _backward_options(c, part, *beside, again=again), c.plan
+    shared = p.shared if part == 0 else p.shared_ends
     return _cuda.kernel(_BACKWARD, "scan_backward", options, p.threads_backward, c.u.device.index or 0, shared)
 
 
@@ -585,12 +574,11 @@ def _backward(
     dB: Tensor | None = None,
     dC: Tensor | None = None,
     y: Tensor | None = None,
-    output: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; an empty tensor for an input that isn't there."""
     batch, length, d_inner = c.u.shape
     if batch > _cuda.MOST_BLOCKS:
-        return _backward_in_pieces(c, dy, dfinal, checkpoints, B, C, du, ddt, dz, dB, dC, y, output)
+        return _backward_in_pieces(c, dy, dfinal, checkpoints, B, C, du, ddt, dz, dB, dC, y)
     n, p, device = c.A.shape[1], c.plan, c.u.device
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     gu, gdt = _place(du, c.u, "du"), _place(ddt, c.u, "ddt")
@@ -618,11 +606,10 @@ def _backward(
     if chunks > 1:
         states, sums = _states(c, chunks)
 
-    beside = (dy, gu, gdt, gz if c.z is not None else None, y, output)
-    how = {"again": y is not None, "output": output is not None}
+    beside = (dy, gu, gdt, gz if c.z is not None else None, y)
 
     def launch(part: int) -> None:
-        run = _backward_kernel(c, part, *beside, **how)
+        run = _backward_kernel(c, part, *beside, again=y is not None)
         run(
             (*grid[:2], chunks - part),  # what leaves the first chunk nobody asks
             *c.inputs(),
@@ -632,7 +619,7 @@ def _backward(
             *_rows(gu),
             *_rows(gdt),
             *_rows(gz if c.z is not None else None),
-            *_rows(y if output is None else output),
+            *_rows(y),
             gA,
             gB,
             gC,
@@ -647,7 +634,7 @@ def _backward(
 
     if states is not None and sums is not None:
         launch(1)
-        options = _backward_options(c, 1, *beside, **how)
+        options = _backward_options(c, 1, *beside, again=y is not None)
         combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", options, 128, device.index or 0)
         last = None if c.varlen else dfinal
         sizes = (i32(d_inner), i32(chunks))
@@ -666,7 +653,7 @@ def _backward(
         ends.append(0 if fixed else math.ceil(out.numel() / (_NT_SUMS * (4 if n % 4 == 0 else 1))))
     ends.append(math.ceil(d_inner * n / (_NT_SUMS * (4 if n % 4 == 0 else 1))))
     ends += [math.ceil(d_inner / _NT_SUMS)] * 2
-    options = _backward_options(c, 0, *beside, **how)
+    options = _backward_options(c, 0, *beside, again=y is not None)
     add = _cuda.kernel(_BACKWARD, "scan_sums", options, _NT_SUMS, device.index or 0)
     add(
         (sum(ends), 1, 1),
@@ -698,7 +685,6 @@ def _backward_in_pieces(
     dB: Tensor | None,
     dC: Tensor | None,
     y: Tensor | None,
-    output: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """`_backward` where one launch does not take all rows: the pieces' shares of what rows share are added in order."""
     du, ddt = _place(du, c.u, "du"), _place(ddt, c.u, "ddt")
@@ -708,7 +694,7 @@ def _backward_in_pieces(
 
     def piece(r: slice) -> tuple[Tensor, ...]:
         B_, C_ = B if c.fixed_B else B[r], C if c.fixed_C else C[r]
-        beside = (None if x is None else x[r] for x in (du, ddt, dz, dB, dC, y, output))
+        beside = (None if x is None else x[r] for x in (du, ddt, dz, dB, dC, y))
         return _backward(c.part(r), None, dy[r], None if dfinal is None else dfinal[r], checkpoints[r], B_, C_, *beside)
 
     pieces = zip(*(piece(r) for r in _cuda.pieces(c.u.shape[0])), strict=True)
@@ -728,7 +714,7 @@ _SCHEMA = (
 _LIBRARY = torch.library.Library("statescan", "FRAGMENT")
 _LIBRARY.define(f"selective_scan_cuda({_SCHEMA}, bool want_final, bool want_checkpoints) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    f"selective_scan_cuda_backward({_SCHEMA}, Tensor dy, Tensor? dfinal, Tensor checkpoints, Tensor? output) -> "
+    f"selective_scan_cuda_backward({_SCHEMA}, Tensor dy, Tensor? dfinal, Tensor checkpoints) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -789,7 +775,6 @@ def launch_backward(
     dB: Tensor | None = None,
     dC: Tensor | None = None,
     y: Tensor | None = None,
-    output: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The backward of `launch_forward`: gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order, an
     empty tensor for an input that isn't there. Those of u, dt, z and of B, C by position come in these tensors' dtypes,
@@ -798,9 +783,7 @@ def launch_backward(
     du, ddt, dz, dB, dC: where to write these, slices of wider tensors with neighbouring channels side by side (so that
     d_xz needs no copy). dy may be such a slice. y: where to write the forward's output again, with z alone: the
     backward has it at hand, so that a caller need not keep it. It is rounded as the forward's is, but summed in another
-    order. output: the forward's own output, where a caller has it still and wants none again: in bfloat16 with z and at
-    most 16 states, without cu_seqlens, the backward then takes dz from it in place of a sum over states, which is
-    faster, and rounds dz twice; elsewhere it changes nothing.
+    order.
 
     Raises:
         ShapeError: one of them does not fit.
@@ -810,18 +793,13 @@ def launch_backward(
         c = _prepare(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, batch_invariant)
         assert y is None or z is not None
         y = None if y is None else _place(y, u, "y")
-        if output is not None:
-            usable = y is None and _reads_output(u, A, z, cu_seqlens)
-            output = _place(output, u, "output") if usable else None
-        return _backward(c, cu_seqlens, dy, dfinal, checkpoints, B, C, du, ddt, dz, dB, dC, y, output)
+        return _backward(c, cu_seqlens, dy, dfinal, checkpoints, B, C, du, ddt, dz, dB, dC, y)
 
 
 def _rehearse_backward(*a: Any) -> None:
-    """The backward passes that may follow such a call: with its output where that is of use, and without it, should it
-    be changed in between."""
+    """The backward pass that may follow such a call."""
     u = a[0]
-    for output in (None, u.new_empty(u.shape)) if _reads_output(u, a[2], a[6], a[10]) else (None,):
-        launch_backward(*a, dy=u.new_empty(u.shape), checkpoints=u.new_empty(0), output=output)
+    launch_backward(*a, dy=u.new_empty(u.shape), checkpoints=u.new_empty(0))
 
 
 def _forward_op(*a: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -833,7 +811,7 @@ def _forward_op(*a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_op(*a: Any) -> tuple[Tensor, ...]:
     def launch(dy: Tensor) -> tuple[Tensor, ...]:
-        return launch_backward(*a[:12], dy=dy, dfinal=a[13], checkpoints=a[14], output=a[15])
+        return launch_backward(*a[:12], dy=dy, dfinal=a[13], checkpoints=a[14])
 
     g = _cuda.launch_ready(launch, a[12])
     return (*g[:3], g[3].to(a[3].dtype), g[4].to(a[4].dtype), *g[5:])  # a fixed B or C has any dtype
@@ -859,7 +837,7 @@ def _(
 
 
 @torch.library.register_fake("statescan::selective_scan_cuda_backward", lib=_LIBRARY)
-def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, batch_invariant, *rest):  # type: ignore[no-untyped-def]
+def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, batch_invariant, dy, dfinal, checkpoints):  # type: ignore[no-untyped-def]
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
 
     def like(x, dtype=None):  # type: ignore[no-untyped-def]
@@ -880,19 +858,11 @@ def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, bat
 
 
 class _Scan(torch.autograd.Function):
-    """The scan. Where the backward can use the output it is kept as inputs are, which takes no memory as long as the
-    caller has it, too. Nobody is kept from changing it in place: the backward then takes the way without it. So does a
-    traced call, in whose program what is kept would be the output after such changes."""
-
     @staticmethod
     def forward(ctx: Any, u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, invariant, want_final):  # type: ignore[no-untyped-def, override]
         inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, invariant)
         y, final, checkpoints = torch.ops.statescan.selective_scan_cuda(*inputs, want_final, True)
-        output = None
-        if not torch.compiler.is_compiling() and type(y) is Tensor and _reads_output(u, A, z, cu_seqlens):
-            ctx.changes, output = _changes(y), y.data
-            ctx.unchanged = ctx.changes._version
-        ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints, output)
+        ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints)
         ctx.softplus, ctx.want_final, ctx.invariant = dt_softplus, want_final, invariant
         ctx.set_materialize_grads(False)
         return y, final
@@ -900,25 +870,15 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_second_derivative("selective_scan", "cuda")
-        u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints, output = ctx.saved_tensors
+        u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
         inputs = (u, dt, A, B, C, D, z, dt_bias, ctx.softplus, initial_state, cu_seqlens, ctx.invariant)
         dy = torch.zeros_like(u) if dy is None else dy
-        if output is not None and ctx.changes._version != ctx.unchanged:
-            output = None
         g = torch.ops.statescan.selective_scan_cuda_backward(
-            *inputs, dy, dfinal if ctx.want_final else None, checkpoints, output
+            *inputs, dy, dfinal if ctx.want_final else None, checkpoints
         )
         given = (u, dt, A, B, C, D, z, dt_bias, initial_state)
         gradients = [None if x is None else v.to(x.dtype) for x, v in zip(given, g, strict=True)]
         return (*gradients[:8], None, gradients[8], None, None, None)
-
-
-def _changes(x: Tensor) -> Tensor:
-    """An empty tensor that counts changes of x in place, made by whatever name, and holds none of its memory. (What
-    autograd saves counts them, too, but raises an error.)"""
-    counts = x.detach()
-    counts.data = torch.empty(0, dtype=x.dtype, device=x.device)
-    return counts
 
 
 def selective_scan(

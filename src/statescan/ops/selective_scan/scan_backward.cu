@@ -47,9 +47,6 @@
 #ifndef HASY
 #define HASY 0  // y is wanted again, too
 #endif
-#ifndef HASOUT
-#define HASOUT 0  // y is there to be read: what goes into the gate is y / silu(z), and no sum over states
-#endif
 #ifndef SOFTPLUS
 #define SOFTPLUS 1
 #endif
@@ -83,17 +80,12 @@ typedef i64 offset;
 #define R (HT < 4 ? HT : 4)  // steps of one butterfly over states
 #define TENSOR (IN == 1 && G == 4 && NS == 4 && HT == 8)
 #define PIPE (TENSOR && !VARLEN)  // the states of the next sub-chunk are made while this one is walked back
-#if HASOUT && (HASY || !HASZ || !PIPE || PASS == 1)
-#error "HASOUT takes bfloat16 with a gate, at most 16 states, rows of one sequence, and the pass that makes gradients"
-#endif
-#define BEFORE (HASZ && !HASOUT)  // the output before the gate is summed up once more
-#define MARKS 64  // tiles that are told apart when some of them have to be mended
 #define PIECES (TILE * N / 8)
 #define TILES_A 4  // tiles whose dA is added up before it goes to the sum over time
 #define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for ahead
 
 // A channel at a step. dv: dt; du: dt*u, afterwards the sum over states of adjoint * B; dy: gradient before the gate,
-// afterwards the sum of adjoint * decay * h * A; y: the output before D and the gate. With HASOUT dy stays and y is that sum.
+// afterwards the sum of adjoint * decay * h * A; y: the output before D and the gate.
 struct alignas(16) Slot { real dv, du, dy, y; };
 // `x`, made anew where it stands: the compiler would keep what follows from it over a whole tile, in memory.
 DEV u32 opaque(u32 x) {
@@ -110,9 +102,8 @@ DEV u32 first_slot(u32 row, u32 piece) { return (row * CB + piece * 8 + (piece &
 #define SLOT(first, j) (*reinterpret_cast<Slot*>(reinterpret_cast<char*>(&S.slots[0][0]) + ((first) ^ (u32(j) * u32(sizeof(Slot))))))
 
 struct alignas(2 * sizeof(real)) Two { real a, b; };
-// Addresses that move by a tile at a time: inputs of a tile, of the one after it (earlier in time), and results. With y at
-// hand a tile asks for its u and dt alone, and dz belongs to the one after it, as y does.
-enum { NOW = 0, NEXT_DZ = 2, NEXT_Y = 3, NEXT = 4, OUT = 8, STATE = 12, NEXT_B = 13, SUMS_C = 15, BASES = 17 };
+// Addresses that move by a tile at a time: inputs of a tile, of the one after it (earlier in time), and results.
+enum { NOW = 0, NEXT = 4, OUT = 8, STATE = 12, NEXT_B = 13, SUMS_C = 15, BASES = 17 };
 typedef i64 Address;
 template <class T> DEV T* global(Address base, i64 bytes) {
   char* p = reinterpret_cast<char*>(base) + bytes;
@@ -135,9 +126,6 @@ struct Shared {
 #endif
   Address base[2][BASES];            // where a tile's rows begin, and how far from the tile before
   i64 apart[BASES];
-#if HASOUT
-  int mend[MARKS];                   // whether a tile, by its number modulo MARKS, has a dz to be mended
-#endif
 #if VARLEN
   int start[TILE], end[TILE];
 #endif
@@ -159,21 +147,7 @@ DEV void row_sums(float (&d)[4], const Four& rows, u32 a, u32 b) {
         "r"(__float_as_uint(rows.v[3])), "r"(a), "r"(b), "f"(0.f));
 }
 #endif
-struct Raw {
-  Pack8 u, dt, dout, z;
-#if HASOUT
-  Pack8 y;
-#endif
-};
-#if HASOUT
-// Two zeros if that is what `before` was and both numbers of `pair` are finite; else a NaN is among them.
-DEV u32 all_finite(u32 pair, u32 before) {
-  u32 y;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(pair), "r"(0), "r"(before));
-  return y;
-}
-DEV bool infinite(act x) { return (x & 0x7f80) == 0x7f80; }  // or no number
-#endif
+struct Raw { Pack8 u, dt, dout, z; };
 // As load8 and store8, for what is read for the last time and for what is written: 16-bit activations leave the cache to the
 // partial sums, which are read again after the last block.
 DEV Pack8 load8_last(const act* p, int n, bool vec) {
@@ -224,9 +198,6 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   for (int i = 0; i < 4; i++) if (tid < SHARERS) S.sums[i][tid] = Four{};
 #pragma unroll
   for (int i = 0; i < NQ; i++) S.sumA[0][i][tid] = S.sumA[1][i][tid] = Four{};
-#endif
-#if HASOUT
-  FOR_EACH(q, MARKS) S.mend[q] = 0;
 #endif
   __syncthreads();
 
@@ -286,7 +257,6 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     for (int k = NOW; k <= NEXT; k += NEXT - NOW) {
       set(k, u, b * u_b + c0, u_l, act_, k == NEXT);
       set(k + 1, dt, b * dt_b + c0, dt_l, act_, k == NEXT);
-      if (HASOUT && k == NOW) continue;
       set(k + 2, dout, b * o_b + c0, o_l, act_, k == NEXT);
       set(k + 3, z, b * z_b + c0, z_l, act_, k == NEXT);
     }
@@ -295,8 +265,8 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #if PASS == 0
     set(OUT, gu, b * gu_b + c0, gu_l, act_, false);
     set(OUT + 1, gdt, b * gdt_b + c0, gdt_l, act_, false);
-    set(HASOUT ? NEXT_DZ : OUT + 2, gz, b * gz_b + c0, gz_l, act_, HASOUT);
-    set(HASOUT ? NEXT_Y : OUT + 3, y, b * y_b + c0, y_l, act_, HASOUT);
+    set(OUT + 2, gz, b * gz_b + c0, gz_l, act_, false);
+    set(OUT + 3, y, b * y_b + c0, y_l, act_, false);
     const i64 rows_before = ((i64)blockIdx.x * gridDim.y + b) * L, states = (i64)d_inner * N;
     set(SUMS_C, gC, rows_before * N, N, real_, false);
     set(SUMS_C + 1, gB, rows_before * N, N, real_, false);
@@ -315,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   // its next one, when nobody reads what is written here.
   auto advance = [&](int t0) {
     if (tid < BASES) {
-      const bool ahead = (tid >= (HASOUT ? NEXT_DZ : NEXT) && tid < OUT) || (tid >= STATE && tid < SUMS_C);
+      const bool ahead = (tid >= NEXT && tid < OUT) || (tid >= STATE && tid < SUMS_C);
       S.base[now ^ 1][tid] = S.base[now][tid] - (ahead && t0 - TILE <= t_begin ? 0 : S.apart[tid]);
     }
   };
@@ -332,16 +302,12 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       const Address* p = &S.base[now][from];
       auto load = [&](int k, i64 stride) {
         const act* q = global<const act>(p[k], (t * offset(stride) + s0) * offset(sizeof(act)));
-        return from == NOW || (HASOUT && (k > 1 || k < 0)) ? load8_last(q, n, VEC) : load8(q, n, VEC);
+        return from == NOW ? load8_last(q, n, VEC) : load8(q, n, VEC);
       };
       if (PASS == 0) r.u = load(0, u_l);
       r.dt = load(1, dt_l);
-      if (HASOUT && from == NOW) return r;
       r.dout = load(2, o_l);
       if (HASZ) r.z = load(3, z_l);
-#if HASOUT
-      r.y = load(NEXT_Y - NEXT, y_l);
-#endif
     }
     return r;
   };
@@ -484,17 +450,10 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       const u32 me = opaque(tid), row = me / PER, piece = me % PER, first = first_slot(row, piece);
       const int n = whole || int(row) < steps ? count : 0;
       if (n > 0) {
-#if HASOUT
-        Pack8 oz;
-        u32 finite = 0;
-#endif
 #pragma unroll
         for (int quad = 0; quad < 8; quad += 4) {  // four at a time, so that their chains of instructions interleave
           const Four shift = *reinterpret_cast<const Four*>(&S.sbias[apart(piece * 8 + quad)]);
           Slot f[4];
-#if HASOUT
-          real to_z[4];
-#endif
 #pragma unroll
           for (int m = 0; m < 4; m++) {
             const int j = quad + m;
@@ -502,35 +461,13 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             if (SOFTPLUS) f[m].dv = softplus(f[m].dv);
             if (!VEC && j >= n) f[m].dv = real(0);
             f[m].dy = part(next.dout, j);
-#if HASOUT
-            // d silu / silu = 1 / z + 1 - sigmoid. Scaled, the reciprocal is infinite below 2^-64, where y has lost bits, and
-            // zero nowhere: where z or y left the range dz comes out infinite or no number.
-            constexpr real scale = real(2.168404344971009e-19);  // 2^-62
-            const real zv = part(next.z, j), sig = quick_sigmoid(zv), ov = f[m].dy;
-            const real slope = fma_(rcp(zv * scale), scale, real(1) - sig);
-            to_z[m] = ov * (part(next.y, j) * slope);
-            if (!VEC && j >= n) to_z[m] = real(0);
-            f[m].dy = ov * (zv * sig);
-#else
             if (HASZ) f[m].dy *= silu(part(next.z, j));
-#endif
             f[m].du = PASS == 0 ? f[m].dv * part(next.u, j) : f[m].dy;  // the chunk's end asks for no du
-            if (!HASOUT) f[m].y = real(0);
+            f[m].y = real(0);
           }
 #pragma unroll
           for (int m = 0; m < 4; m++) SLOT(first, quad + m) = f[m];
-#if HASOUT
-#pragma unroll
-          for (int m = 0; m < 4; m += 2) {
-            set_pair(oz, quad + m, to_z[m], to_z[m + 1]);
-            finite = all_finite(oz.w[(quad + m) / 2], finite);
-          }
-#endif
         }
-#if HASOUT
-        store8_once(global<act>(S.base[now][NEXT_DZ], (offset(row) * offset(gz_l) + piece * 8) * offset(sizeof(act))), oz, VEC ? 8 : n, VEC);
-        if (finite & 0x7fff7fffu) S.mend[u32(t0) / TILE % MARKS] = 1;
-#endif
       } else {  // a step of length zero
 #pragma unroll
         for (int j = 0; j < 8; j++) SLOT(first, j) = Slot{};
@@ -656,8 +593,8 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
       if (G == R || g < R) {
         Slot& to = S.slots[s + g % R][at];
         to.du = sums[1];
-        (HASOUT ? to.y : to.dy) = sums[2];
-        if (BEFORE) to.y = sums[0];
+        to.dy = sums[2];
+        if (HASZ) to.y = sums[0];
       }
     };
     Raw again;
@@ -686,44 +623,13 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             if (live && g * NS + n < N) carry[n] += dfinal[((i64)(S.end[s] - 1) * d_inner + c) * N + g * NS + n];
 #endif
         const Slot f = S.slots[s][at];
-#if !FIXC && HASOUT
-        const Row fc = states_of(S.sc[s]);
-#endif
 #if !FIXB
         const Row fb = states_of(S.sb[s]);
 #endif
-#if !FIXC && !HASOUT
+#if !FIXC
         const Row fc = states_of(S.sc[s]);
 #endif
         real v[2 * NS];
-#if HASOUT
-        // The same in another order, in which NVRTC 13.0 spills nothing and copies little from register to register (sm_90).
-        real gg[NS];
-#pragma unroll
-        for (int n = NS - 1; n >= 0; n--) {
-          gg[n] = fma_(f.dy, CVAL(n), carry[n]);
-          carry[n] = kept_e[r][n] * gg[n];
-#if FIXC
-          v[n] = real(0);
-          gC_[n] = fma_(f.dy, hist[r + 1][n], gC_[n]);
-#else
-          v[n] = f.dy * hist[r + 1][n];
-#endif
-          sum[1][r % R] = n < NS - 1 ? fma_(gg[n], BVAL(n), sum[1][r % R]) : gg[n] * BVAL(n);
-        }
-#pragma unroll
-        for (int n = 0; n < NS; n++) {
-#if FIXB
-          v[NS + n] = real(0);
-          gB_[n] = fma_(gg[n], f.du, gB_[n]);
-#else
-          v[NS + n] = gg[n] * f.du;
-#endif
-          const real q = carry[n] * hist[r][n];  // as below
-          sum[2][r % R] = n ? fma_(q, a[n], sum[2][r % R]) : q * a[n];
-          gA_[n] = fma_(q, f.dv, gA_[n]);
-        }
-#else
 #pragma unroll
         for (int n = 0; n < NS; n++) {
           const real hh = hist[r + 1][n], gg = fma_(f.dy, CVAL(n), carry[n]);
@@ -734,7 +640,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
           carry[n] = kept_e[r][n] * gg;
           // Decay times the previous state, not h - dt u B, which cancels where dt is large.
           const real q = carry[n] * before;
-          if (BEFORE) sum[0][r % R] = n ? fma_(hh, CVAL(n), sum[0][r % R]) : hh * CVAL(n);
+          if (HASZ) sum[0][r % R] = n ? fma_(hh, CVAL(n), sum[0][r % R]) : hh * CVAL(n);
           sum[1][r % R] = n ? fma_(gg, BVAL(n), sum[1][r % R]) : gg * BVAL(n);
           sum[2][r % R] = n ? fma_(q, a[n], sum[2][r % R]) : q * a[n];
           gA_[n] = fma_(q, f.dv, gA_[n]);
@@ -750,7 +656,6 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
           v[NS + n] = gg * f.du;
 #endif
         }
-#endif
 #if VARLEN
         if (S.start[s])
 #pragma unroll
@@ -794,7 +699,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         if (r % R == 0) {
           // Butterfly over the lanes of a channel: lane g ends with step s + g % R.
 #pragma unroll
-          for (int k = BEFORE ? 0 : 1; k < 3; k++) {
+          for (int k = HASZ ? 0 : 1; k < 3; k++) {
             const bool b0 = g & 1, b1 = g & 2;
             real t_;
             if (R == 4) {
@@ -810,7 +715,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             sum[k][0] = t_;
           }
 #pragma unroll
-          for (int k = BEFORE ? 0 : 1; k < 3; k++) late[r / R][k] = sum[k][0];
+          for (int k = HASZ ? 0 : 1; k < 3; k++) late[r / R][k] = sum[k][0];
           if (!PIPE) {
             __syncwarp();
             put(s, late[r / R]);
@@ -892,16 +797,15 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
           for (int m = 0; m < 4; m++) {
             const int j = quad + m;
-            const real uv = part(again.u, j), Dv = skip.v[m], raw = part(again.dt, j) + shift.v[m];
-            const real ov = HASOUT ? f[m].dy : part(again.dout, j);
+            const real uv = part(again.u, j), ov = part(again.dout, j), Dv = skip.v[m], raw = part(again.dt, j) + shift.v[m];
             real dyv = ov;
-            if (BEFORE) {
+            if (HASZ) {
               const real zv = part(again.z, j), sig = quick_sigmoid(zv), os = ov * sig, before = fma_(Dv, uv, f[m].y);
               dyv = os * zv;
               to_z[m] = os * before * fma_(zv, real(1) - sig, real(1));
               if (HASY) to_y[m] = before * (zv * sig);
             }
-            real ddt = fma_(uv, f[m].du, (HASOUT ? f[m].y : f[m].dy) * LN2);
+            real ddt = fma_(uv, f[m].du, f[m].dy * LN2);
             if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= quick_sigmoid(raw);
             if (VEC ? n > 0 : j < n) {
               share[j] = fma_(dyv, uv, share[j]);
@@ -914,7 +818,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
           for (int m = 0; m < 4; m += 2) {
             set_pair(ou, quad + m, to_u[m], to_u[m + 1]);
             set_pair(od, quad + m, to_dt[m], to_dt[m + 1]);
-            if (BEFORE) set_pair(oz, quad + m, to_z[m], to_z[m + 1]);
+            if (HASZ) set_pair(oz, quad + m, to_z[m], to_z[m + 1]);
             if (HASY) set_pair(oy, quad + m, to_y[m], to_y[m + 1]);
           }
         }
@@ -926,7 +830,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         };
         store(0, gu_l, ou);
         store(1, gdt_l, od);
-        if (BEFORE) store(2, gz_l, oz);
+        if (HASZ) store(2, gz_l, oz);
         if (HASY) store(3, y_l, oy);
       }
     }
@@ -934,74 +838,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #endif
   }
   __syncthreads();
-#if HASOUT
-  // dz that came out infinite or no number is made anew from the sum over states, in tiles that have one.
-#pragma unroll 1
-  for (int t0 = t_begin; t0 < t_end; t0 += TILE) {
-    if (!S.mend[u32(t0) / TILE % MARKS]) continue;
-    const u32 me = opaque(tid);  // or what follows from it would be found anew in the loops above
-    const int g = me % 32 / CPW, ch = CHANNEL(me), c = c0 + ch, steps = min(TILE, t_end - t0);
-    const bool live = VEC || ch < width;
-    auto at_z = [&](int s) { return reinterpret_cast<volatile act*>(gz) + b * gz_b + (i64)(t0 + s) * gz_l + c; };
-    auto at_dy = [&](int s) { return to_real(dout[b * o_b + (i64)(t0 + s) * o_l + c]); };
-    // Where no gradient comes in (rows of padding have z = 0, often) and y is finite the answer is zero.
-    bool wanted = false;
-    for (int s = g; live && s < steps; s += G)
-      if (infinite(*at_z(s))) {
-        if (at_dy(s) == real(0) && !infinite(y[b * y_b + (i64)(t0 + s) * y_l + c])) *at_z(s) = 0;
-        else wanted = true;
-      }
-    if (!__any_sync(~0u, wanted)) continue;
-    __syncwarp();
-    real h[NS];
-#pragma unroll
-    for (int n = 0; n < NS; n++)
-      h[n] = live && g * NS + n < N ? ckpt[((b * ((L + TILE - 1) / TILE) + t0 / TILE) * d_inner + c) * N + g * NS + n] : real(0);
-#pragma unroll 1
-    for (int s = 0; s < steps; s++) {
-      const i64 t = t0 + s;
-      real dv = real(0), uv = real(0), before = real(0);
-      if (live) {
-        dv = to_real(dt[b * dt_b + t * dt_l + c]) + S.sbias[apart(ch)];
-        if (SOFTPLUS) dv = softplus(dv);
-        uv = to_real(u[b * u_b + t * u_l + c]);
-      }
-#pragma unroll
-      for (int n = 0; n < NS; n++) {
-        const int k = g * NS + n;
-        real Bv = real(0), Cv = real(0);
-        if (k < N) {
-#if FIXB
-          Bv = bf[n];
-#else
-          Bv = to_real(Bm[b * B_b + t * B_l + grp * B_g + k]);
-#endif
-#if FIXC
-          Cv = cf[n];
-#else
-          Cv = to_real(Cm[b * C_b + t * C_l + grp * C_g + k]);
-#endif
-        }
-        h[n] = fma_(decay(dv, a[n]), h[n], dv * uv * Bv);
-        before = fma_(h[n], Cv, before);
-      }
-#pragma unroll
-      for (int m = CPW; m < 32; m <<= 1) before += __shfl_xor_sync(~0u, before, m);
-      if (live && g == 0 && infinite(*at_z(s))) {
-        const real zv = to_real(z[b * z_b + t * z_l + c]), sig = quick_sigmoid(zv), all = fma_(S.sD[apart(ch)], uv, before);
-        *at_z(s) = to_act(at_dy(s) * sig * all * fma_(zv, real(1) - sig, real(1)));
-      }
-    }
-  }
-#endif
-#if HASOUT
-  const int g_ = opaque(tid) % 32 / CPW;  // as above
-#else
-  const int g_ = g;
-#endif
 #pragma unroll
   for (int n = 0; n < NS; n++) {
-    const int s = g_ * NS + n;
+    const int s = g * NS + n;
     if (!live || s >= N) continue;
     const i64 to = ((b * chunks + k0) * d_inner + c) * N + s;
 #if PASS == 1
