@@ -86,6 +86,11 @@ def test_the_language_model_is_the_one_whose_run_is_on_record() -> None:
         f"{run['seconds']:.0f} s of updates",
         f"{twins['windows']:.4f} ± {twins['windows_standard_error']:.4f}",
         *(f"{one['difference']:+.3f} ± {one['standard_error']:.3f}" for one in (beside["all"], *beside["books"])),
+        f"{run['wikitext2']['bits_per_byte']:.3f} ± {run['wikitext2']['standard_error']:.3f} bits per byte",
+        *(
+            f"{100 * acc['value']:.2f} ± {100 * acc['standard_error']:.2f} %"
+            for acc in (run[task]["metrics"]["acc"] for task in ("blimp", "lambada"))
+        ),
     )
     assert [figure for figure in told if figure not in card] == []
 
