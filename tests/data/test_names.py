@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from statescan.data.names import find_names, swap_names, swapped_copies
+from statescan.data.names import find_names, swap_books, swap_names, swapped_copies
 from statescan.errors import DataError
 
 PAGE = (
@@ -68,3 +68,15 @@ def test_copies_are_the_same_however_many() -> None:
 def test_a_segment_has_bytes() -> None:
     with pytest.raises(DataError, match="segment must be at least 1 byte, got 0"):
         swap_names(PAGE, [b"Lincoln"], 0, segment=0)
+
+
+def test_a_book_keeps_its_names_from_first_to_last() -> None:
+    page = b"and Sophia met Lincoln; so Sophia left Lincoln, with Arthur and Arthur.\n"
+    books = [page * 2000, page * 3]  # the first is longer than a segment
+    one, other = swap_books(books, 0)
+    assert set(one.splitlines()) == {one.splitlines()[0]}
+    assert set(other.splitlines()) == {other.splitlines()[0]}
+    assert len({one.splitlines()[0], other.splitlines()[0], page.strip()}) == 3
+    assert (one.count(b"\n"), other.count(b"\n")) == (2000, 3)
+    assert swap_books(books, 0) == [one, other]
+    assert swap_books([b"none", b""], 0) == [b"none", b""]

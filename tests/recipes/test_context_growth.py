@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from statescan.data import ByteTokenizer, build_token_file
 from statescan.errors import CheckpointError, ConfigError, DataError
 from statescan.evaluate import row_bits
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
@@ -135,7 +137,9 @@ def test_rows_share_bytes_and_schedule_with_the_scaling_table(tmp_path: Path, mo
         assert all(getattr(settings, name) == value for name, value in entry.train.items())
         assert run.model == plain_models[entry.family].replace(**entry.model)
         assert abs(settings.steps * settings.batch_size * settings.length / read - 1) < 0.05
-        assert (settings.lr, run.data) == (language_scaling.learning_rate_of(f"{entry.family}-1m"), plain.data)
+        assert settings.lr == language_scaling.learning_rate_of(f"{entry.family}-1m")
+        assert dataclasses.replace(run.data, paths=run.data.paths[:1]) == plain.data
+        assert len(run.data.paths) == 1 + entry.copies
         assert abs(settings.warmup / settings.steps - 0.1) < 0.04
         # Whatever moment it is killed at, an eighth of its updates are lost at most, but for a remainder.
         assert 0 < settings.checkpoint_every <= max(1, settings.steps / 8)
@@ -259,6 +263,36 @@ def test_a_curve_is_of_the_longest_that_was_asked_for(novels: Path) -> None:
     (novels / "novels_test.txt").write_text("Another book. " * 40)
     with pytest.raises(CheckpointError, match=r"positions-256.json' is of a run with other settings \(digest"):
         call(256, "mamba-2k")
+
+
+def test_copies_lie_beside_the_books_with_names_of_their_own(novels: Path) -> None:
+    books = ["and Sophia met Lincoln; so Sophia left Lincoln, with " * 400, "and Sophia sat; so Sophia rose. " * 600]
+    (novels / "novels_train.txt").unlink()
+    (novels / "novels_train").mkdir()
+    for number, book in enumerate(books):
+        (novels / "novels_train" / f"{number}.txt").write_text(book)
+    run = recipe.growth_run("mamba-2k-names", novels)
+    assert [Path(path).name.rpartition("-")[2] for path in run.data.paths[1:]] == ["0.tar", "1.tar", "2.tar"]
+    held = [
+        [bytes(book.tolist()).decode() for book in language_scaling.books_of(build_token_file([path]), ByteTokenizer())]
+        for path in run.data.paths
+    ]
+    assert held[0] == books
+    for copy in held[1:]:
+        assert len(copy) == 2
+        first, second = (re.match(r"and ([A-Za-z]+) ", book) for book in copy)
+        assert first is not None
+        assert second is not None
+        assert (copy[0].count(first[1]), copy[1].count(second[1])) == (800, 1200)
+    assert len({book for copy in held for book in copy}) == 8
+    # They are made once, and what is read of other books is another's.
+    before = Path(run.data.paths[1]).stat().st_mtime_ns
+    assert recipe.growth_run("mamba-2k-names", novels) == run
+    assert Path(run.data.paths[1]).stat().st_mtime_ns == before
+    recipe.context_growth(["mamba-2k-names"], novels, novels / "out", scaling=novels, longest=256, change=_brief)
+    assert json.loads((novels / "out" / "mamba-2k-names" / "run.json").read_text())["status"] == "finished"
+    (novels / "novels_train" / "2.txt").write_text("a third one")
+    assert recipe.growth_run("mamba-2k-names", novels).data.paths[1] != run.data.paths[1]
 
 
 def test_what_cannot_be_judged_is_refused_before_it_is_trained(novels: Path) -> None:

@@ -118,7 +118,7 @@ def context_growth(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte over a position up to a million: Mamba of three lengths, four remedies, beside Transformers."""
+    """Bits per byte over a position up to a million: Mamba of three lengths, five remedies, beside Transformers."""
     from statescan.recipes import context_growth as recipe
 
     rows = chosen_rows(row, recipe.ROWS)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from statescan.errors import DataError
 
-__all__ = ["SEGMENT", "find_names", "swap_names", "swapped_copies"]
+__all__ = ["SEGMENT", "find_names", "swap_books", "swap_names", "swapped_copies"]
 
 # Bytes in which a name stays the same.
 SEGMENT = 1 << 15
@@ -101,3 +101,16 @@ def swapped_copies(tokens: NDArray[np.uint8], copies: int, seed: int = 0) -> NDA
     if not names:
         return np.empty(0, np.uint8)
     return np.frombuffer(b"".join(swap_names(text, names, (seed, copy)) for copy in range(copies)), np.uint8)
+
+
+def swap_books(books: Sequence[bytes], seed: int) -> list[bytes]:
+    """Each book with other names, which it keeps from its first page to its last.
+
+    Args:
+        books: UTF-8 texts; a name of one is a name in all.
+        seed: of the draws.
+    """
+    names = find_names(b"\n".join(books))
+    if not names:
+        return list(books)
+    return [swap_names(book, names, (seed, number), segment=max(1, len(book))) for number, book in enumerate(books)]

@@ -1,10 +1,11 @@
 """What more context is worth: bits per byte over the position in a novel, to a million bytes and far beyond training.
 
 A state space model trained on windows of 2,048 bytes meets, after a hundred thousand, states that no window ever came
-to. ``statescan reproduce context-growth`` trains a Mamba on windows of 2,048, 8,192 and 65,536 bytes, and with four
+to. ``statescan reproduce context-growth`` trains a Mamba on windows of 2,048, 8,192 and 65,536 bytes, and with five
 remedies: on windows of 2,048 the state carried along the text, or noise in its place; windows of 2,048, 4,096 and 8,192
-mixed; and, on windows of 2,048 and of 8,192, the state carried further and channels that begin with a memory as long.
-All are judged, beside Transformers, at every position of the two unseen novels that are long enough.
+mixed; on windows of 2,048 and of 8,192, the state carried further and channels that begin with a memory as long; and
+that with copies of the books beside them whose names no model can know by heart. All are judged, beside Transformers,
+at every position of the two unseen novels that are long enough.
 
 Text is not equally hard everywhere, by far more than context is worth. So each byte read after a long context is set
 beside the same byte read by the same model in a window of 2,048, and a bin of positions tells the mean of these
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
+import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statescan.data import ByteTokenizer
+from statescan.data.names import swap_books
 from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.evaluate import row_bits, window_bits
-from statescan.files import make_folder, write_json, write_text
+from statescan.files import atomic_file, default_cache_folder, make_folder, write_json, write_text
 from statescan.models import CausalLM
 from statescan.recipes.language_scaling import (
     PASSES,
@@ -66,12 +70,15 @@ class GrowthRow:
         family: "mamba", "transformer++" or "pythia", of `language_scaling`.
         train: fields of `TrainConfig` that differ from the scaling table's row; none: it is that row.
         model: fields of its model that do; only beside some of `train`.
+        copies: of the training books beside them, each book with names of its own, see `statescan.data.names`; only
+            beside some of `train`. As many bytes are read as without.
     """
 
     label: str
     family: str = "mamba"
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    copies: int = 0
 
 
 # A channel of step dt forgets in 1 / dt positions at A = -1: with the published 1e-3 to 0.1 none of them begins with
@@ -86,6 +93,13 @@ ROWS: dict[str, GrowthRow] = {
     # Carried for a million bytes on average, where the row above has 131,072.
     "mamba-2k-far": GrowthRow(
         "Mamba, 2k, carried far, slow steps", train={"initial_state": "carry", "from_zero": 1 / 512}, model=_SLOW
+    ),
+    # Names are a reason to look back, and as far as a book goes.
+    "mamba-2k-names": GrowthRow(
+        "Mamba, 2k, carried far, slow steps, other names",
+        train={"initial_state": "carry", "from_zero": 1 / 512},
+        model=_SLOW,
+        copies=3,
     ),
     "mamba-8k-far": GrowthRow(
         "Mamba, 8k, carried far, slow steps",
@@ -141,7 +155,26 @@ def growth_run(
     length, rows = entry.train.get("length", plain.length), entry.train.get("batch_size", plain.batch_size)
     steps = max(1, round(plain.steps * plain.batch_size * plain.length / (rows * length)))
     settings = dataclasses.replace(plain, **schedule(steps), **entry.train)
-    return dataclasses.replace(run, model=run.model.replace(**entry.model), train=settings)
+    texts = run.data
+    if entry.copies:
+        copies = tuple(_with_other_names(data, copy) for copy in range(entry.copies))
+        texts = dataclasses.replace(texts, paths=texts.paths + copies)
+    return dataclasses.replace(run, data=texts, model=run.model.replace(**entry.model), train=settings)
+
+
+def _with_other_names(data: str | os.PathLike[str], copy: int) -> str:
+    """An archive of the training books in which each has names of its own, in the user's cache folder, made if it isn't
+    there."""
+    text = read_corpus(data, NOVELS[0])
+    path = make_folder(default_cache_folder() / "texts") / f"{NOVELS[0]}-names-{text.digest[:16]}-{copy}.tar"
+    if not path.exists():
+        books = swap_books([bytes(book.tolist()) for book in books_of(text, ByteTokenizer())], copy)
+        with atomic_file(path) as temporary, tarfile.open(temporary, "w") as archive:
+            for number, book in enumerate(books):
+                member = tarfile.TarInfo(f"{number:04d}.txt")
+                member.size = len(book)
+                archive.addfile(member, io.BytesIO(book))
+    return str(path)
 
 
 class PositionBin(NamedTuple):
@@ -445,8 +478,8 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 _COLOURS = (
-    "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#882255", "#332288", "#117733", "#000000", "#D55E00", "#E69F00",
-    "#999999",
+    "#0072B2", "#56B4E9", "#009E73", "#44AA99", "#CC79A7", "#882255", "#332288", "#117733", "#000000", "#D55E00",
+    "#E69F00", "#999999",
 )  # fmt: skip
 
 
