@@ -266,7 +266,8 @@ def test_a_curve_is_of_the_longest_that_was_asked_for(novels: Path) -> None:
 
 
 def test_copies_lie_beside_the_books_with_names_of_their_own(novels: Path) -> None:
-    books = ["and Sophia met Lincoln; so Sophia left Lincoln, with " * 400, "and Sophia sat; so Sophia rose. " * 600]
+    party = "with Arthur, Tulkinghorn, Jarndyce, Snagsby, Woodcourt, Guppy, Smallweed "
+    books = [f"and Sophia met Lincoln; so Sophia left Lincoln, {party}" * 400, "and Sophia sat; so Sophia rose. " * 600]
     (novels / "novels_train.txt").unlink()
     (novels / "novels_train").mkdir()
     for number, book in enumerate(books):
