@@ -56,13 +56,36 @@ def test_every_segment_has_its_own_names() -> None:
     assert swap_names(b"x" * 1000, names, 0, segment=64) == b"x" * 1000
 
 
+def test_names_stand_behind_quotation_marks_and_dashes_too() -> None:
+    text = (
+        "so Sophia and Sophia, with Lincoln and Lincoln. “Sophia!” ‘Lincoln’—Sophia. 'Lincoln' Éléonore Sophiaé éSophia"
+    )
+    names_there = find_names(text.encode())
+    assert names_there == [b"Lincoln", b"Sophia"]
+    swapped = swap_names(text.encode(), [*names_there, b"Arthur", b"Guppy", b"Snagsby", b"Jarndyce"], 5).decode()
+    names = re.findall(r"[A-Z][a-z]+", swapped)
+    first, second = names[0], names[2]
+    assert (first, second) != ("Sophia", "Lincoln")
+    wanted = text.replace("Sophiaé éSophia", "@").replace("Sophia", "<1>").replace("Lincoln", "<2>")
+    assert swapped == wanted.replace("<1>", first).replace("<2>", second).replace("@", "Sophiaé éSophia")
+
+
+def test_a_long_line_is_cut_between_words() -> None:
+    text = b"so Sophia met Lincolnshire " * 30
+    swapped = swap_names(text, [b"Sophia", b"Lincoln", b"Arthur"], 1, segment=50)
+    assert swapped.count(b" Lincolnshire ") == 30
+    assert b"Sophia" not in swapped.split()[1::4] or len(set(swapped.split()[1::4])) > 1
+
+
 def test_copies_are_the_same_however_many() -> None:
     tokens = np.frombuffer(PAGE, np.uint8)
     two, three = swapped_copies(tokens, 2, 1), swapped_copies(tokens, 3, 1)
     assert three.tobytes().startswith(two.tobytes())
     assert swapped_copies(tokens, 2, 2).tobytes() != two.tobytes()
     assert two.tobytes().count(b"of another alphabet") == 2
-    assert len(swapped_copies(np.frombuffer(b"no name here", np.uint8), 4)) == 0
+    for page, count in ((b"no name here", 0), (b"so Sophia met Sophia", 1)):
+        with pytest.raises(DataError, match=f"two names at least.* got {count}"):
+            swapped_copies(np.frombuffer(page, np.uint8), 4)
 
 
 def test_a_segment_has_bytes() -> None:
@@ -73,10 +96,13 @@ def test_a_segment_has_bytes() -> None:
 def test_a_book_keeps_its_names_from_first_to_last() -> None:
     page = b"and Sophia met Lincoln; so Sophia left Lincoln, with Arthur and Arthur.\n"
     books = [page * 2000, page * 3]  # the first is longer than a segment
-    one, other = swap_books(books, 0)
+    one, other = next(swap_books(books, 1))
     assert set(one.splitlines()) == {one.splitlines()[0]}
     assert set(other.splitlines()) == {other.splitlines()[0]}
     assert len({one.splitlines()[0], other.splitlines()[0], page.strip()}) == 3
     assert (one.count(b"\n"), other.count(b"\n")) == (2000, 3)
-    assert swap_books(books, 0) == [one, other]
-    assert swap_books([b"none", b""], 0) == [b"none", b""]
+    copies = list(swap_books(books, 3))
+    assert copies[0] == [one, other]
+    assert len({copy[0] for copy in copies}) == 3
+    with pytest.raises(DataError, match="two names at least"):
+        next(swap_books([b"none", b""], 1))

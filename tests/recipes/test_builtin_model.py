@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from statescan.data import ByteTokenizer, TokenFile, build_token_file
-from statescan.errors import CheckpointError, ConfigError, TrainingError
+from statescan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from statescan.evaluate import evaluate_tokens, window_bits
 from statescan.models import CausalLM, MambaConfig, TransformerConfig
 from statescan.recipes import builtin_model as recipe
@@ -142,10 +142,26 @@ def test_half_of_the_windows_have_other_names() -> None:
     assert recipe._Windows(replace(SMALL, batch_size=2000), 1000, 5).anywhere().max() <= 1005 - SMALL.length - 1
 
 
+def test_epochs_are_of_the_text_and_a_text_without_names_is_refused(tmp_path: Path, text: np.ndarray) -> None:
+    plain = train_language_model(SMALL, text, tmp_path / "plain", say=lambda line: None)
+    assert plain["epochs"] == pytest.approx(12 * 2 * 16 / len(text))
+    page = np.frombuffer(b"and Sophia met Sophia; so Lincoln, so Lincoln went\n" * 40, np.uint8)
+    run = replace(SMALL, swapped=3, steps=300, carried=0.0)
+    trained = train_language_model(run, page, tmp_path / "beside", say=lambda line: None)
+    whole = 300 * 2 * 16 / len(page)
+    assert 0.4 * whole < trained["epochs"] < 0.6 * whole
+    with pytest.raises(DataError, match=r"two names at least, .*; got 0; train without"):
+        train_language_model(run, np.frombuffer(b"no name " * 40, np.uint8), tmp_path / "none", say=lambda line: None)
+    assert not (tmp_path / "none").exists()
+
+
 def test_copies_with_other_names_lie_behind_the_text() -> None:
     page = np.frombuffer(b"and Sophia met Sophia; so Lincoln, so Lincoln went\n" * 4, np.uint8)
-    course = recipe._Course(replace(SMALL, swapped=2), page, torch.device("cpu"), False)
-    held = course._text.numpy().tobytes()
+    run = replace(SMALL, swapped=2)
+    copies = recipe._copies(page, run)
+    assert recipe._copies(page.copy(), run) is copies, "a grid's runs make them once"
+    assert recipe._copies(page, replace(run, seed=1)).tobytes() != copies.tobytes()
+    held = recipe._Course(run, page, copies, torch.device("cpu"), False)._text.numpy().tobytes()
     assert held.startswith(page.tobytes())
     assert held.count(b"and ") == 12
     assert held[len(page) :] != page.tobytes() * 2
@@ -155,7 +171,7 @@ def test_copies_with_other_names_lie_behind_the_text() -> None:
 
 def test_carried_states_reach_the_next_window(text: np.ndarray) -> None:
     run = replace(SMALL, fresh=0.0)
-    course = recipe._Course(run, text, torch.device("cpu"), False)
+    course = recipe._Course(run, text, text[:0], torch.device("cpu"), False)
     start = course.windows.onwards().copy()
     course.windows._lanes = start.copy() - run.length
     course.update(0.0, True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -157,7 +158,7 @@ UPDATES = 16_414
 # with other names; for the Transformer++, tried at 4e-3 alone, 1.621 and 1.619 with them. Mamba's 6e-3 lies between.
 # Dropout of 0, 0.05, 0.1 and 0.2 was tried on Mamba at that size without copies, five passes: 1.609, 1.609 (with three
 # times the weight decay), 1.620 and 1.646 bits per byte of novels held out for it, and 1.434, 1.483, 1.520 and 1.565 in
-# training, under dropout. So 0.05 costs nothing where the passes are few; the packaged model's are three times as many.
+# training, under dropout. So 0.05 costs nothing where the passes are few; the packaged model read its text 7 times.
 ROWS: dict[str, LanguageRun] = {
     "mamba": LanguageRun(
         "mamba",
@@ -180,7 +181,7 @@ ROWS: dict[str, LanguageRun] = {
 }
 # What `tune` tries of each row: every rate with the first dropout, and at the best rate the other ones; so many of the
 # packaged run's updates each.
-GRID, DROPOUTS, SHARE = (1e-3, 2e-3, 4e-3, 8e-3), (0.05, 0.0, 0.1, 0.2), 1 / 8
+GRID, DROPOUTS, SHARE = (1e-3, 2e-3, 4e-3, 6e-3, 8e-3), (0.05, 0.0, 0.1, 0.2), 1 / 8
 # The readings that two models are compared by: name, Mamba's, the Transformer's.
 _PAIRS = (
     ("windows", "windows", "windows"),
@@ -203,9 +204,18 @@ class _Windows:
         self._text = tokens
         self._random = np.random.default_rng(run.seed)
         self._lanes: NDArray[np.int64] | None = None
+        # Windows of the text itself that were given out.
+        self.of_text = 0
 
     def anywhere(self) -> NDArray[np.int64]:
         """(batch,) starts, independent of each other."""
+        return self._counted(self._anywhere())
+
+    def _counted(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        self.of_text += int((starts < self._text).sum())
+        return starts
+
+    def _anywhere(self) -> NDArray[np.int64]:
         rows, (end, end_of_copies) = self._run.batch_size, self._ends
         starts = self._random.integers(0, end, rows)
         if not end_of_copies:
@@ -219,20 +229,26 @@ class _Windows:
     def onwards(self) -> NDArray[np.int64]:
         """(batch,) starts, each where that row of the last such batch ended; at first anywhere, and so past the end."""
         if self._lanes is None:
-            self._lanes = self.anywhere()
+            self._lanes = self._anywhere()
         else:
             following = self._lanes + self._run.length
-            self._lanes = np.where(following >= max(self._ends), self.anywhere(), following)
-        return self._lanes
+            self._lanes = np.where(following >= max(self._ends), self._anywhere(), following)
+        return self._counted(self._lanes)
 
 
 class _Course:
     """A model in training: the text on its device, and the update as one graph."""
 
-    def __init__(self, run: LanguageRun, tokens: NDArray[np.uint8], device: torch.device, bf16: bool) -> None:
+    def __init__(
+        self,
+        run: LanguageRun,
+        tokens: NDArray[np.uint8],
+        copies: NDArray[np.uint8],
+        device: torch.device,
+        bf16: bool,
+    ) -> None:
         self.run = run
         self.model = make_model(run.model, run.seed, device).train()
-        copies = swapped_copies(tokens, run.swapped, run.seed) if run.swapped else tokens[:0]
         self.windows = _Windows(run, len(tokens), len(copies))
         self._text = torch.from_numpy(np.concatenate((tokens, copies))).to(device)
         self._places = torch.arange(run.length + 1, device=device)
@@ -306,6 +322,7 @@ def train_language_model(
     Raises:
         TrainingError: the loss is no number.
         ConfigError: the text is shorter than a window.
+        DataError: it holds no names to swap.
     """
     out = make_folder(out)
     try:
@@ -326,7 +343,12 @@ def _train(
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     bf16 = device.type == "cuda" if bf16 is None else bf16
-    course = _Course(run, tokens, device, bf16)
+    begun = time.perf_counter()
+    copies = _copies(tokens, run)
+    making = time.perf_counter() - begun
+    if run.swapped:
+        say(f"{run.row}: {run.swapped} copies with other names, {making:.1f} s")
+    course = _Course(run, tokens, copies, device, bf16)
     rows: list[tuple[int, float, float, float, float]] = []
     waiting: list[Tensor] = []
     flying: deque[torch.cuda.Event] = deque()
@@ -400,7 +422,9 @@ def _train(
         "steps": steps,
         "carried_from_step": carried_at or None,
         "bytes_read": steps * run.batch_size * run.length,
-        "epochs": steps * run.batch_size * run.length / len(tokens),
+        # Of the text itself, not of its copies.
+        "epochs": course.windows.of_text * run.length / len(tokens),
+        "copies_seconds": round(making, 2),
         "seconds": round(seconds, 2),
         "bytes_per_second": round(speed),
         "model_flop_utilization": utilization(run.model, run.length, speed, device, "bf16" if bf16 else "float32"),
@@ -415,6 +439,20 @@ def _train(
     share = "" if used is None else f", {100 * used:.1f} % of the peak in model operations"
     say(f"{run.row}: {steps:,} updates in {seconds:.1f} s, {speed / 1e6:.2f} MB/s{share}")
     return trained
+
+
+_MADE: dict[tuple[str, int, int], NDArray[np.uint8]] = {}
+
+
+def _copies(tokens: NDArray[np.uint8], run: LanguageRun) -> NDArray[np.uint8]:
+    """A run's copies of its text; those of the last such run are kept, since a grid's runs have the same."""
+    if not run.swapped:
+        return tokens[:0]
+    key = (hashlib.sha256(tokens.tobytes()).hexdigest(), run.swapped, run.seed)
+    if key not in _MADE:
+        _MADE.clear()
+        _MADE[key] = swapped_copies(tokens, run.swapped, run.seed)
+    return _MADE[key]
 
 
 def _wait(device: torch.device) -> None:
@@ -530,8 +568,8 @@ def tuned(row: str, out: str | os.PathLike[str], run: Mapping[str, Any] | None =
     path = Path(out) / _TUNING
     told: list[dict[str, Any]] = [one for one in _read(path) if one["row"] == row] if path.exists() else []
     beyond = _beyond_the_grid(ROWS[row].to_dict() if run is None else run)
-    # An older file doesn't say with what else it was tuned: it counts.
-    told = [one for one in told if one.get("beyond", beyond) == beyond]
+    # An older file doesn't say with what else it was tuned, but that it had no copies.
+    told = [one for one in told if {"swapped": 0} | one.get("beyond", beyond | {"swapped": 0}) == beyond]
     bits = {(one["lr"], one["dropout"]): one["bits_per_byte"] for one in told}
     found = best_tried(bits, [(lr, DROPOUTS[0]) for lr in GRID])
     found = None if found is None else best_tried(bits, [(found[0], dropout) for dropout in DROPOUTS])
@@ -574,7 +612,7 @@ def tune(
 
     Raises:
         ConfigError: an unknown row, a share that is not in (0, 1], or a change of what the grid sets.
-        DataError: a text is missing.
+        DataError: a text is missing, or holds no names to swap.
         CheckpointError: a folder holds such a run with other settings.
     """
     rows, out, device = _in_order(rows), make_folder(out), torch.device(device)

@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from statescan.data import ByteTokenizer
-from statescan.data.names import swap_books
+from statescan.data import ByteTokenizer, names
 from statescan.errors import ConfigError, DataError, MissingExtraError
 from statescan.evaluate import row_bits, window_bits
 from statescan.files import atomic_file, default_cache_folder, make_folder, write_json, write_text
@@ -79,6 +78,10 @@ class GrowthRow:
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copies: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.model or self.copies) and not self.train:
+            raise ConfigError("context-growth: a row's model and copies go with fields of its training, got none")
 
 
 # A channel of step dt forgets in 1 / dt positions at A = -1: with the published 1e-3 to 0.1 none of them begins with
@@ -157,24 +160,25 @@ def growth_run(
     settings = dataclasses.replace(plain, **schedule(steps), **entry.train)
     texts = run.data
     if entry.copies:
-        copies = tuple(_with_other_names(data, copy) for copy in range(entry.copies))
-        texts = dataclasses.replace(texts, paths=texts.paths + copies)
+        texts = dataclasses.replace(texts, paths=texts.paths + _with_other_names(data, entry.copies))
     return dataclasses.replace(run, data=texts, model=run.model.replace(**entry.model), train=settings)
 
 
-def _with_other_names(data: str | os.PathLike[str], copy: int) -> str:
-    """An archive of the training books in which each has names of its own, in the user's cache folder, made if it isn't
-    there."""
+def _with_other_names(data: str | os.PathLike[str], copies: int) -> tuple[str, ...]:
+    """Archives of the training books in which each has names of its own, in the user's cache folder, made where they
+    aren't there."""
     text = read_corpus(data, NOVELS[0])
-    path = make_folder(default_cache_folder() / "texts") / f"{NOVELS[0]}-names-{text.digest[:16]}-{copy}.tar"
-    if not path.exists():
-        books = swap_books([bytes(book.tolist()) for book in books_of(text, ByteTokenizer())], copy)
-        with atomic_file(path) as temporary, tarfile.open(temporary, "w") as archive:
-            for number, book in enumerate(books):
-                member = tarfile.TarInfo(f"{number:04d}.txt")
-                member.size = len(book)
-                archive.addfile(member, io.BytesIO(book))
-    return str(path)
+    folder = make_folder(default_cache_folder() / "texts")
+    paths = [folder / f"{NOVELS[0]}-names{names.VERSION}-{text.digest[:16]}-{copy}.tar" for copy in range(copies)]
+    if not all(path.exists() for path in paths):
+        books = [bytes(book.tolist()) for book in books_of(text, ByteTokenizer())]
+        for path, swapped in zip(paths, names.swap_books(books, copies), strict=True):
+            with atomic_file(path) as temporary, tarfile.open(temporary, "w") as archive:
+                for number, book in enumerate(swapped):
+                    member = tarfile.TarInfo(f"{number:04d}.txt")
+                    member.size = len(book)
+                    archive.addfile(member, io.BytesIO(book))
+    return tuple(map(str, paths))
 
 
 class PositionBin(NamedTuple):
