@@ -506,24 +506,30 @@ _DIGITS = (
 _HEAD = (
     "One seed a row. The difference from S4 everywhere is paired by the test's recordings, with 1.96 standard errors "
     "over them: what another seed would give is not in it. `learnt` is the same measure on recordings that were learnt "
-    "from: what is lower there was learnt by heart. Where validation chose the weights, the update stands behind the "
-    "number of updates. The LSTM learns from shorter windows than the others, more of them an update: see the column."
+    "from{learnt}. Where validation chose the weights, the update stands behind the number of updates. The LSTM learns "
+    "from shorter windows than the others, more of them an update: see the column."
 )
 _MUSIC = (
     "Bits per sample of the last twentieth of each track (256 mu-law levels), heard in pieces of at most twice the "
     "largest context asked for. By columns: of the samples with so many before them, up to the next column's number."
+)
+# What that tells.
+_LEARNT_DIGITS = ": what is lower there was learnt by heart"
+_LEARNT_MUSIC = (
+    "; tracks fade at their ends, so it tells how much harder they are before, and not what was learnt by heart"
 )
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The runs as Markdown: bits per sample of the test over the context; and the judgement of made digits."""
     contexts = _contexts(results["runs"])
+    music = any(run["task"] == "music" for run in results["runs"])
     lines = [
         "# Raw audio",
         "",
-        _MUSIC if any(run["task"] == "music" for run in results["runs"]) else _DIGITS,
+        _MUSIC if music else _DIGITS,
         "",
-        _HEAD,
+        _HEAD.format(learnt=_LEARNT_MUSIC if music else _LEARNT_DIGITS),
         "",
         f"| model | paper | all | from S4 | learnt | {' | '.join(f'{context:,}' for context in contexts)} "
         "| parameters | window | updates | samples/s | GiB |",
