@@ -74,7 +74,7 @@ def test_a_long_line_is_cut_between_words() -> None:
     text = b"so Sophia met Lincolnshire " * 30
     swapped = swap_names(text, [b"Sophia", b"Lincoln", b"Arthur"], 1, segment=50)
     assert swapped.count(b" Lincolnshire ") == 30
-    assert b"Sophia" not in swapped.split()[1::4] or len(set(swapped.split()[1::4])) > 1
+    assert len(set(swapped.split()[1::4])) > 1
 
 
 def test_copies_are_the_same_however_many() -> None:

@@ -122,8 +122,10 @@ def swap_books(books: Sequence[bytes], copies: int, seed: int = 0) -> Iterator[l
     """
     names = _names(b"\n".join(books))
     for copy in range(copies):
-        seeds = ((seed, copy, number) for number in range(len(books)))
-        yield [swap_names(book, names, one, segment=max(1, len(book))) for book, one in zip(books, seeds, strict=True)]
+        yield [
+            swap_names(book, names, (seed, copy, number), segment=max(1, len(book)))
+            for number, book in enumerate(books)
+        ]
 
 
 def _names(text: bytes) -> list[bytes]:

@@ -204,18 +204,9 @@ class _Windows:
         self._text = tokens
         self._random = np.random.default_rng(run.seed)
         self._lanes: NDArray[np.int64] | None = None
-        # Windows of the text itself that were given out.
-        self.of_text = 0
 
     def anywhere(self) -> NDArray[np.int64]:
         """(batch,) starts, independent of each other."""
-        return self._counted(self._anywhere())
-
-    def _counted(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-        self.of_text += int((starts < self._text).sum())
-        return starts
-
-    def _anywhere(self) -> NDArray[np.int64]:
         rows, (end, end_of_copies) = self._run.batch_size, self._ends
         starts = self._random.integers(0, end, rows)
         if not end_of_copies:
@@ -229,11 +220,11 @@ class _Windows:
     def onwards(self) -> NDArray[np.int64]:
         """(batch,) starts, each where that row of the last such batch ended; at first anywhere, and so past the end."""
         if self._lanes is None:
-            self._lanes = self._anywhere()
+            self._lanes = self.anywhere()
         else:
             following = self._lanes + self._run.length
-            self._lanes = np.where(following >= max(self._ends), self._anywhere(), following)
-        return self._counted(self._lanes)
+            self._lanes = np.where(following >= max(self._ends), self.anywhere(), following)
+        return self._lanes
 
 
 class _Course:
@@ -250,6 +241,8 @@ class _Course:
         self.run = run
         self.model = make_model(run.model, run.seed, device).train()
         self.windows = _Windows(run, len(tokens), len(copies))
+        # Windows that were read of the text itself, which has so many bytes.
+        self.of_text, self._bytes = 0, len(tokens)
         self._text = torch.from_numpy(np.concatenate((tokens, copies))).to(device)
         self._places = torch.arange(run.length + 1, device=device)
         self._initial: InitialState | None = None
@@ -271,7 +264,9 @@ class _Course:
             self._along = self._make_along()
         step = self._along if carried and self._along is not None else self._apart
         step.set_lr(rate)
-        starts = torch.from_numpy(self.windows.onwards() if carried else self.windows.anywhere())
+        rows = self.windows.onwards() if carried else self.windows.anywhere()
+        self.of_text += int((rows < self._bytes).sum())
+        starts = torch.from_numpy(rows)
         return step.step(starts.pin_memory() if self._pins else starts)
 
     @property
@@ -423,7 +418,7 @@ def _train(
         "carried_from_step": carried_at or None,
         "bytes_read": steps * run.batch_size * run.length,
         # Of the text itself, not of its copies.
-        "epochs": course.windows.of_text * run.length / len(tokens),
+        "epochs": course.of_text * run.length / len(tokens),
         "copies_seconds": round(making, 2),
         "seconds": round(seconds, 2),
         "bytes_per_second": round(speed),

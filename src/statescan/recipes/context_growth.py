@@ -171,7 +171,7 @@ def _with_other_names(data: str | os.PathLike[str], copies: int) -> tuple[str, .
     folder = make_folder(default_cache_folder() / "texts")
     paths = [folder / f"{NOVELS[0]}-names{names.VERSION}-{text.digest[:16]}-{copy}.tar" for copy in range(copies)]
     if not all(path.exists() for path in paths):
-        books = [bytes(book.tolist()) for book in books_of(text, ByteTokenizer())]
+        books = [book.tobytes() for book in books_of(text, ByteTokenizer())]
         for path, swapped in zip(paths, names.swap_books(books, copies), strict=True):
             with atomic_file(path) as temporary, tarfile.open(temporary, "w") as archive:
                 for number, book in enumerate(swapped):
