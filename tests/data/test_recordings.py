@@ -54,8 +54,8 @@ def test_on_disk_is_the_same(folder):
     np.testing.assert_array_equal(one.codes, other.codes)
     assert one.digest == other.digest
     # And what is made of them stays there, split for training above all.
-    for part, same in zip((*other.split(0.4), other.cut(350), other.between(0.5, 1)),
-                          (*one.split(0.4), one.cut(350), one.between(0.5, 1)), strict=True):  # fmt: skip
+    for part, same in zip((*other.split(0.4), other.cut(350), other.outside(0.4, 0.5)),
+                          (*one.split(0.4), one.cut(350), one.outside(0.4, 0.5)), strict=True):  # fmt: skip
         assert isinstance(part.codes, np.memmap)
         assert part.digest == same.digest
 
@@ -181,8 +181,19 @@ def test_taken_cut_and_split():
     assert ends.lengths.tolist() == [3, 1, 5, 2]
     np.testing.assert_array_equal(ends[2], made[2][4:])
     assert len(made.between(0, 0.12)) == 2  # of 5 and 9 samples one is left, of 3 and 4 none
-    with pytest.raises(DataError, match="shares must be"):
-        made.between(0.5, 0.5)
+    around = made.outside(0.4, 0.6)
+    assert around.lengths.tolist() == [2, 2, 1, 1, 4, 4, 2, 2]
+    np.testing.assert_array_equal(around[4], made[2][:4])
+    np.testing.assert_array_equal(around[5], made[2][5:])
+    assert around.names == tuple(np.repeat(made.names, 2))
+    assert around.labels is not None
+    assert around.labels.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert made.outside(0, 0.9).lengths.tolist() == [1, 1]  # of 3 and 4 samples nothing is left, and nothing before
+    for shares in (made.between, made.outside):
+        with pytest.raises(DataError, match="shares must be"):
+            shares(0.5, 0.5)
+    with pytest.raises(DataError, match="nothing is left"):
+        made.outside(0, 1)
     learnt, held = made.split(0.25)
     assert sorted(learnt.names + held.names) == sorted(made.names)
     assert len(held) == 1

@@ -201,24 +201,74 @@ def test_digits_are_learnt_resumed_and_tabled(data, tmp_path):
         spoken_digits.spoken_digits(tmp_path, data, **{**other, "rows": ("mamba",), "splits": ("bob",)})
 
 
+def test_what_is_held_out_of_music_is_its_middle(tmp_path):
+    # Codes that tell the place, from two tracks of unlike length.
+    lengths = (200, 120)
+    codes = np.concatenate([np.arange(length, dtype=np.uint8) for length in lengths])
+    Recordings(codes, np.array([0, 200, 320]), ("long.wav", "short.wav"), 8000).save(tmp_path / "tracks.npz")
+    learnt, valid, test = raw_audio.music_parts(tmp_path / "tracks.npz")
+    assert [(part[0], part[-1]) for part in map(learnt.__getitem__, range(4))] == [
+        (0, 89),
+        (110, 199),
+        (0, 53),
+        (66, 119),
+    ]
+    assert learnt.names == ("long.wav", "long.wav", "short.wav", "short.wav")
+    np.testing.assert_array_equal(valid.codes, [*range(90, 100), *range(54, 60)])
+    np.testing.assert_array_equal(test.codes, [*range(100, 110), *range(60, 66)])
+    assert test.names == valid.names == ("long.wav", "short.wav")
+    # No window of training reads on from one side of the middle to the other: each goes on by one, or is silence.
+    for step in range(200):
+        windows, numbers = waveform.window_batch(learnt, 64, 4, 0, step)
+        for window, number in zip(windows, numbers, strict=True):
+            heard = window[: min(64, learnt.lengths[number])].astype(int)
+            assert (np.diff(heard) == 1).all()
+            assert set(heard) <= set(learnt[int(number)].tolist())
+
+
+def test_music_judged_at_its_ends_is_not_mixed_with_its_middle(data, tmp_path):
+    options = {"rows": ("conv",), "task": "music", "overrides": WAVEFORM, "contexts": (8,), "say": str}
+    now = raw_audio.raw_audio(tmp_path, data, **options)
+    assert (len(now["runs"]), now["judged_at_ends"]) == (1, [])
+    path = tmp_path / "conv" / "run.json"
+    facts = json.loads(path.read_text())
+    assert facts["data"].pop("middle") == [0.45, 0.5, 0.55]
+    # As an earlier version left it, finished; and broken off, of which the recordings tell.
+    path.write_text(json.dumps(facts))
+    earlier = raw_audio.report(tmp_path)
+    assert (earlier["runs"], earlier["judged_at_ends"]) == ([], ["conv"])
+    assert "an earlier version judged them at the tracks' ends: conv." in (tmp_path / "results.md").read_text()
+    with pytest.raises(CheckpointError, match=r"with other data \(middle = nothing, wanted \[0\.45, 0\.5, 0\.55\]\)"):
+        raw_audio.raw_audio(tmp_path, data, **options)
+    whole = load_recordings(data)
+    ends = whole.between(0, 0.9), whole.between(0.9, 0.95)
+    facts["status"] = "interrupted"
+    for name, part in zip(("train", "valid"), ends, strict=True):
+        facts["data"][name] = {"recordings": len(part), "samples": len(part.codes), "digest": part.digest}
+    path.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="wanted the train recordings = "):
+        raw_audio.raw_audio(tmp_path, data, **options)
+
+
 def test_music_is_learnt_by_time(data, tmp_path):
     parts = raw_audio.music_parts(data)
     whole = load_recordings(data)
     assert sum(len(part.codes) for part in parts) == len(whole.codes)
-    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), whole[0])
+    before, behind = parts[0][0], parts[0][1]
+    np.testing.assert_array_equal(np.concatenate([before, parts[1][0], parts[2][0], behind]), whole[0])
     options = {"rows": ("conv",), "task": "music", "overrides": WAVEFORM, "contexts": (8, 64), "say": str}
     results = raw_audio.raw_audio(tmp_path, data, **options)
     assert [run["task"] for run in results["runs"]] == ["music"]
     told = (tmp_path / "results.md").read_text()
-    assert "last twentieth of each track" in told
-    assert "learnt from; tracks fade at their ends" in told
+    assert "the twentieth of each track behind its middle" in told
+    assert "learnt from; the tracks' beginnings and ends are in it" in told
     assert "{" not in told
     scores = tmp_path / "conv" / "scores.json"
     stamp = scores.stat().st_mtime_ns
     raw_audio.raw_audio(tmp_path, data, **options)
     assert scores.stat().st_mtime_ns == stamp
     held = results["runs"][0]["scores"]
-    # The last twentieth of recordings of 160 to 240 samples: all of it, and what has at least 8 samples before it.
+    # A twentieth of recordings of 160 to 240 samples: all of it, and what has at least 8 samples before it.
     assert held["all"]["samples"] == len(parts[2].codes)
     assert held["8"]["samples"] == int((parts[2].lengths - 8).clip(0).sum())
     assert list(held) == ["all", "8"]

@@ -79,7 +79,10 @@ def raw_audio(
         typer.Option("--row", show_default="s4-mamba", help="Row of the table, 'all', or 'conditional'."),
     ] = None,
     task: Annotated[
-        str, typer.Option("--task", help="What --data holds: digits, or music (any long recordings).")
+        str,
+        typer.Option(
+            "--task", help="What --data holds: digits, or music (any long recordings, judged in the middle of each)."
+        ),
     ] = "digits",
     classifier: Annotated[
         Path | None,

@@ -174,16 +174,29 @@ class Recordings:
 
     def between(self, low: float, high: float) -> Recordings:
         """The part of each recording from a share of its length to another one; those that it leaves empty are gone."""
+        return self._shares(low, high, [(low, high)])
+
+    def outside(self, low: float, high: float) -> Recordings:
+        """What `between` leaves of each recording: what is before it and what is behind it, two recordings of one name.
+
+        Those that are empty are gone.
+        """
+        return self._shares(low, high, [(0.0, low), (high, 1.0)])
+
+    def _shares(self, low: float, high: float, wanted: Sequence[tuple[float, float]]) -> Recordings:
+        """The wanted parts of each recording, by shares of its length."""
         if not 0 <= low < high <= 1:
             raise DataError(f"recordings: the shares must be 0 <= low < high <= 1, got {low} and {high}")
-        starts, stops = ((share * self.lengths).round().astype(np.int64) for share in (low, high))
-        kept = np.flatnonzero(stops > starts)
-        if not len(kept):
+        bounds = (np.array(wanted) * self.lengths[:, None, None]).round().astype(np.int64).reshape(-1, 2)
+        rows = np.repeat(np.arange(len(self)), len(wanted))
+        kept = bounds[:, 1] > bounds[:, 0]
+        if not kept.any():
             raise DataError("recordings: nothing is left between these shares; take longer recordings")
-        codes = self._joined(self[int(number)][starts[number] : stops[number]] for number in kept)
-        offsets = np.concatenate([[0], np.cumsum((stops - starts)[kept])]).astype(np.int64)
-        labels = None if self.labels is None else self.labels[kept]
-        names = tuple(self.names[int(number)] for number in kept)
+        rows, bounds = rows[kept], bounds[kept]
+        codes = self._joined(self[int(row)][start:stop] for row, (start, stop) in zip(rows, bounds, strict=True))
+        offsets = np.concatenate([[0], np.cumsum(bounds[:, 1] - bounds[:, 0])]).astype(np.int64)
+        labels = None if self.labels is None else self.labels[rows]
+        names = tuple(self.names[int(row)] for row in rows)
         return replace(self, codes=codes, offsets=offsets, names=names, labels=labels)
 
     def split(self, share: float, seed: int = 0) -> tuple[Recordings, Recordings]:
