@@ -166,18 +166,24 @@ def growth_run(
 
 def _with_other_names(data: str | os.PathLike[str], copies: int) -> tuple[str, ...]:
     """Archives of the training books in which each has names of its own, in the user's cache folder, made where they
-    aren't there."""
+    aren't there.
+
+    Each has the books in another order: rows that carry their states read at equal distances, copies in one order would
+    be read at the same page at the same time, and what one row was just taught another would know.
+    """
     text = read_corpus(data, NOVELS[0])
     folder = make_folder(default_cache_folder() / "texts")
-    paths = [folder / f"{NOVELS[0]}-names{names.VERSION}-{text.digest[:16]}-{copy}.tar" for copy in range(copies)]
+    stem = f"{NOVELS[0]}-names{names.VERSION}-shuffled-{text.digest[:16]}"
+    paths = [folder / f"{stem}-{copy}.tar" for copy in range(copies)]
     if not all(path.exists() for path in paths):
         books = [book.tobytes() for book in books_of(text, ByteTokenizer())]
-        for path, swapped in zip(paths, names.swap_books(books, copies), strict=True):
+        for copy, (path, swapped) in enumerate(zip(paths, names.swap_books(books, copies), strict=True)):
+            order = np.random.default_rng((1, copy)).permutation(len(swapped))
             with atomic_file(path) as temporary, tarfile.open(temporary, "w") as archive:
-                for number, book in enumerate(swapped):
-                    member = tarfile.TarInfo(f"{number:04d}.txt")
-                    member.size = len(book)
-                    archive.addfile(member, io.BytesIO(book))
+                for place, number in enumerate(order):
+                    member = tarfile.TarInfo(f"{place:04d}.txt")
+                    member.size = len(swapped[number])
+                    archive.addfile(member, io.BytesIO(swapped[number]))
     return tuple(map(str, paths))
 
 
