@@ -110,6 +110,37 @@ def test_no_octave_has_the_easier_text() -> None:
     assert abs(plain[512:].mean() - plain[:512].mean()) > 0.5
 
 
+@torch.no_grad()
+def test_all_of_a_book_is_set_beside_its_last_bytes_alone() -> None:
+    model, near = _model(MambaConfig(8, 2, VOCABULARY, d_state=4)), 4
+    books = [np.random.default_rng(length).integers(0, VOCABULARY, length) for length in (19, 38, 15)]
+    wanted: dict[int, list[float]] = {}
+    for book in books[:2]:
+        ids = torch.from_numpy(book)
+
+        def bits(start: int, end: int, ids: torch.Tensor = ids) -> torch.Tensor:
+            logits = model(ids[None, start:end]).logits[0, :, :VOCABULARY]
+            return torch.nn.functional.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none") / math.log(2)
+
+        for first in range(2 * near, len(book) - 1 - near + 1, near):
+            alone = bits(first - near, first + near)[near:]
+            octave = 2 ** int(math.log2(first))
+            wanted.setdefault(octave, []).append(float((bits(0, first + near)[first:] - alone).mean()))
+    found = recipe.gains_beyond(model, books, near=near)
+    assert [(octave, count) for octave, _, _, count in found] == [(8, 4), (16, 4), (32, 1)]
+    assert sorted(wanted) == [8, 16, 32]
+    assert max(abs(mean) for _, mean, _, _ in found) > 1e-3, "a model that forgets at once would tell nothing"
+    for octave, mean, error, count in found:
+        here = np.array(wanted[octave])
+        assert mean == pytest.approx(here.mean(), abs=1e-5)
+        if count == 1:
+            assert error is None
+        else:
+            assert error == pytest.approx(here.std(ddof=1) / math.sqrt(count), abs=1e-5)
+    with pytest.raises(DataError, match="a book of 1024 bytes at least, got 38 at most"):
+        recipe.gains_beyond(model, books, near=256)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model, books = _model(MambaConfig(8, 1, VOCABULARY, d_state=2)), _books()
     for fields in ({"longest": 96}, {"longest": 16}, {"span": 40}, {"stride": 24}, {"window": 12}, {"longest": 256}):

@@ -9,7 +9,9 @@ at every position of the two unseen novels that are long enough.
 
 Text is not equally hard everywhere, by far more than context is worth. So each byte read after a long context is set
 beside the same byte read by the same model in a window of 2,048, and a bin of positions tells the mean of these
-differences on top of the mean over all windows: no bin has the easier text.
+differences on top of the mean over all windows: no bin has the easier text. What 2,048 bytes miss differs from passage
+to passage, too, and by more than what comes after 16k: whether the curve goes on falling there is told by the same
+bytes after 16k to 32k alone.
 """
 
 from __future__ import annotations
@@ -49,12 +51,14 @@ from statescan.recipes.synthetic import figure, save_figure
 from statescan.train import RunConfig
 from statescan.train.finished import check_same
 
-__all__ = ["ROWS", "GrowthRow", "PositionBin", "context_growth", "growth_run", "judge_positions"]
+__all__ = ["ROWS", "GrowthRow", "PositionBin", "context_growth", "gains_beyond", "growth_run", "judge_positions"]
 
 # Positions to which each kind is judged: a state stays as large as it is, keys and values don't.
 LONGEST, LONGEST_ATTENTION = 1 << 20, 1 << 15
 # Bytes between the places from which a novel is read, a multiple of the window.
 STRIDE, WINDOW = 1 << 16, 2048
+# Bytes of context, and up to twice as many, beside which all that a novel has is set.
+NEAR = 1 << 14
 SIZE = "1m"
 # Logits held at once: those of 65,536 bytes.
 _LOGITS = 1 << 24
@@ -267,6 +271,45 @@ def judge_positions(
     return bins
 
 
+def gains_beyond(
+    model: CausalLM, books: Sequence[NDArray[Any]], *, near: int = NEAR
+) -> list[tuple[int, float, float | None, int]]:
+    """What all that a book has before a byte is worth beside `near` to twice as many bytes, on the same bytes.
+
+    Every book of four times `near` bytes and more is read from its first byte to its last with the state carried, and
+    in windows of twice `near` that begin anew, each judged on its second half.
+
+    Args:
+        model: of bytes, in evaluation mode, with a state of fixed size.
+        books: ids of each.
+        near: bytes of context, and of the stretches that count as independent of each other.
+
+    Returns:
+        Of each octave of the position in a book from 2 `near` on: (its first position, the mean of bits per byte with
+        all that the book has, minus those after `near` to twice as many, its standard error over the stretches, None of
+        a single one, how many they are). A stretch belongs to the octave that it begins in.
+
+    Raises:
+        DataError: no book is long enough.
+    """
+    device = model.lm_head.weight.device
+    found: dict[int, list[float]] = {}
+    for book in books:
+        if len(book) < 4 * near:
+            continue
+        whole = np.concatenate([bits[0] for _, bits in row_bits(model, book, [0], len(book) - 1, 4 * near, device)])
+        gains = whole - window_bits(model, book, 2 * near, near, batch_size=4)
+        for first in range(2 * near, len(gains) - near + 1, near):
+            octave = 1 << (first.bit_length() - 1)
+            found.setdefault(octave, []).append(float(gains[first : first + near].mean()))
+    if not found:
+        raise DataError(
+            f"context-growth: wanted a book of {4 * near} bytes at least, got {max(map(len, books), default=0)} at "
+            "most; take a longer text or a smaller near"
+        )
+    return [(octave, *_mean(np.array(gains), 1.0), len(gains)) for octave, gains in sorted(found.items())]
+
+
 def _places(
     books: Sequence[NDArray[Any]], longest: int, span: int, *, stride: int = STRIDE, window: int = WINDOW
 ) -> list[tuple[NDArray[Any], range]]:
@@ -361,6 +404,8 @@ def context_growth(
             read_from = [len(places) for _, places in _places(books, far(row), longest)]
             told = _told(run, text.digest)
             facts = {"row": row, **told, "parameters": model.parameter_count(), "places_of_each_book": read_from}
+            if ROWS[row].family == "mamba" and longest >= 4 * NEAR:
+                facts["beyond"] = gains_beyond(model, books)
             write_json(curve, facts | {"bins": [one._asdict() for one in bins]})
             say(f"{row}: judged to position {far(row):,}")
     return report(out, longest)
@@ -455,13 +500,14 @@ def _table(results: Mapping[str, Any]) -> str:
     def short(count: int) -> str:
         return f"{count >> 20}M" if count >= 1 << 20 else f"{count >> 10}k" if count >= 1 << 10 else str(count)
 
-    def spread(error: float | None) -> str:
-        return "" if error is None else f" ± {error:.4f}"
+    def spread(error: float | None, digits: int = 4) -> str:
+        return "" if error is None else f" ± {error:.{digits}f}"
 
     heads = [f"{short(first)} to {short(2 * first)}" for first in _SHOWN]
     lines = [
-        "| trained | parameters | bytes read | " + " | ".join(heads) + " | 16k to 256k | rise above the least |",
-        "|---" + "|---:" * (len(heads) + 4) + "|",
+        "| trained | parameters | bytes read | " + " | ".join(heads) + " | 16k to 256k | rise above the least | "
+        "all of 128k to 256k beside 16k to 32k, the same bytes |",
+        "|---" + "|---:" * (len(heads) + 5) + "|",
     ]
     for row, facts in results["rows"].items():
         at = {one["first"]: one for one in facts["bins"]}
@@ -476,6 +522,10 @@ def _table(results: Mapping[str, Any]) -> str:
             "" if gain is None else f"{gain[0]:+.4f}{spread(gain[1])}",
             _percent(facts["rise"], facts["rise_error"]),
         ]
+        beyond = {octave: (mean, error) for octave, mean, error, _ in facts.get("beyond", ())}.get(1 << 17)
+        cells.append(
+            "" if beyond is None else f"{beyond[0]:+.5f}" + ("" if beyond[1] is None else f" ± {beyond[1]:.5f}")
+        )
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Every place has {results['longest']:,} bytes behind it."]
     held = {tuple(facts.get("places_of_each_book", ())) for facts in results["rows"].values()} - {()}
