@@ -113,13 +113,16 @@ def test_no_octave_has_the_easier_text() -> None:
 @torch.no_grad()
 def test_all_of_a_book_is_set_beside_its_last_bytes_alone() -> None:
     model, near = _model(MambaConfig(8, 2, VOCABULARY, d_state=4)), 4
+    for name, weight in model.named_parameters():
+        if "x_proj" in name or "out_proj" in name:
+            weight.mul_(30)  # so loud that what is far off is heard
     books = [np.random.default_rng(length).integers(0, VOCABULARY, length) for length in (19, 38, 15)]
     wanted: dict[int, list[float]] = {}
     for book in books[:2]:
         ids = torch.from_numpy(book)
 
         def bits(start: int, end: int, ids: torch.Tensor = ids) -> torch.Tensor:
-            logits = model(ids[None, start:end]).logits[0, :, :VOCABULARY]
+            logits = model(ids[None, start:end]).logits[0]
             return torch.nn.functional.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none") / math.log(2)
 
         for first in range(2 * near, len(book) - 1 - near + 1, near):
@@ -129,7 +132,7 @@ def test_all_of_a_book_is_set_beside_its_last_bytes_alone() -> None:
     found = recipe.gains_beyond(model, books, near=near)
     assert [(octave, count) for octave, _, _, count in found] == [(8, 4), (16, 4), (32, 1)]
     assert sorted(wanted) == [8, 16, 32]
-    assert max(abs(mean) for _, mean, _, _ in found) > 1e-3, "a model that forgets at once would tell nothing"
+    assert max(abs(mean) for _, mean, _, _ in found) > 0.1, "a model that forgets at once would tell nothing"
     for octave, mean, error, count in found:
         here = np.array(wanted[octave])
         assert mean == pytest.approx(here.mean(), abs=1e-5)
