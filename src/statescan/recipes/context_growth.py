@@ -298,7 +298,7 @@ def gains_beyond(
         if len(book) < 4 * near:
             continue
         whole = np.concatenate([bits[0] for _, bits in row_bits(model, book, [0], len(book) - 1, 4 * near, device)])
-        gains = whole - window_bits(model, book, 2 * near, near, batch_size=4)
+        gains = whole - window_bits(model, book, 2 * near, near, batch_size=2)
         for first in range(2 * near, len(gains) - near + 1, near):
             octave = 1 << (first.bit_length() - 1)
             found.setdefault(octave, []).append(float(gains[first : first + near].mean()))
@@ -405,7 +405,7 @@ def context_growth(
             told = _told(run, text.digest)
             facts = {"row": row, **told, "parameters": model.parameter_count(), "places_of_each_book": read_from}
             if ROWS[row].family == "mamba" and longest >= 4 * NEAR:
-                facts["beyond"] = gains_beyond(model, books)
+                facts["beyond"] = gains_beyond(model, books, near=NEAR)
             write_json(curve, facts | {"bins": [one._asdict() for one in bins]})
             say(f"{row}: judged to position {far(row):,}")
     return report(out, longest)
@@ -522,16 +522,19 @@ def _table(results: Mapping[str, Any]) -> str:
             "" if gain is None else f"{gain[0]:+.4f}{spread(gain[1])}",
             _percent(facts["rise"], facts["rise_error"]),
         ]
-        beyond = {octave: (mean, error) for octave, mean, error, _ in facts.get("beyond", ())}.get(1 << 17)
-        cells.append(
-            "" if beyond is None else f"{beyond[0]:+.5f}" + ("" if beyond[1] is None else f" ± {beyond[1]:.5f}")
-        )
+        beyond = {octave: (mean, error) for octave, mean, error, _ in facts.get("beyond", ())}.get(8 * NEAR)
+        cells.append("" if beyond is None else f"{beyond[0]:+.5f}{spread(beyond[1], 5)}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Every place has {results['longest']:,} bytes behind it."]
     held = {tuple(facts.get("places_of_each_book", ())) for facts in results["rows"].values()} - {()}
     if held:
         places = " or ".join(" + ".join(map(str, one)) for one in sorted(held))
         lines[-1] += f" By book they are {places}; the standard errors are of these books, not of others."
+    if any(facts.get("beyond") for facts in results["rows"].values()):
+        lines[-1] += (
+            " The last column is of stretches of 16,384 bytes of all books that are long enough, read from their first "
+            "byte on; rows judged before it was there have none."
+        )
     if results["not_run"]:
         lines += ["", f"Not run: {', '.join(results['not_run'])}."]
     return "\n".join(lines) + "\n"

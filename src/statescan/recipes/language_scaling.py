@@ -384,6 +384,8 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        # What earlier rows of this process left there, handles' workspaces, say, is not this one's.
+        lying = torch.cuda.memory_allocated() if device == "cuda" else 0
         watch, begun = _Watch(), time.perf_counter()
         result = train(run, folder, resume=status is not None, progress=False, callbacks=[watch])
         if result.interrupted:
@@ -395,7 +397,7 @@ def train_row(run: RunConfig, folder: str | os.PathLike[str], *, say: Callable[[
         facts = {
             "tokens_per_second": pace,
             "model_flop_utilization": used,
-            "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+            "peak_bytes": torch.cuda.max_memory_allocated() - lying if device == "cuda" else None,
             "seconds": round(time.perf_counter() - begun, 2),
             "machine": machine_facts(device),
         }
@@ -697,7 +699,7 @@ def measure_speed(
     *,
     tokenizer: str = "bytes",
     device: str = "cpu",
-    updates: int = 60,
+    updates: int = 300,
     change: Callable[[RunConfig], RunConfig] = lambda run: run,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
@@ -707,7 +709,8 @@ def measure_speed(
         row: of `ROWS`.
         data, tokenizer, device, change: as for `tune`.
         out: folder of the table.
-        updates: how many; the median pace between every ten, the first twenty left out.
+        updates: how many; the median pace between sixths of them, the first two left out. At the end of each the host
+            waits for the device, so few updates time the host.
         say: called with lines of progress.
 
     Returns:
@@ -716,7 +719,11 @@ def measure_speed(
     """
     run = change(scaling_run(row, data, tokenizer=tokenizer, device=device))
     settings = dataclasses.replace(
-        run.train, steps=updates, warmup=min(run.train.warmup, updates), log_every=10, checkpoint_every=0
+        run.train,
+        steps=updates,
+        warmup=min(run.train.warmup, updates),
+        log_every=max(1, updates // 6),
+        checkpoint_every=0,
     )
     run = dataclasses.replace(
         run, train=settings, data=dataclasses.replace(run.data, valid_paths=(), valid_fraction=0.0)
