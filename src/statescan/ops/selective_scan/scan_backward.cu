@@ -769,7 +769,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
             put(s, late[r / R]);
           }
         }
-        // Reads don't move from one pair of steps into the next: alone this costs 0.9 %, with the rest of the order it gains.
+        // Reads don't move from one pair of steps into the next: alone this costs 0.9 %, beside the rest of the order nothing.
         if (TUNED && r % 2 == 0) asm volatile("" ::: "memory");
       }
       if (PIPE) {  // not before: nothing moves across a store, and the compiler needs room to mix the two
