@@ -414,7 +414,7 @@ def test_the_runs_on_record_are_the_recipes_and_the_documents_numbers():
         assert f"{percent(last['accuracy'])}" in text
         assert f"({right} of {run['examples']['test']})" in text or f"({right})" in text
         assert f"{percent(chosen['accuracy'])} ({chosen['epoch']})" in text
-    shorter = {"lstm": ["train.steps=600"], "s4d-mamba": ["train.steps=441"], "s4-attention": ["train.steps=441"]}
+    shorter = {"s4d-mamba": ["train.steps=441"], "s4-attention": ["train.steps=441"]}
     shorter["conditional"] = ["train.steps=3335", "train.evaluate_every=667", "train.evaluate_windows=64"]
     shorter["conditional"] += ["train.keep_best=false", "train.stretch=0"]
     assert {run["row"] for run in held[1]["runs"]} == {*raw_audio.ROWS, "conditional"} - {"s4-complex"}
