@@ -381,3 +381,25 @@ def test_no_row_is_trained_where_another_cannot_be(novels: Path) -> None:
     with pytest.raises(CheckpointError, match="steps"):
         recipe.context_growth(rows, novels, novels / "out", scaling=novels, longest=256, change=longer)
     assert not (novels / "out" / "mamba-2k-noise" / "run.json").exists()
+
+
+def test_the_curve_on_record_is_the_documents() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    held = json.loads((root / "benchmarks" / "results" / "reproduce" / "context-growth-4m.json").read_text())
+    for row, reaches in held["rows"].items():
+        at = {one["first"]: one for one in reaches["1048576"]["bins"]}
+        octaves = (1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19)
+        cells = [f"{at[octave]['bits_per_byte']:.4f}" for octave in octaves]
+        cells[-1] += f" ± {at[1 << 19]['standard_error']:.4f}"
+        (line,) = [line for line in text.splitlines() if f"(`{row}`) |" in line]
+        assert f"| {' | '.join(cells)} | {100 * reaches['1048576']['rise']:.2f} %" in line.replace("**", "")
+        for reach in reaches.values():
+            gain, error = reach["from_16k_to_256k"]
+            assert f"{abs(gain):.4f} ± {error:.4f}" in text or abs(gain) < 1e-4
+    same = held["same_bytes"]["mamba-2k-names"]
+    for near in (1 << 14, 1 << 12):
+        found = [same[f"{near}:{1 << power}"] for power in range(15, 20)]
+        assert all(one["mean"] + 2 * one["standard_error"] < 0 for one in found)
+        cells = [f"{one['mean']:.4f} ± {one['standard_error']:.4f}" for one in found]
+        assert f"| {' | '.join(cells)} |" in text.replace("**", "")

@@ -525,3 +525,25 @@ def test_the_report_needs_no_training(novels: Path, tmp_path: Path) -> None:
     assert (results["rows"], results["not_run"]) == ({}, list(SMALL))
     assert "Not run: mamba-0.3m" in (tmp_path / "results.md").read_text()
     assert not (tmp_path / "figure.svg").exists()
+
+
+def test_the_table_on_record_is_the_documents() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    held = json.loads((root / "benchmarks" / "results" / "reproduce" / "language-scaling.json").read_text())
+    rows, sizes = held["rows"], ("0.3m", "1m", "4m", "16m")
+    assert not held["blown_up"]
+    assert not held["not_tuned"]
+    for family in ("mamba", "transformer++", "pythia"):
+        of_family = [rows[f"{family}-{size}"] for size in sizes]
+        cells = [f"{row['bits_per_byte']:.4f} ± {row['standard_error']:.4f}" for row in of_family]
+        assert f"| {' | '.join(cells)} |" in text.replace("**", "")
+        law = held["power_laws"][family]
+        assert f"-{law['exponent']:.4f} ± {law['standard_error']:.4f}" in text
+    ahead = [rows[f"mamba-{size}"]["beside_transformer++"] for size in sizes]
+    assert all(difference + 2 * error < 0 for difference, error in ahead)
+    cells = [f"{difference:+.4f} ± {error:.4f}" for difference, error in ahead]
+    assert f"| {' | '.join(cells)} |" in text
+    for size in sizes:
+        mamba, other = (rows[f"{family}-{size}"]["books"] for family in ("mamba", "transformer++"))
+        assert all(one["bits_per_byte"] < two["bits_per_byte"] for one, two in zip(mamba, other, strict=True))
