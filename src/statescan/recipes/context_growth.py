@@ -506,7 +506,7 @@ def _table(results: Mapping[str, Any]) -> str:
     heads = [f"{short(first)} to {short(2 * first)}" for first in _SHOWN]
     lines = [
         "| trained | parameters | bytes read | " + " | ".join(heads) + " | 16k to 256k | rise above the least | "
-        "all of 128k to 256k beside 16k to 32k, the same bytes |",
+        f"all of {short(8 * NEAR)} to {short(16 * NEAR)} beside {short(NEAR)} to {short(2 * NEAR)}, the same bytes |",
         "|---" + "|---:" * (len(heads) + 5) + "|",
     ]
     for row, facts in results["rows"].items():
@@ -532,8 +532,8 @@ def _table(results: Mapping[str, Any]) -> str:
         lines[-1] += f" By book they are {places}; the standard errors are of these books, not of others."
     if any(facts.get("beyond") for facts in results["rows"].values()):
         lines[-1] += (
-            " The last column is of stretches of 16,384 bytes of all books that are long enough, read from their first "
-            "byte on; rows judged before it was there have none."
+            f" The last column is of stretches of {NEAR:,} bytes of all books that are long enough, read from their "
+            "first byte on; rows judged before it was there have none."
         )
     if results["not_run"]:
         lines += ["", f"Not run: {', '.join(results['not_run'])}."]
