@@ -1,6 +1,6 @@
 """compute-sanitizer over GPU kernels of this package on small shapes: ``python tests/gpu/sanitize.py [TOOL]...``.
 
-Those that only a decoder's graph launches (decode, middle, middle_tiles, projection, sample) are not among them.
+What only a decoder's graph launches is launched here one by one: without the caching allocator nothing can be captured.
 
 Tools are memcheck and racecheck, both by default. For each tool the script runs itself under compute-sanitizer, once an
 op, and fails where the tool reports anything. It also fails where it leaves something out: without a GPU, without
@@ -11,6 +11,8 @@ compute-sanitizer, or where a backend can't run on this machine, it names what i
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -25,7 +27,9 @@ import torch
 from torch import Tensor
 
 from statescan import ops
-from statescan.models import Block, CausalLM, MambaConfig
+from statescan.generate import SamplingParams
+from statescan.models import Block, CausalLM, MambaConfig, TransformerConfig
+from statescan.ops import _cuda
 from statescan.ops._dispatch import BACKENDS
 from statescan.testing import REAL_CASES, ScanCase, as_update, refusal, scan_problem
 from statescan.testing.conv import CONV_CASES, ConvCase, conv_problem
@@ -38,6 +42,8 @@ ELSEWHERE = "/usr/local/cuda/bin/compute-sanitizer"  # where the CUDA toolkit pu
 RACE = re.compile(r"Race reported between (Write access at \S+) .*\n=+\s+and (\w+ access at \S+) ")
 GPU_BACKENDS = ("cuda", "triton", "cauchy_triton")
 LOW = (torch.float32, torch.bfloat16)
+PACKED = ("float32", "bfloat16", "float16")  # weights of a decoder on a GPU
+DEVICE = "cuda"  # of what only a decoder launches; a test without a GPU takes another
 
 EVERY: dict[str, Any] = {"D": True, "z": True, "dt_bias": True, "initial_state": True, "dt_softplus": True}
 # Whole and cut tiles and blocks of channels, one pass and chunks of time, packed sequences, groups, many states.
@@ -218,6 +224,239 @@ def s4_kernel(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{states} states, rank {rank}, {length} lags", run
 
 
+# -------------------------------------------------------------------------------------- what only a decoder launches
+
+# Every way to draw: greedy, plain, through all filters, with a penalty and with log probabilities.
+DRAWS = (
+    SamplingParams(temperature=0, logprobs=True),
+    SamplingParams(seed=1),
+    SamplingParams(
+        seed=2, temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2, stream=7, logprobs=True
+    ),
+    SamplingParams(seed=3, top_p=0.5),
+    SamplingParams(temperature=0, repetition_penalty=2.5),
+)
+# One launch takes a row of the first two, whose channels and rows don't divide among the multiprocessors.
+ONE_LAUNCH = {
+    "d_model 128": MambaConfig(d_model=128, n_layer=2, vocab_size=50),
+    "biases": MambaConfig(160, n_layer=2, vocab_size=1003, dt_rank=16, bias=True, tie_embeddings=False),
+}
+# Several rows: in pieces (even sizes, odd ones), and in 16 bits by one launch between the large products.
+SEVERAL_ROWS = {
+    "d_model 64": MambaConfig(d_model=64, n_layer=2, vocab_size=50),
+    "odd": MambaConfig(d_model=45, n_layer=2, vocab_size=203, d_state=11, bias=True),
+    "d_model 256": MambaConfig(d_model=256, n_layer=2, vocab_size=50),
+}
+# Each norm, each activation, a block's halves after and beside each other, keys of their own and shared ones.
+TRANSFORMERS = {
+    "pythia": TransformerConfig(
+        *(256, 2, 50), n_head=4, mlp="gelu", norm="layer", bias=True, parallel=True, rotary_fraction=0.25,
+        tie_embeddings=False,
+    ),
+    "transformer++": TransformerConfig(256, 2, 50, n_head=4, n_kv_head=2),
+    "parallel and gated": TransformerConfig(128, 2, 50, n_head=1, parallel=True, d_intermediate=200),
+    "absolute": TransformerConfig(128, 2, 50, n_head=2, positions="absolute", max_positions=384, bias=True, mlp="gelu"),
+}  # fmt: skip
+
+
+def packed_model(config: MambaConfig, dtype: Any) -> Any:
+    from statescan.generate.packed import PackedModel
+
+    torch.manual_seed(0)
+    return PackedModel(CausalLM(config, device=DEVICE), dtype)
+
+
+@torch.no_grad()
+def write(slots: Any, rows: int, draws: Sequence[SamplingParams] = DRAWS) -> None:
+    """A few tokens a row, by the launches that a graph of so many rows holds."""
+    for slot in range(rows):
+        slots.place(slot, draws[slot % len(draws)], 70, [1, 2, 3])
+    for _ in range(3):
+        slots._step_rows(rows)
+        slots._launch_draw(slots.logits, 0, rows)
+
+
+def decode(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """All blocks and the head in one launch."""
+    from statescan.generate.graphs import GraphDecoder
+
+    for name, config in ONE_LAUNCH.items():
+        for dtype in PACKED:
+            for capacity in (1, 3):  # with more slots the convolution's state is kept in the weights' dtype
+
+                def run(config: MambaConfig = config, dtype: str = dtype, capacity: int = capacity) -> None:
+                    slots = GraphDecoder(packed_model(config, dtype), capacity, config.vocab_size)
+                    if slots.one_launch_refusal is not None:
+                        raise RuntimeError(f"one launch does not take this model: {slots.one_launch_refusal}")
+                    for params in DRAWS[::2]:
+                        write(slots, 1, [params])
+
+                yield f"{name}, {dtype}, {capacity} slots", run
+
+
+def decoder(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Several rows, and one of a model that one launch does not take."""
+    from statescan.generate.graphs import GraphDecoder
+
+    for name, config in SEVERAL_ROWS.items():
+        for dtype in PACKED:
+            for rows in (1, 2, 17):
+
+                def run(config: MambaConfig = config, dtype: str = dtype, rows: int = rows) -> None:
+                    write(GraphDecoder(packed_model(config, dtype), rows + 1, config.vocab_size), rows)
+
+                yield f"{name}, {dtype}, {rows} rows", run
+
+
+def between_products(kind: str, configs: Sequence[MambaConfig], rows: Sequence[int]) -> Iterator[tuple[str, Any]]:
+    """The one launch between a block's large products; in turn with all that may be None and without."""
+    from statescan.ops.mamba_step import middle as module
+
+    for turn, (config, count) in enumerate(itertools.product(configs, rows)):
+        bare = (turn % len(rows) + turn // len(rows)) % 2 == 1  # each number of rows has both
+        for dtype in PACKED[1:]:
+
+            def run(config: MambaConfig = config, dtype: str = dtype, count: int = count, bare: bool = bare) -> None:
+                block = packed_model(config, dtype).blocks[0]
+                if bare:
+                    block = dataclasses.replace(block, conv_bias=None, dt_bias=None, D=None)
+                low = block.x_proj.data.dtype
+                launch = getattr(module, kind)(block, torch.device(DEVICE))
+                uz = torch.randn(count, 2 * block.d_inner, device=DEVICE).to(low)
+                conv = torch.randn(count, block.width - 1, block.d_inner, device=DEVICE).to(
+                    low if bare else torch.float32
+                )
+                ssm = torch.randn(count, block.d_inner, block.d_state, device=DEVICE)
+                for _ in range(2):
+                    # The launch in front of it makes uz, and no states: it reads them before that has ended.
+                    launch(uz.clone(), conv, ssm, block, uz.new_empty(count, block.d_inner))
+
+            yield f"d_inner {2 * config.d_model}, {dtype}, {count} rows{', bare' if bare else ''}", run
+
+
+# Eight and sixteen channels a block on an H100; every number of rows that there is a kernel for.
+MIDDLES = [MambaConfig(d_model=d_model, n_layer=1, vocab_size=50) for d_model in (256, 768)]
+TILES = [MambaConfig(d_model=d_model, n_layer=1, vocab_size=50, dt_rank=32) for d_model in (256, 512)]
+
+
+def middle(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    return between_products("Middle", MIDDLES, (1, 17, 64, 100))
+
+
+def middle_tiles(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    return between_products("MiddleTiles", TILES, (1, 16, 97))
+
+
+def projection_weights(dtype: torch.dtype = torch.bfloat16, parts: int = 1) -> list[Tensor]:
+    """Of more tiles than are fetched ahead."""
+    return [torch.randn(128, 640 * parts, device=DEVICE).to(dtype) for _ in range(2)]
+
+
+def projection(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    from statescan.ops.mamba_step.projection import Projection
+
+    for dtype in (torch.bfloat16, torch.float16):
+        for parts in (1, 4):
+            for rows in (1, 64, 100, 128):
+
+                def run(dtype: torch.dtype = dtype, parts: int = parts, rows: int = rows) -> None:
+                    weights = projection_weights(dtype, parts)
+                    product = Projection(weights, parts)
+                    x = torch.randn(rows, weights[0].shape[1], device=DEVICE).to(dtype)
+                    for i, bias in enumerate((None, torch.randn(128, device=DEVICE))):
+                        product(i, x, bias)
+
+                yield f"{dtype}, {parts} parts, {rows} rows", run
+
+
+def sample(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """One block a row and a cluster of eight, with one logit a thread and several; and logits that are no numbers."""
+    from statescan.generate.drawing import DrawingSlots
+
+    for vocabulary in (50, 3000, 5003, 20011):
+
+        def run(vocabulary: int = vocabulary) -> None:
+            slots = DrawingSlots(torch.device(DEVICE), len(DRAWS) + 1, vocabulary, vocabulary + 5)
+            rows = len(DRAWS)
+            for slot, params in enumerate(DRAWS):
+                slots.place(slot, params, 3, [1, 2, vocabulary - 1])
+            for ties in (False, True):
+                slots.logits.normal_().mul_(3)
+                if ties:
+                    slots.logits.round_()
+                slots._launch_draw(slots.logits, 0, rows)
+            slots._launch_draw(slots.logits[1:], 1, rows - 1)
+            slots.logits.fill_(float("nan"))
+            slots._launch_draw(slots.logits, 0, rows)
+
+        yield f"{vocabulary} tokens", run
+
+
+def attention_decoder(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    from statescan.generate.attention_graphs import AttentionGraphDecoder
+    from statescan.generate.unpacked import ModelDecoder
+
+    for name, config in TRANSFORMERS.items():
+        for dtype in PACKED:
+            for rows in (1, 3):
+
+                @torch.no_grad()
+                def run(config: TransformerConfig = config, dtype: str = dtype, rows: int = rows) -> None:
+                    torch.manual_seed(0)
+                    own = ModelDecoder(CausalLM(config, device=DEVICE), dtype)
+                    slots = AttentionGraphDecoder(own, rows + 1, config.vocab_size)
+                    if slots.row_refusal is not None:
+                        raise RuntimeError(f"kernels of one row do not take this model: {slots.row_refusal}")
+                    slots._reserve(256)
+                    for cache in (*slots._keys, *slots._values):
+                        cache.normal_()
+                    slots.lengths.fill_(70)
+                    write(slots, rows)
+
+                yield f"{name}, {dtype}, {rows} rows", run
+
+
+def refuses_clusters() -> str | None:
+    reason = _cuda.unavailable_reason()
+    if reason is None and torch.cuda.get_device_capability()[0] < 9:
+        reason = "a large vocabulary is a cluster's, which needs compute capability 9.0"
+    return reason
+
+
+def refuses_decode() -> str | None:
+    from statescan.ops.mamba_step.decode import refuses_stack
+
+    packed = packed_model(ONE_LAUNCH["d_model 128"], "float32")
+    return refuses_stack(packed.blocks, packed.head, packed.device)
+
+
+def refuses_between_products(kind: str, config: MambaConfig) -> str | None:
+    from statescan.ops.mamba_step import middle as module
+
+    packed = packed_model(config, "bfloat16")
+    return getattr(module, kind)(packed.blocks[0], packed.device)
+
+
+def refuses_projections() -> str | None:
+    from statescan.ops.mamba_step.projection import refuses_projection
+
+    return refuses_projection(projection_weights(), 1)
+
+
+# Why what is no op with backends of its own can't run here.
+REFUSALS: dict[str, Callable[[], str | None]] = {
+    "decode": refuses_decode,
+    "decoder": _cuda.unavailable_reason,
+    "middle": lambda: refuses_between_products("refuses_middle", MIDDLES[0]),
+    "middle_tiles": lambda: refuses_between_products("refuses_tiles", TILES[0]),
+    "projection": refuses_projections,
+    "sample": refuses_clusters,
+    "attention_decoder": _cuda.unavailable_reason,
+}
+
+# --------------------------------------------------------------------------------------------------------- the whole
+
+
 def model(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Whole passes, as training and inference put the kernels together."""
     from statescan.generate.packed import PackedModel
@@ -258,17 +497,28 @@ RUNS: dict[str, Callable[[str], Iterator[tuple[str, Callable[[], None]]]]] = {
     "packed_linear": packed_linear,
     "s4d_kernel": s4d_kernel,
     "s4_kernel": s4_kernel,
+    "decode": decode,
+    "decoder": decoder,
+    "middle": middle,
+    "middle_tiles": middle_tiles,
+    "projection": projection,
+    "sample": sample,
+    "attention_decoder": attention_decoder,
 }
 
 
 def subjects() -> tuple[list[tuple[str, str]], list[str]]:
-    """(op, backend) of all that can run here, and the whole model; and what can't, with the reason."""
+    """(op, backend) of all that can run here, parts of decoders among them, and the whole model; and what can't, with
+    the reason."""
     found, missing = [], []
     for op in RUNS:
         for backend in GPU_BACKENDS:
-            if backend not in BACKENDS[op]:
+            if backend not in BACKENDS.get(op, ("cuda",)):
                 continue
-            reason = refusal(op, backend, device="cuda", d_state=64 if op == "decode_attention" else 16)
+            if op in REFUSALS:
+                reason = REFUSALS[op]()
+            else:
+                reason = refusal(op, backend, device="cuda", d_state=64 if op == "decode_attention" else 16)
             if reason is None:
                 found.append((op, backend))
             else:
