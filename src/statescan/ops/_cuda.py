@@ -4,7 +4,8 @@ A kernel's cubin is kept on disk under a name made from its source, its options,
 compiler and package, so that a machine compiles it once; the file appears whole or not at all, so that processes that
 start together don't harm each other, and ends with its checksum, so that a damaged one is compiled anew.
 
-`make_ready` compiles what a call will launch later, while another backend can still take the call.
+`make_ready` compiles what a call will launch later, while another backend can still take the call; Triton's backends
+(`statescan.ops._triton`) use it, too.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ __all__ = [
     "make_ready",
     "pieces",
     "rehearsal",
+    "rehearsing",
     "unavailable_reason",
 ]
 
@@ -338,7 +340,7 @@ class Kernel:
         Raises:
             RuntimeError: the driver refuses; an error of an earlier kernel may show here.
         """
-        if getattr(_thread, "rehearses", False):
+        if rehearsing():
             return
         if not getattr(_thread, "has_context", False):
             self._core.Device(torch.cuda.current_device()).set_current()
@@ -452,12 +454,17 @@ def kernel(
 @contextlib.contextmanager
 def rehearsal() -> Iterator[None]:
     """Kernels called in this context and thread are compiled and not launched; all else runs."""
-    before = getattr(_thread, "rehearses", False)
+    before = rehearsing()
     _thread.rehearses = True
     try:
         yield
     finally:
         _thread.rehearses = before
+
+
+def rehearsing() -> bool:
+    """Whether this thread is in a `rehearsal`."""
+    return getattr(_thread, "rehearses", False)
 
 
 # Calls that were made ready.

@@ -2,6 +2,9 @@
 
 Nothing here imports triton before a call needs it. Kernels are in modules of their own (``triton_kernels.py`` beside
 each backend), imported at the first launch. On the CPU they run only through Triton's interpreter, for tests: slowly.
+
+Triton compiles a kernel where it is first launched. Those of a backward pass are compiled in the forward call, by
+`make_ready` with a function that goes through the backward pass: there another backend can still take the call.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ from torch import Tensor
 
 from statescan.errors import BackendUnavailableError
 from statescan.ops._checks import check_cu_seqlens, no_device, seen_and_right
+from statescan.ops._cuda import launch_ready, make_ready, rehearsing
 from statescan.ops._dispatch import Facts
 
 __all__ = [
     "check_boundaries",
     "hardware",
     "kernels",
+    "launch_ready",
+    "make_ready",
     "multiprocessors",
     "on_device_of",
     "power_of_2",
@@ -92,9 +98,41 @@ def refusal(facts: Facts) -> str | None:
     return _unavailable(facts.device)
 
 
+class _Made:
+    """A kernel that is compiled and loaded where it would be launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def make(*arguments: Any, **named: Any) -> None:
+            made = self._kernel.warmup(*arguments, grid=grid, **named)
+            # Too much shared memory shows where it is loaded. The interpreter makes nothing.
+            load = getattr(made, "_init_handles", None)
+            if load is not None:
+                load()
+
+        return make
+
+
+class _Rehearsed:
+    """A module of kernels in a rehearsal."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> _Made:
+        return _Made(getattr(self._module, name))
+
+
+def _kernels_of(module: str) -> Any:
+    found = importlib.import_module(module)
+    return _Rehearsed(found) if rehearsing() else found
+
+
 def kernels(op: str) -> Any:
-    """The module of an op's kernels; imports triton."""
-    return importlib.import_module(f"statescan.ops.{op}.triton_kernels")
+    """The module of an op's kernels; imports triton. In a rehearsal (`make_ready`) they are made and not launched."""
+    return _kernels_of(f"statescan.ops.{op}.triton_kernels")
 
 
 def hardware(tensor: Tensor) -> int:
@@ -163,7 +201,7 @@ def check_boundaries(op: str, cu_seqlens: Tensor, length: int) -> None:
         return
     _checking.add(cu_seqlens.device)
     sequences, block = cu_seqlens.shape[0] - 1, 1024
-    functions = importlib.import_module("statescan.ops._triton_functions")
+    functions = _kernels_of("statescan.ops._triton_functions")
     functions.check_boundaries[(-(-sequences // block),)](cu_seqlens, sequences, length, BLOCK=block)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from statescan.ops import _triton
 from statescan.ops._dispatch import Facts
-from statescan.ops.add_norm.autograd import run
+from statescan.ops.add_norm.autograd import run, wants_gradients
 
 __all__ = ["add_rms_norm", "refuses"]
 
@@ -96,6 +96,29 @@ def _backward_fake(
     return grad_output.new_empty(total.shape), grad_residual, weight.new_empty(weight.shape)
 
 
+def _backward_op(
+    grad_output: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def launch(grad_output: Tensor, grad_total: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(grad_output, grad_total, total, rstd, weight, residual_dtype)
+
+    return _triton.launch_ready(launch, grad_output, grad_total)
+
+
+def _rehearse_backward(x: Tensor, weight: Tensor, residual: Tensor | None, stream: torch.dtype) -> None:
+    """The backward passes that may follow such a call: the sum's gradient may come or not."""
+    output, total, rstd = _forward_fake(x, weight, residual, 0.0, stream)
+    written = total.numel() > 0
+    total = total if written else x
+    for grad_total in (None, torch.empty_like(total)) if written else (None,):
+        _backward(output, grad_total, total, rstd, weight, None if residual is None else residual.dtype)
+
+
 _triton.register(
     "add_rms_norm_triton",
     "(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType stream) -> (Tensor, Tensor, Tensor)",
@@ -106,7 +129,7 @@ _triton.register(
     "add_rms_norm_triton_backward",
     "(Tensor grad_output, Tensor? grad_total, Tensor total, Tensor rstd, Tensor weight, ScalarType? residual_dtype) "
     "-> (Tensor, Tensor, Tensor)",
-    _backward,
+    _backward_op,
     _backward_fake,
 )
 
@@ -115,4 +138,6 @@ def add_rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, stream: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `statescan.ops.add_rms_norm`; `stream` is the dtype of the residual stream."""
+    if wants_gradients(x, weight, residual):
+        _triton.make_ready(_rehearse_backward, x, weight, residual, stream)
     return run("triton", x, weight, residual, eps, stream)

@@ -154,6 +154,20 @@ def _backward_fake(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias, grad_initial
 
 
+def _backward_op(grad_y: Tensor, grad_final_state: Tensor | None, *saved: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def launch(grad_y: Tensor, grad_final_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _backward(grad_y, grad_final_state, *saved)
+
+    return _triton.launch_ready(launch, grad_y, grad_final_state)
+
+
+def _rehearse_backward(*inputs: Any) -> None:
+    """The backward passes that may follow such a call: the final state's gradient may come or not."""
+    y, final_state = _forward_fake(*inputs)
+    for grad_final_state in (None, final_state):
+        _backward(y, grad_final_state, *inputs)
+
+
 def _step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, new_state: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
     weight, bias = _parameters(weight, bias)
@@ -192,7 +206,7 @@ _triton.register("causal_conv1d_triton", f"({_INPUTS}) -> (Tensor, Tensor)", _fo
 _triton.register(
     "causal_conv1d_triton_backward",
     f"(Tensor grad_y, Tensor? grad_final_state, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    _backward_op,
     _backward_fake,
 )
 _triton.register(
@@ -254,6 +268,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """See `statescan.ops.causal_conv1d`; gives (y, final_state)."""
     if _wants_gradient(x, weight, bias, initial_state):
+        _triton.make_ready(_rehearse_backward, x, weight, bias, initial_state, cu_seqlens, silu)
         return _CausalConv1d.apply(x, weight, bias, initial_state, cu_seqlens, silu)  # pyright: ignore[reportReturnType]
     return torch.ops.statescan.causal_conv1d_triton(x, weight, bias, initial_state, cu_seqlens, silu)
 

@@ -365,6 +365,22 @@ def _backward_fake(
     )
 
 
+def _backward_op(dy: Tensor, dfinal: Tensor | None, *saved: Any) -> _Gradients:
+    def launch(dy: Tensor, dfinal: Tensor | None) -> _Gradients:
+        return _backward(dy, dfinal, *saved)
+
+    return _triton.launch_ready(launch, dy, dfinal)
+
+
+def _rehearse_backward(*arguments: Any) -> None:
+    """The backward passes that may follow a call with these arguments: the final state's gradient may come or not."""
+    initial_state, cu_seqlens, with_state = arguments[9:]
+    y, final, checkpoints = _forward_fake(*arguments, with_checkpoints=True)
+    saved = [*arguments[:9], cu_seqlens, checkpoints, initial_state is not None]
+    for dfinal in (None, final) if with_state else (None,):
+        _backward(y, dfinal, *saved)
+
+
 _INPUTS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus"
 _triton.register(
     "selective_scan_triton",
@@ -377,11 +393,10 @@ _triton.register(
     "selective_scan_triton_backward",
     f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor? cu_seqlens, Tensor checkpoints, bool with_initial) "
     f"-> ({', '.join(['Tensor'] * 9)})",
-    _backward,
+    _backward_op,
     _backward_fake,
 )
 _forward_op = torch.ops.statescan.selective_scan_triton.default
-_backward_op = torch.ops.statescan.selective_scan_triton_backward.default
 
 
 class _Scan(torch.autograd.Function):
@@ -414,7 +429,7 @@ class _Scan(torch.autograd.Function):
         refuse_second_derivative("selective_scan", "triton")
         u, dt, A, B, C, D, z, dt_bias, cu_seqlens, checkpoints = ctx.saved_tensors
         dy = torch.zeros_like(u) if dy is None else dy
-        du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward_op(
+        du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = torch.ops.statescan.selective_scan_triton_backward.default(
             *(dy, dfinal if ctx.with_state else None, u, dt, A, B, C, D, z, dt_bias),
             *(ctx.dt_softplus, cu_seqlens, checkpoints, ctx.with_initial),
         )
@@ -447,9 +462,9 @@ def selective_scan(
     """
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y, final_state = _Scan.apply(
-            u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
-        )
+        arguments = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state)
+        _triton.make_ready(_rehearse_backward, *arguments)
+        y, final_state = _Scan.apply(*arguments)
     else:
         y, final_state, _ = _forward_op(
             u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state, False

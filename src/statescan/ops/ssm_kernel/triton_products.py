@@ -6,6 +6,7 @@ Every function gives the same bits on every run and every GPU of a kind.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from statescan.ops.ssm_kernel import products
 __all__ = [
     "cauchy_backward",
     "cauchy_forward",
+    "make_cauchy_ready",
+    "make_vandermonde_ready",
     "refuses_products",
     "vandermonde_backward",
     "vandermonde_forward",
@@ -142,6 +145,43 @@ def cauchy_backward(
         )
     dlam_re, dlam_im, dv_re, dv_im = (_added(share) for share in (*dlam, *dv))
     return dlam_re, dlam_im, dv_re, dv_im
+
+
+def _rehearse_vandermonde(like: Tensor, length: int) -> None:
+    log = torch.empty(like.shape, dtype=torch.float64, device=like.device)
+    vandermonde_backward(log, log, torch.empty(like.shape[0], length, dtype=torch.float32, device=like.device))
+
+
+def _rehearse_cauchy(like: Tensor, sums: int, points: int) -> None:
+    channels, states = like.shape
+
+    def real(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+    lam, v, y, g = real(channels, states), real(channels, sums, states), real(points), real(channels, sums, points)
+    cauchy_backward(lam, lam, v, v, y, y, g, g)
+
+
+def _wants_gradients(inputs: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def make_vandermonde_ready(inputs: Sequence[Tensor], length: int) -> None:
+    """Makes the kernels of the backward pass that may follow, where one may.
+
+    Args:
+        inputs: tensors of a call, the first ``(d_model, states)``.
+        length: number of lags.
+    """
+    if _wants_gradients(inputs):
+        _triton.make_ready(_rehearse_vandermonde, inputs[0], length)
+
+
+def make_cauchy_ready(inputs: Sequence[Tensor], sums: int, frequencies: int, piece: int) -> None:
+    """The same for the Cauchy products of a call, with so many frequencies in pieces of so many."""
+    if _wants_gradients(inputs):
+        for points in {min(piece, frequencies), frequencies % piece or min(piece, frequencies)}:
+            _triton.make_ready(_rehearse_cauchy, inputs[0], sums, points)
 
 
 products.register("triton", ("CPU", "CUDA", "XPU"), sys.modules[__name__])

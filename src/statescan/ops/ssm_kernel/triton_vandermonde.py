@@ -6,7 +6,7 @@ from torch import Tensor
 
 from statescan.ops._dispatch import Facts
 from statescan.ops.ssm_kernel import products
-from statescan.ops.ssm_kernel.triton_products import refuses_products
+from statescan.ops.ssm_kernel.triton_products import make_vandermonde_ready, refuses_products
 
 __all__ = ["refuses", "s4d_kernel"]
 
@@ -18,4 +18,5 @@ def refuses(facts: Facts) -> str | None:
 
 def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     """See the public function."""
+    make_vandermonde_ready((A, B, C, dt), length)
     return products.s4d_kernel(A, B, C, dt, length, discretization, "triton")
