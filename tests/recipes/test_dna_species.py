@@ -359,6 +359,58 @@ def test_the_runs_on_record_are_those_of_the_recipe() -> None:
         assert f"| {recipe.percent(row['kmers']['right'] / judged)} | {judged:,} |" in line
 
 
+def test_the_apes_on_record_are_the_recipes_and_the_documents() -> None:
+    record = Path(__file__).parents[2]
+    text = (record / "docs" / "dna.md").read_text(encoding="utf-8")
+    held = json.loads((record / "benchmarks" / "results" / "reproduce" / "great-apes.json").read_text(encoding="utf-8"))
+    above = []
+    for row in held["rows"]:
+        length, head, judged, kmers = row["length"], row["head"], row["judged"], row["kmers"]
+        confusion, (low, high), (less, more) = np.array(row["confusion"]), row["interval"], kmers["interval"]
+        assert (int(np.trace(confusion)), int(confusion.sum())) == (row["right"], judged)
+        start = "from scratch" if row["origin"] == "scratch" else row["origin"]
+        line = (
+            f"| {length:,} | {start} | {head} | {recipe.percent(row['right'] / judged)} | {low:.2f} to {high:.2f} | "
+            f"{recipe.percent(kmers['right'] / judged)} | {less:.2f} to {more:.2f} | {judged}, {row['loci']} | "
+            f"{row['seconds']:.0f} |"
+        )
+        assert line in text.replace("**", "")
+        if low > 25:
+            above.append((length, head))
+        # As far as it goes the bar is missed: above the regression from 8,192 on, 40 % at 32,768.
+        assert row["above_kmers_interval"][0] < 0
+        assert length < 32768 or row["right"] < 0.4 * judged
+        if head == "likelihood":
+            wanted = recipe.ape_run(
+                length,
+                MambaConfig(d_model=128, n_layer=12, vocab_size=5),
+                overrides=[
+                    "model.head=likelihood",
+                    "train.labels_from=0.75",
+                    f"train.batch_size={131072 // length}",
+                    "train.accelerator=cuda",
+                ],
+            )
+            assert wanted.model == BackboneClassifierConfig.from_dict(row["config"]["model"])
+            assert wanted.train == build_config(ClassifyConfig, row["config"]["train"])
+    assert above == [(8192, "likelihood")]
+    (best,) = [row for row in held["rows"] if (row["length"], row["head"]) == above[0]]
+    words, (low, high), (first, last) = " ".join(text.split()), best["interval_final"], best["above_kmers_interval"]
+    assert (
+        f"have {recipe.percent(best['right_final'] / best['judged'])} % of the test ({low:.2f} to {high:.2f})" in words
+    )
+    assert f": {best['above_kmers']:.2f} points above them on the same windows ({first:.2f} to +{last:.2f})" in words
+    shares = [recipe.percent(share) for share in best["validation"]["accuracy"]]
+    assert f"at {max(shares)} % of its {best['validation']['windows']} windows" in words
+    assert f"the four epochs had {', '.join(shares[:3])} and {shares[3]} % there" in words
+    (longer,) = [row for row in held["rows"] if (row["length"], row["head"]) == (32768, "likelihood")]
+    low, high = longer["above_kmers_interval"]
+    assert f"below the 5-mers by {-longer['above_kmers']:.2f} points ({low:.2f} to +{high:.2f})" in words
+    assert (
+        f"Of the {best['judged']} windows {np.array(best['confusion']).sum(0)[1]} are taken for chimpanzee's" in words
+    )
+
+
 def test_intervals_draw_homologous_windows_together() -> None:
     draw = np.random.default_rng(0)
     loci = draw.random(300) < 0.5
