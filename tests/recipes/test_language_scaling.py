@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -547,3 +548,119 @@ def test_the_table_on_record_is_the_documents() -> None:
     for size in sizes:
         mamba, other = (rows[f"{family}-{size}"]["books"] for family in ("mamba", "transformer++"))
         assert all(one["bits_per_byte"] < two["bits_per_byte"] for one, two in zip(mamba, other, strict=True))
+    assert not held["not_run"]
+    assert list(rows) == list(REAL_ROWS)
+    # Of one kind, but for the pairs of another seed, which only Mamba's rows have.
+    seeds = "other_seeds_beside_transformer++"
+    assert {frozenset(row) - {seeds, "beside_transformer++"} for row in rows.values()} == {
+        frozenset(rows["transformer++-1m"])
+    }
+    for family, name in (("mamba", "Mamba"), ("transformer++", "Transformer++")):
+        cells = [f"{rows[f'{family}-{size}']['other_seeds']['1']:.4f}" for size in sizes]
+        assert f"| {name}, seed 1 | {' | '.join(cells)} |" in text
+    second = [rows[f"mamba-{size}"][seeds]["1"] for size in sizes]
+    assert all(difference + 2 * error < 0 for difference, error in second)
+    cells = [f"{difference:+.4f} ± {error:.4f}" for difference, error in second]
+    assert f"| Mamba minus Transformer++, seed 1 | {' | '.join(cells)} |" in text
+    for size, (first, _), (other, _) in zip(sizes, ahead, second, strict=True):
+        mamba, twin = rows[f"mamba-{size}"], rows[f"transformer++-{size}"]
+        assert first == pytest.approx(mamba["bits_per_byte"] - twin["bits_per_byte"])
+        assert other == pytest.approx(mamba["other_seeds"]["1"] - twin["other_seeds"]["1"])
+    words, moved = " ".join(text.split()), {}
+    for family in ("mamba", "transformer++"):
+        of_family = [rows[f"{family}-{size}"] for size in sizes]
+        moved[family] = [row["other_seeds"]["1"] - row["bits_per_byte"] for row in of_family]
+    both = [abs(one[0] - two[0]) for one, two in zip(ahead, second, strict=True)]
+    assert f"by {min(moved['mamba']):.4f} to {max(moved['mamba']):.4f} (Mamba) and" in words
+    assert f"and {min(moved['transformer++']):.4f} to {max(moved['transformer++']):.4f} (Transformer++," in words
+    assert f"with the seed by {min(both):.4f} to {max(both):.4f}, where" in words
+    told = [f"{min(some):.3f} to {max(some):.3f}" for some in ([-one for one, _ in pairs] for pairs in (ahead, second))]
+    assert f"by {told[0]} bits per byte with seed 0 and {told[1]} with seed 1," in words
+    s4, mamba = rows["s4-1m"], rows["mamba-1m"]["bits_per_byte"]
+    difference, error = s4["beside_transformer++"]
+    assert (
+        f"has {s4['bits_per_byte']:.4f} ± {s4['standard_error']:.4f}, {-difference:.4f} ± {error:.4f} below "
+        f"Transformer++ and {s4['bits_per_byte'] - mamba:.3f} above Mamba"
+    ) in words
+    # The LSTM's pair is with a run made again.
+    lstm, again = rows["lstm-1m"], held["run_again"]["transformer++-1m"]
+    recorded = rows["transformer++-1m"]["bits_per_byte"]
+    assert lstm["beside_transformer++"][0] == pytest.approx(lstm["bits_per_byte"] - again["bits_per_byte"])
+    assert f"The LSTM, at 3.2e-2, has {lstm['bits_per_byte']:.4f} ± {lstm['standard_error']:.4f}, " in words
+    assert f"came to {again['bits_per_byte']:.4f} where the table has {recorded:.4f}" in words
+    difference, error = lstm["beside_transformer++"]
+    assert f"The LSTM is {-difference:.4f} ± {error:.4f} below that run, window by window," in words
+    assert f"and {recorded - lstm['bits_per_byte']:.4f} below the table's" in words
+    below, above = s4["bits_per_byte"] - lstm["bits_per_byte"], lstm["bits_per_byte"] - mamba
+    assert min(below, above) > 0
+    assert f", {below:.3f} below S4 and {above:.3f} above Mamba" in words
+    bits = {(one["lr"], one["dropout"]): one["bits_per_byte"] for one in held["tuning"] if one["row"] == "lstm-1m"}
+    assert recipe.best_tried(bits, [*((lr, 0.0) for lr in recipe.GRID), (3.2e-2, 0.1)]) == (
+        lstm["config"]["train"]["lr"],
+        lstm["config"]["model"]["dropout"],
+    )
+    assert f"came to {bits[3.2e-2, 0.0]:.4f} of the held-out books at 3.2e-2, with dropout of 0.1 to" in words
+    assert f"with dropout of 0.1 to {bits[3.2e-2, 0.1]:.4f} (" in words
+
+
+def test_the_table_by_bpe_on_record_is_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "ROWS", REAL_ROWS)
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    bare, words = text.replace("**", ""), " ".join(text.replace("**", "").split())
+    results = root / "benchmarks" / "results" / "reproduce"
+    held = json.loads((results / "language-scaling-bpe.json").read_text())
+    by_bytes = json.loads((results / "language-scaling.json").read_text())["rows"]
+    rows, sizes = held["rows"], ("0.3m", "1m", "4m", "16m")
+    assert not held["blown_up"] + held["not_tuned"] + held["apart"]
+    assert [*rows, *held["not_run"]] == list(REAL_ROWS)
+    # Rates and dropouts are what the recipe says of the grid on record.
+    (tmp_path / "tuning.json").write_text(json.dumps(held["tuning"]))
+    for family, name in (("mamba", "Mamba"), ("transformer++", "Transformer++"), ("pythia", "Transformer (Pythia)")):
+        of_family = [rows[f"{family}-{size}"] for size in sizes]
+        twins = [by_bytes[f"{family}-{size}"] for size in sizes]
+        cells = [f"{row['bits_per_byte']:.4f} ± {row['standard_error']:.4f}" for row in of_family]
+        assert f"| {name}, BPE | {' | '.join(cells)} |" in bare
+        cells = [f"{row['bits_per_byte']:.4f}" for row in twins]
+        assert f"| {name}, bytes | {' | '.join(cells)} |" in bare
+        gained = [twin["bits_per_byte"] - row["bits_per_byte"] for row, twin in zip(of_family, twins, strict=True)]
+        assert min(gained) > 0
+        assert f"by {gained[0]:.3f} to {gained[-1]:.3f}" in words
+        law = held["power_laws"][family]
+        assert f"^ -{law['exponent']:.4f} ± {law['standard_error']:.4f}" in words
+        for row, twin in zip(of_family, twins, strict=True):
+            assert row["parameters_outside_embedding"] == twin["parameters_outside_embedding"]
+            found = {"lr": row["config"]["train"]["lr"], "dropout": row["config"]["model"]["dropout"]}
+            assert recipe.tuned(row["row"], tmp_path) == found
+            embedding = 8192 * REAL_ROWS[row["row"]].d_model * (2 if family == "pythia" else 1)
+            assert row["parameters"] - row["parameters_outside_embedding"] == embedding
+    cells = [f"{8192 * recipe.SIZES[size]:,}" for size in sizes]
+    assert f"| embedding of 8,192 ids, parameters (Pythia's twice) | {' | '.join(cells)} |" in text
+    for family, name in (("mamba", "Mamba"), ("pythia", "Pythia")):
+        pairs = [rows[f"{family}-{size}"]["beside_transformer++"] for size in sizes]
+        cells = [f"{difference:+.4f} ± {error:.4f}" for difference, error in pairs]
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| BPE: {name} minus Transformer++")]
+        assert line.endswith(f" | {' | '.join(cells)} |")
+        if family == "mamba":
+            assert all(difference + 2 * error < 0 for difference, error in pairs)
+            gaps = [-difference for difference, _ in pairs]
+            assert f"at every size there, too, by {min(gaps):.3f} to {max(gaps):.3f}," in words
+        else:
+            assert f"below Transformer++ at 0.3M by {-pairs[0][0]:.3f}." in words
+            assert f"at 16M it is {pairs[-1][0]:.3f} above" in words
+    found = [
+        min(one["bits_per_byte"] for one in held["tuning"] if one["row"] == f"{family}-0.3m")
+        for family in ("mamba", "transformer++", "pythia")
+    ]
+    assert "the best of the grid are {:.4f}, {:.4f} and {:.4f} of the held-out books".format(*found) in words
+    for size in sizes:
+        mamba, other = (rows[f"{family}-{size}"]["books"] for family in ("mamba", "transformer++"))
+        assert all(one["bits_per_byte"] < two["bits_per_byte"] for one, two in zip(mamba, other, strict=True))
+    # With all parameters counted.
+    for small, large in (("0.3m", "1m"), ("1m", "4m"), ("4m", "16m")):
+        one, two = rows[f"mamba-{small}"], by_bytes[f"mamba-{large}"]
+        assert one["parameters"] < two["parameters"]
+        assert one["bits_per_byte"] < two["bits_per_byte"]
+        few, many = (f"{row['parameters'] / 1e6:.2f}" for row in (one, two))
+        low, high = (f"{row['bits_per_byte']:.4f}" for row in (one, two))
+        assert re.search(f"{few} (million )?have {low} where {many} (by bytes )?have {high}", words)
