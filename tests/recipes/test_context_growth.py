@@ -398,8 +398,36 @@ def test_the_curve_on_record_is_the_documents() -> None:
             gain, error = reach["from_16k_to_256k"]
             assert f"{abs(gain):.4f} ± {error:.4f}" in text or abs(gain) < 1e-4
     same = held["same_bytes"]["mamba-2k-names"]
-    for near in (1 << 14, 1 << 12):
+    for near, words in ((1 << 14, "16k to 32k"), (1 << 12, "4k to 8k")):
         found = [same[f"{near}:{1 << power}"] for power in range(15, 20)]
         assert all(one["mean"] + 2 * one["standard_error"] < 0 for one in found)
         cells = [f"{one['mean']:.4f} ± {one['standard_error']:.4f}" for one in found]
-        assert f"| {' | '.join(cells)} |" in text.replace("**", "")
+        assert f"| with copies: all of it, minus {words} alone | {' | '.join(cells)} |" in text.replace("**", "")
+    # The row without copies: nothing up to a million, and apart from the one with them from 256k on.
+    without = [held["same_bytes"]["mamba-2k-far"][f"{1 << 14}:{1 << power}"] for power in range(15, 20)]
+    cells = [f"{one['mean']:+.4f} ± {one['standard_error']:.4f}" for one in without]
+    assert f"| without: all of it, minus 16k to 32k alone | {' | '.join(cells)} |" in text
+    octaves = held["beyond"]["mamba-2k-far"]
+    assert all(mean + 2 * error > 0 for first, mean, error, _ in octaves if first < 1 << 20)
+    told = " ".join(text.split())
+    copies = [same[f"{1 << 14}:{1 << power}"] for power in range(15, 20)]
+    for one, two in list(zip(without, copies, strict=True))[2:]:
+        assert one["stretches"] == two["stretches"]
+        error = math.hypot(one["standard_error"], two["standard_error"])
+        assert one["mean"] - two["mean"] > 2 * error
+        assert f"{one['mean'] - two['mean']:.4f} ± {error:.4f}" in told
+    # What lies beyond 512k is of the two octaves that `gains_beyond` tells apart.
+    last = [one for one in octaves if one[0] >= 1 << 19]
+    counts = [count for *_, count in last]
+    assert without[-1]["stretches"] == sum(counts)
+    assert without[-1]["mean"] == pytest.approx(sum(mean * count for _, mean, _, count in last) / sum(counts))
+    _, gain, error, count = octaves[-1]
+    assert f"in {count} stretches" in told
+    assert f"the row without gains, too, {-gain:.4f} ± {error:.4f}" in told
+    assert [
+        [octave, one["mean"], one["standard_error"], one["stretches"]]
+        for octave, one in zip((1 << 15, 1 << 16, 1 << 17, 1 << 18), without[:-1], strict=True)
+    ] == octaves[:4]
+    assert f"{octaves[2][1]:.5f} ± {octaves[2][2]:.5f} in the octave from 128k" in told
+    for words, (_, mean, error, _) in zip(("256k", "512k"), octaves[3:5], strict=True):
+        assert f"{mean:+.4f} ± {error:.4f} from {words}" in told
