@@ -464,37 +464,109 @@ def test_the_runs_on_record_are_the_recipes_and_the_documents_numbers():
     assert f"{run['scores']['all']['bits']:.3f} bits for a sample of the test" in text
 
 
-def test_the_music_on_record_is_the_recipes_and_the_documents_numbers():
-    text = (RECORD / "docs" / "audio.md").read_text(encoding="utf-8")
-    held = json.loads((RECORD / "benchmarks" / "results" / "reproduce" / "raw-audio-music.json").read_text())
-    assert [run["row"] for run in held["runs"]] == ["s4-mamba", "s4-s4", "mamba-mamba", "mamba-s4"]
-    assert [(run["row"], run["steps"]) for run in held["not_judged"]] == [("conv", 759)]
+def music_on_record(name: str, rows: list[str]) -> tuple[dict[str, dict], dict[tuple[str, str], str]]:
+    """A file's runs by row, held to the recipe and to what they were judged on, and how far each is from each."""
+    held = json.loads((RECORD / "benchmarks" / "results" / "reproduce" / name).read_text(encoding="utf-8"))
+    assert [run["row"] for run in held["runs"]] == rows
     for run in [*held["runs"], *held["not_judged"]]:
         wanted = raw_audio.waveform_run(run["row"], ["train.steps=1000"], task="music")
         assert wanted.model == raw_audio.WaveformConfig.from_dict(run["config"]["model"])
         assert wanted.train == build_config(waveform.WaveformTraining, run["config"]["train"])
-        losses = dict(run["training"]["bits"])
-        assert f"{np.mean([losses[step] for step in range(560, 741, 20)]):.3f}" in text
     each = {run["row"]: np.array(run["each"]) for run in held["runs"]}
+    for run in held["runs"]:
+        assert (run["task"], run["status"], run["steps"]) == ("music", "finished", 1000)
+        assert run["test"] == held["data"]["test"]["digest"]
+        assert each[run["row"]][:, 1].tolist() == held["data"]["test"]["samples"]
+        assert run["learnt_from"]["samples"] == sum(held["data"]["learnt"]["samples"])
+        assert [part["samples"] for part in run["valid"]] == [sum(held["data"]["valid"]["samples"])]
+        bits, samples = each[run["row"]].sum(0)
+        assert bits / samples == pytest.approx(run["scores"]["all"]["bits"], abs=1e-5)
+        away = None
+        if run["row"] != "s4-s4":
+            bits, error = paired_difference(each[run["row"]], each["s4-s4"])
+            away = {"from": "s4-s4", "bits": pytest.approx(bits), "standard_error": pytest.approx(error)}
+        assert run["difference"] == away
     told = {}
     for row, beside in itertools.permutations(each, 2):
         bits, error = paired_difference(each[row], each[beside])
         told[row, beside] = f"{bits:+.3f} ± {error:.4f}"
-    for run in held["runs"]:
-        assert (run["task"], run["test"]) == ("music", held["data"]["test"]["digest"])
-        assert each[run["row"]][:, 1].tolist() == held["data"]["test"]["samples"]
-        scores, bits = run["scores"], each[run["row"]].sum(0)
-        assert bits[0] / bits[1] == pytest.approx(scores["all"]["bits"], abs=1e-5)
-        away = "" if run["row"] == "s4-s4" else f" {told[run['row'], 's4-s4']}"
+    return {run["row"]: run for run in held["runs"]}, told
+
+
+def music_document() -> str:
+    text = (RECORD / "docs" / "audio.md").read_text(encoding="utf-8")
+    part = text[text.index("### Music\n") : text.index("### Digits made by label")]
+    return " ".join(part.split())
+
+
+def test_the_music_on_record_is_the_recipes_and_the_documents_numbers():
+    text = music_document()
+    rows = ["s4-mamba", "s4-s4", "mamba-mamba", "mamba-s4", "conv"]
+    runs, told = music_on_record("raw-audio-music-middle.json", rows)
+    by_track = {row: np.divide(*np.array(run["each"]).T) for row, run in runs.items()}
+    columns = {}
+    for row, run in runs.items():
+        scores = run["scores"]
         cells = [run["valid"][-1]["bits"], run["learnt_from"]["bits"]]
         cells += [scores[str(context)]["bits"] for context in raw_audio.MUSIC_CONTEXTS]
+        columns[row] = [scores["all"]["bits"], *by_track[row], *cells]
+        away = "" if row == "s4-s4" else f" {told[row, 's4-s4']}"
+        tracks = ", ".join(f"{bits:.3f}" for bits in by_track[row])
         line = " | ".join(f"{cell:.3f}" for cell in cells)
-        line = f"| **{scores['all']['bits']:.3f}** |{away} | {line} | {run['parameters']:,} | {run['steps']:,} |"
-        assert line in text
+        assert f"| **{scores['all']['bits']:.3f}** |{away} | {tracks} | {line} | {run['parameters']:,} |" in text
+    # What is said of every row with a Mamba holds in each track and each column.
+    mixed = [row for row in rows if "mamba" in row]
+    assert (np.array([columns[row] for row in mixed]) < np.minimum(columns["s4-s4"], columns["conv"])).all()
+
+    def apart(row: str, beside: str) -> tuple[str, list[str], str, bool]:
+        """By how much one is below another: on the test, in each track, on the twentieth before; and whether the 95 %
+        interval over three tracks, 4.3 errors, leaves 0 out."""
+        bits, error = (abs(float(part)) for part in told[row, beside].split(" ± "))
+        tracks = [f"{more:.3f}" for more in by_track[beside] - by_track[row]]
+        before = runs[beside]["valid"][-1]["bits"] - runs[row]["valid"][-1]["bits"]
+        assert told[row, beside][0] == "-"
+        return told[row, beside][1:], tracks, f"{before:.3f}", bool(bits > 4.3 * error)
+
+    def one_by_one(tracks: list[str]) -> str:
+        return f"({tracks[0]}, {tracks[1]} and {tracks[2]}"
+
+    cnn = {row: apart(row, "conv") for row in mixed}
+    assert all(beyond for *_, beyond in cnn.values())
+    assert f"the CNN is above it by {cnn['s4-mamba'][0]}." in text
+    assert f"(by {cnn['mamba-s4'][0]} and {cnn['mamba-mamba'][0]})" in text
+    assert [apart(row, "s4-s4")[3] for row in mixed] == [True, False, False]
+    # The centre exchanged with the same outside, and the outer stages with the same centre.
+    centre = apart("s4-mamba", "s4-s4"), apart("mamba-mamba", "mamba-s4")
+    outside = apart("mamba-s4", "s4-s4"), apart("mamba-mamba", "s4-mamba")
+    assert f"{centre[0][0]} bits with S4 outside {one_by_one(centre[0][1])} by track)" in text
+    assert f"{centre[1][0]} with Mamba outside {one_by_one(centre[1][1])}; that interval holds 0)" in text
+    assert f"{outside[0][0]} {one_by_one(outside[0][1])}; that interval holds 0 too)" in text
+    assert (centre[1][3], outside[0][3]) == (False, False)
+    assert f"nothing to tell: {outside[1][0]}, and the second track the other way" in text
+    assert [float(bits) < 0 for bits in outside[1][1]] == [False, True, False]
+    assert f"{centre[0][2]} and {centre[1][2]} for the centre, {outside[0][2]} and {outside[1][2]} for outside" in text
+    known = {row: run["valid"][-1]["bits"] - run["learnt_from"]["bits"] for row, run in runs.items()}
+    assert f"costs {known.pop('conv'):.3f} bits less than the twentieth before" in text
+    assert f"from {max(known.values()):.3f} less to {-min(known.values()):.3f} more" in text
+    # Of the spoken digits, beside which the stages stand here.
+    digits = json.loads((RECORD / "benchmarks" / "results" / "reproduce" / "raw-audio.json").read_text("utf-8"))
+    bits = {run["row"]: run["scores"]["all"]["bits"] for run in digits["runs"]}
+    beside = [("s4-s4", "mamba-s4"), ("s4-mamba", "mamba-mamba"), ("s4-s4", "s4-mamba"), ("mamba-s4", "mamba-mamba")]
+    more = [f"{bits[first] - bits[second]:.3f}" for first, second in beside]
+    assert f"there outside is worth {more[0]} and {more[1]}, the centre {more[2]} and {more[3]}" in text
+
+
+def test_the_music_at_the_tracks_ends_is_the_recipes_and_the_documents_numbers():
+    text = music_document()
+    runs, told = music_on_record("raw-audio-music.json", ["s4-mamba", "s4-s4", "mamba-mamba", "mamba-s4"])
     # The outer stages exchanged with the same centre, and the centre with the same outside.
-    assert f"{told['s4-s4', 'mamba-s4'][1:]} (S4 in the centre)" in text
-    assert f"{told['s4-mamba', 'mamba-mamba'][1:]} (Mamba)" in text
-    assert f"{told['mamba-mamba', 'mamba-s4']} with Mamba" in text
+    outside = told["mamba-s4", "s4-s4"][1:], told["mamba-mamba", "s4-mamba"][1:]
+    assert f"{outside[0]} (S4 in the centre) and {outside[1]} (Mamba)" in text
+    assert f"{told['s4-mamba', 's4-s4']} with S4 outside, {told['mamba-mamba', 'mamba-s4']} with Mamba outside" in text
+    before = {row: run["valid"][-1]["bits"] for row, run in runs.items()}
+    more = [before["s4-s4"] - before["mamba-s4"], before["s4-mamba"] - before["mamba-mamba"]]
+    more += [before["s4-s4"] - before["s4-mamba"], before["mamba-s4"] - before["mamba-mamba"]]
+    assert "outside by {:.3f} and {:.3f}, in the centre by {:.3f} and {:.3f}".format(*more) in text
 
 
 @pytest.mark.parametrize("at", ["first", "last"])
