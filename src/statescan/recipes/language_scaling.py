@@ -159,9 +159,8 @@ GRID, DROPOUTS, TUNING_PASSES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 # 2022, arXiv:2203.03466, table 3). Here it is the rate of all a model's weights, their initial values are not muP's,
 # and depth grows, too. So the rule is tried where it may fail: which factor is best at one size holds from there on.
 FACTORS, _VERIFIED, _FROM_THERE = (0.5, 1.0, 2.0), "4m", ("4m", "16m")
-# Where a folder holds no tuning of its own: the best of a grid that ended at 3.2e-2; of LSTM and S4 that of short
-# trials (docs/reproduction.md).
-RATES = {"mamba": 3.2e-2, "transformer++": 8e-3, "pythia": 1.6e-2, "lstm": 4e-3, "s4": 1.6e-2}
+# Where a folder holds no tuning of its own: the grid's winners (docs/reproduction.md).
+RATES = {"mamba": 3.2e-2, "transformer++": 8e-3, "pythia": 1.6e-2, "lstm": 3.2e-2, "s4": 1.6e-2}
 DROPOUT = {"mamba": 0.0, "transformer++": 0.0, "pythia": 0.1, "lstm": 0.0, "s4": 0.0}
 # A row of the training's log above the least before it by this factor is a loss that blew up: harder text, where books
 # are read one after the other, comes to 1.2.
@@ -1062,8 +1061,8 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
             axes.errorbar([], [], [], fmt="o", color="#555555", markersize=5, markerfacecolor="white", label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.2f}")
-    axes.yaxis.set_minor_formatter("{x:.2f}")
+    axes.yaxis.set_major_formatter("{x:.3f}")
+    axes.yaxis.set_minor_formatter("{x:.3f}")
     axes.set_xlabel("parameters outside of the embedding")
     axes.set_ylabel("bits per byte of unseen books")
     axes.legend(frameon=False)
