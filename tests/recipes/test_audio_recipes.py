@@ -579,6 +579,12 @@ def test_the_music_on_record_is_the_recipes_and_the_documents_numbers():
     beside = [("s4-s4", "mamba-s4"), ("s4-mamba", "mamba-mamba"), ("s4-s4", "s4-mamba"), ("mamba-s4", "mamba-mamba")]
     more = [f"{bits[first] - bits[second]:.3f}" for first, second in beside]
     assert f"there outside is worth {more[0]} and {more[1]}, the centre {more[2]} and {more[3]}" in text
+    text = " ".join((RECORD / "docs" / "reproduction.md").read_text(encoding="utf-8").split())
+    assert f"({bits['s4-complex']:.3f} beside the real A's {bits['s4-mamba']:.3f})" in text
+    bits = {row: run["scores"]["all"]["bits"] for row, run in runs.items()}
+    assert f"every row with a Mamba is below S4 ({bits['s4-s4']:.3f}) and the CNN ({bits['conv']:.3f})" in text
+    line = f"with Mamba in the centre {bits['s4-mamba']:.3f}, outside {bits['mamba-s4']:.3f}"
+    assert f"{line}, everywhere {bits['mamba-mamba']:.3f}" in text
 
 
 def test_the_music_at_the_tracks_ends_is_the_recipes_and_the_documents_numbers():
