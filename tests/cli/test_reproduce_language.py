@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from statescan.errors import ConfigError
 from statescan.models import MambaConfig
 from statescan.models.baseline_config import RecurrentConfig
 from statescan.recipes import context_growth, language_scaling
@@ -55,6 +56,12 @@ def test_language_scaling(run: Run, novels: Path) -> None:
         code, _, err = run(*base, *wrong)
         assert code == 1
         assert told in err
+    for command in ("language-scaling", "context-growth"):
+        code, _, err = run("reproduce", command, "--data", novels, "--out", novels / "out", "--passes", 5)
+        assert code == 2
+        assert "less than or equal to 4" in err
+    with pytest.raises(ConfigError, match="passes must be 4 at most, got 5"):
+        language_scaling.scaling_run("lstm-1m", novels, passes=5)
 
 
 def test_other_ids_have_a_folder_of_their_own(run: Run, novels: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,3 +180,15 @@ def test_a_model_that_train_made_is_no_demo(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--out must be new, empty or an earlier demo's folder"):
         demo(tmp_path, steps=1, say=lambda line: None, progress=False)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_demo_that_makes_it_worse_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def harmful(*given: Any, **named: Any) -> Any:
+        run = demo_run(*given, **named)
+        return dataclasses.replace(run, train=dataclasses.replace(run.train, lr=5.0, warmup=0))
+
+    lines: list[str] = []
+    monkeypatch.setattr(recipe, "demo_run", harmful)
+    summary = demo(tmp_path / "demo", steps=2, say=lines.append, progress=False)
+    assert summary["bits_per_byte"] > summary["bits_per_byte_before"]
+    assert any("So the model is the better as it came" in line for line in lines)

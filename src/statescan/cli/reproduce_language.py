@@ -43,7 +43,7 @@ def language_scaling(
     row: Rows = None,
     passes: Annotated[
         float | None,
-        typer.Option("--passes", min=0, show_default="1; 0.25 with --tune", help="Through the training books."),
+        typer.Option("--passes", min=0, max=4, show_default="1; 0.25 with --tune", help="Through the training books."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and order.")] = 0,
     tokenizer: Annotated[
@@ -103,7 +103,7 @@ def context_growth(
     ] = Path("reproduce/language-scaling"),
     row: Rows = None,
     size: Annotated[str, typer.Option("--size", help="Of the scaling table's sizes.")] = "1m",
-    passes: Annotated[float, typer.Option("--passes", min=0, help="Through the training books.")] = 1.0,
+    passes: Annotated[float, typer.Option("--passes", min=0, max=4, help="Through the training books.")] = 1.0,
     longest: Annotated[
         int | None,
         typer.Option(

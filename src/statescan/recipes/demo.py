@@ -121,7 +121,7 @@ def demo(
     before = evaluate_tokens(model, held_out, tokenizer=tokenizer, context=_CONTEXT, carry_state=True).bits_per_byte
     say(
         f"Bits per held-out byte of what has read the {len(learnt):,} bytes before: xz {yardsticks['xz']:.3f}, 5-gram "
-        f"{yardsticks['5-gram']:.3f}; of the model, which has read none: {before:.3f}."
+        f"{yardsticks['5-gram']:.3f}; of the model as it comes, which reads none of them: {before:.3f}."
     )
 
     resumed, run, speed = _plan(out, data, steps, seed, len(train_ids))
@@ -144,6 +144,11 @@ def demo(
         f"Held out, state carried through: {before:.3f} before, {bits:.3f} bits per byte now. "
         f"{_verdict(bits, yardsticks)}"
     )
+    if bits >= before:
+        say(
+            "So the model is the better as it came: so little text, or one that it knows, is learnt by heart. Name more "
+            "text with --data, or fewer updates with --steps."
+        )
 
     rewritten = _samples(tuned, tokenizer, prompts, seed)
     say("\n" + _side_by_side("before", prompts[0] + written[0], "after", prompts[0] + rewritten[0]) + "\n")
@@ -364,7 +369,7 @@ Judged on {summary["held_out_bytes"]:,} held-out bytes, after the {summary["trai
 |---|---|
 | xz -9e, growth of the archive | {yardsticks["xz"]:.4f} |
 | 5-gram of bytes, modified Kneser-Ney | {yardsticks["5-gram"]:.4f} |
-| Mamba as it comes, which has read none of it, state carried through | {summary["bits_per_byte_before"]:.4f} |
+| Mamba as it comes, before it reads any of it, state carried through | {summary["bits_per_byte_before"]:.4f} |
 | Mamba now, windows of {_CONTEXT} bytes | {summary["bits_per_byte_windows"]["bits_per_byte"]:.4f} |
 | Mamba now, state carried through | {summary["bits_per_byte"]:.4f} |
 

@@ -48,6 +48,7 @@ __all__ = [
     "FAMILIES",
     "GRID",
     "HALVINGS",
+    "MOST_PASSES",
     "ROWS",
     "SIZES",
     "Judged",
@@ -152,6 +153,8 @@ _WEIGHT_DECAY, _BETAS, _CLIP, _MIN_LR = 0.1, (0.9, 0.95), 1.0, 1e-5
 # An LSTM reads one token after the other: more rows of shorter windows, the state carried from each to the next.
 _LSTM = {"batch_size": 32, "length": 512, "initial_state": "carry", "capture": False}
 PASSES = 1.0
+# More often read, 54 MB would be learnt by heart.
+MOST_PASSES = 4.0
 # Learning rates and dropout are tuned over the same grid for all, by the books held out for that (novels_valid), each
 # run a quarter of a pass with a cosine of its own. LSTM and S4 at their own size.
 GRID, DROPOUTS, TUNING_PASSES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), (0.0, 0.1), 0.25
@@ -297,17 +300,19 @@ def scaling_run(
         row: one of `ROWS`.
         data: folder of the novels, see `statescan.recipes.novels`.
         tokenizer: "bytes", or a `tokenizers` JSON file.
-        passes: through the training books.
+        passes: through the training books, `MOST_PASSES` at most.
         lr, dropout: in place of the row's own.
         seed: of weights and order.
         device: "cpu" or "cuda"; bfloat16 autocast on the latter.
 
     Raises:
-        ConfigError: an unknown row, or less than one update.
+        ConfigError: an unknown row, less than one update, or too many passes.
         DataError: the texts can't be found.
     """
     if row not in ROWS:
         raise ConfigError(f"language-scaling: the row must be one of {', '.join(ROWS)}, got {row!r}")
+    if not passes <= MOST_PASSES:
+        raise ConfigError(f"language-scaling: passes must be {MOST_PASSES:g} at most, got {passes:g}")
     family = family_of(row)
     ids = load_tokenizer(tokenizer)
     model = ROWS[row].replace(vocab_size=ids.vocab_size, dropout=DROPOUT[family] if dropout is None else dropout)
