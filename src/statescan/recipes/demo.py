@@ -146,8 +146,8 @@ def demo(
     )
     if bits >= before:
         say(
-            "So the model is the better as it came: so little text, or one that it knows, is learnt by heart. Name more "
-            "text with --data, or fewer updates with --steps."
+            "So the model is the better as it came: so little text, or one that it knows, is learnt by heart. Name "
+            "more text with --data, or fewer updates with --steps."
         )
 
     rewritten = _samples(tuned, tokenizer, prompts, seed)
