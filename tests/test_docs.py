@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -138,3 +139,84 @@ def test_the_file_tree_of_the_readme_is_the_trees() -> None:
     rooms = {line.split()[0].strip("/") for line in tree.splitlines()[1:] if line.startswith("  ")}
     there = {path.parent.name for path in (ROOT / "src" / "statescan").glob("*/__init__.py")}
     assert rooms == there
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _record(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _bullet(start: str) -> str:
+    (line,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(start)]
+    return line
+
+
+def _seeds() -> tuple[list[float], list[float]]:
+    """How far Mamba is below Transformer++ at each size, with seed 0 and with seed 1."""
+    rows = _record("reproduce/language-scaling.json")["rows"]
+    of_mamba = [rows[f"mamba-{size}"] for size in ("0.3m", "1m", "4m", "16m")]
+    return (
+        [-row["beside_transformer++"][0] for row in of_mamba],
+        [-row["other_seeds_beside_transformer++"]["1"][0] for row in of_mamba],
+    )
+
+
+def test_the_readme_tells_of_language_scaling_what_is_on_record() -> None:
+    bullet = _bullet("- Language scaling, ")
+    rows, by_bpe = (_record(f"reproduce/language-scaling{kind}.json")["rows"] for kind in ("", "-bpe"))
+    sizes = ("0.3m", "1m", "4m", "16m")
+    first, second = _seeds()
+    bpe = [-by_bpe[f"mamba-{size}"]["beside_transformer++"][0] for size in sizes]
+    wanted = [
+        *(min(first + second), max(first + second)),
+        *(rows[f"{family}-{size}"]["bits_per_byte"] for family in ("mamba", "transformer++") for size in sizes),
+        *(min(bpe), max(bpe)),
+        *(by_bpe[f"{family}-16m"]["bits_per_byte"] for family in ("mamba", "transformer++")),
+        *(rows[name]["bits_per_byte"] for name in ("lstm-1m", "s4-1m")),
+    ]
+    # Every figure of three digits, in its order: whatever the sentence around it says.
+    assert re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", bullet) == [f"{bits:.3f}" for bits in wanted]
+    rises = {
+        name: 100 * row["rise"]
+        for name, row in _record("reproduce/context-growth.json")["rows"].items()
+        if "mamba" in name
+    }
+    worst, others = rises.pop("mamba-2k"), max(rises.values())
+    assert f"within {others:.1f} % of its best (trained on 2k alone: {worst:.0f} %)" in bullet
+    copies = _record("reproduce/context-growth-4m.json")["same_bytes"]["mamba-2k-names"]
+    last = copies[f"{1 << 14}:{1 << 18}"]
+    assert last["mean"] + 2 * last["standard_error"] < 0
+    assert f"to 512k, by {-last['mean']:.4f} bits on the same bytes" in bullet
+
+
+def test_the_readme_tells_of_the_packaged_mamba_what_is_on_record() -> None:
+    bullet = _bullet("- The packaged Mamba ")
+    held = _record("reproduce/builtin-model.json")
+    packaged, twin, tuned = (one["scores"]["novels_test"] for one in held["runs"][:3])
+    wanted = [packaged["carried"], twin["overlapping"], packaged["overlapping"], tuned["carried"], packaged["windows"]]
+    assert re.findall(r"(?<![\d.])1\.\d{3}(?!\d)", bullet) == [f"{bits:.3f}" for bits in wanted]
+    assert f"{twin['windows']:.3f}" == f"{packaged['windows']:.3f}"
+    moved = max(abs(one - two) for one, two in zip(*_seeds(), strict=True))
+    assert f"a seed can move {moved:.3f}." in bullet
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    seconds = held["runs"][0]["seconds"]
+    assert f"in {seconds:.0f} seconds of one H200: {packaged['carried']:.3f} bits per byte of novels" in readme
+
+
+def test_the_pace_of_fifteen_million_parameters_is_on_record() -> None:
+    zeros, carried = _record("h100-train-bytes.json")
+    assert (zeros["carried"], carried["carried"]) == (False, True)
+    pace, slower = (f"{one['bytes_per_second'] / 1e6:.2f}" for one in (zeros, carried))
+    parameters = re.escape(f"{zeros['parameters'] / 1e6:.1f}")
+    found: list[str] = []
+    for document in DOCUMENTS:
+        words = " ".join(document.read_text(encoding="utf-8").split())
+        found += re.findall(rf"{parameters} (?:M|million) parameters.{{0,80}}? (\d+\.\d+) MB/s", words)
+    assert len(found) >= 2
+    assert set(found) == {pace}
+    used = " and ".join(f"{100 * one['model_flop_utilization']:.1f}" for one in (zeros, carried))
+    memory = " and ".join(f"{one['peak_gib']:.1f}" for one in (zeros, carried))
+    words = " ".join((ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8").split())
+    assert f" and {slower} with carried states, {used} % of the peak, {memory} GiB" in words

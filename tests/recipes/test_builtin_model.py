@@ -475,3 +475,49 @@ def test_runs_that_cannot_be_are_refused(text: np.ndarray) -> None:
     for name, value in {"batch_size": 0, "length": 0, "seed": -1}.items():
         with pytest.raises(ConfigError, match=f"{name} must be at least {value + 1}, got {value}"):
             replace(SMALL, **{name: value})
+
+
+def test_the_pairs_and_the_grid_on_record_are_the_documents() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "reproduction.md").read_text(encoding="utf-8").replace("**", "")
+    lines, words = text.splitlines(), " ".join(text.split())
+    held = json.loads((root / "benchmarks" / "results" / "reproduce" / "builtin-model.json").read_text())
+    beside = held["beside_the_tuned_twin"]
+    for model, whose in (("packaged", "packaged"), ("tuned_mamba", "the grid chose")):
+        readings = [("each as it reads best", "as it reads best"), ("windows", "in windows of 2,048")]
+        if model == "packaged":
+            readings.append(("overlapping", "overlap by half"))
+        for reading, how in readings:
+            pair = beside[model][reading]
+            cells = [f"{pair['difference']:+.4f} ± {pair['standard_error']:.4f}"]
+            cells += [f"{book['difference']:+.4f}" for book in pair["books"]]
+            (line,) = [line for line in lines if line.endswith(f" | {' | '.join(cells)} |")]
+            assert whose in line
+            assert how in line
+    full = beside["nearly_full"]
+    assert full["difference"] == pytest.approx(full["packaged"] - full["twin"])
+    assert f"({full['windows']} windows, their last 256 bytes" in words
+    assert f"it is still {-full['difference']:.4f} ± {full['standard_error']:.4f} above the packaged Mamba" in words
+    # The runs themselves, in the order of the file.
+    starts = (
+        "| 405 s, one H200: the weights",
+        "| Transformer++ twin at ",
+        "| Mamba at what the grid chose",
+        "| Mamba at 8e-3, dropout",
+    )
+    for start, scores in zip(
+        starts, [one["scores"]["novels_test"] for one in held["runs"][: len(starts)]], strict=True
+    ):
+        (line,) = [line for line in lines if line.startswith(start)]
+        cells = [
+            f" {scores[way]:.4f} ± {scores[f'{way}_standard_error']:.4f} " if scores[way] else " "
+            for way in ("carried", "windows", "overlapping")
+        ]
+        assert line.endswith(f"|{'|'.join(cells)}|")
+    # The grid: five rates at the dropout of 0.05, and at the best one three more dropouts.
+    for row, start in (("mamba", "| Mamba | "), ("transformer++", "| Transformer++ | ")):
+        found = {(one["lr"], one["dropout"]): one["bits_per_byte"] for one in held["tuning"] if one["row"] == row}
+        best = min(GRID, key=lambda lr: found[lr, DROPOUTS[0]])
+        rates = [f"{found[lr, DROPOUTS[0]]:.4f}" for lr in GRID]
+        dropouts = [f"{found[best, dropout]:.4f}" for dropout in DROPOUTS[1:]]
+        assert f"{start}{' | '.join(rates)} | {' / '.join(dropouts)} |" in lines

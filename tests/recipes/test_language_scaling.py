@@ -7,7 +7,9 @@ import math
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -664,3 +666,84 @@ def test_the_table_by_bpe_on_record_is_the_documents(tmp_path: Path, monkeypatch
         few, many = (f"{row['parameters'] / 1e6:.2f}" for row in (one, two))
         low, high = (f"{row['bits_per_byte']:.4f}" for row in (one, two))
         assert re.search(f"{few} (million )?have {low} where {many} (by bytes )?have {high}", words)
+
+
+def _rate(lr: float) -> str:
+    """As the documents write it, two digits: 3.2e-2, 6e-3."""
+    digits, power = f"{lr:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
+def test_paces_rates_and_grids_on_record_are_the_documents() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "reproduction.md").read_text(encoding="utf-8").replace("**", "")
+    lines, words = text.splitlines(), " ".join(text.split())
+    results = root / "benchmarks" / "results" / "reproduce"
+    held = json.loads((results / "language-scaling.json").read_text())
+    rows, sizes = held["rows"], ("0.3m", "1m", "4m", "16m")
+    families = {"mamba": "Mamba", "transformer++": "Transformer++", "pythia": "Transformer (Pythia)"}
+
+    def cells(told: Callable[[dict[str, Any]], str], held: dict[str, Any]) -> str:
+        return " | ".join(", ".join(told(held[f"{family}-{size}"]) for family in families) for size in sizes)
+
+    def pace(row: dict[str, Any]) -> str:
+        return f"{row['alone']['bytes_per_second'] / 1e6:.{2 if row['row'].endswith('-16m') else 1}f}"
+
+    def memory(row: dict[str, Any]) -> str:
+        return f"{row['alone']['peak_bytes'] / 2**20:,.0f}"
+
+    def rate(row: dict[str, Any]) -> str:
+        return _rate(row["config"]["train"]["lr"])
+
+    by_bpe = json.loads((results / "language-scaling-bpe.json").read_text())
+    used = cells(lambda row: f"{100 * row['alone']['model_flop_utilization']:.1f}", rows)
+    assert f"| MB/s of training, alone: the three | {cells(pace, rows)} |" in lines
+    assert f"| of the GPU's peak, % | {used} |" in lines
+    assert f"| memory of the training, MiB | {cells(memory, rows)} |" in lines
+    assert f"| rate of Mamba, Transformer++, Pythia | {cells(rate, rows)} |" in lines
+    assert f"| BPE: rate of Mamba, Transformer++, Pythia | {cells(rate, by_bpe['rows'])} |" in lines
+    lstm, s4 = rows["lstm-1m"], rows["s4-1m"]
+    slow = f"{lstm['alone']['bytes_per_second'] / 1e6:.2f}"
+    assert f"The LSTM makes {slow} MB/s in {memory(lstm)} MiB, S4 {pace(s4)} in {memory(s4)}." in words
+    assert (
+        f"training took {lstm['training']['seconds']:.0f} s, beside two runs and more, "
+        f"where Mamba 1M took {rows['mamba-1m']['training']['seconds']:.0f}:"
+    ) in words
+    # Of seed 1 the file has neither books nor losses.
+    assert "and with seed 0 in each of the four books;" in words
+    assert "No row's loss of seed 0 blew up." in words
+    assert all(row["loss_rise"]["times"] < 1.5 for row in rows.values())
+    larger = rows["transformer++-4m"]["bits_per_byte"] - rows["transformer++-16m"]["bits_per_byte"]
+    assert f"bring Transformer++ {larger:.3f} from 4M to 16M" in words
+
+    # The grid at 0.3M, dropout at its best rate, then the factors on the rule at 4M.
+    def grid(held: dict[str, Any], family: str, size: str) -> dict[tuple[float, float], float]:
+        of_row = [one for one in held["tuning"] if one["row"] == f"{family}-{size}"]
+        return {(one["lr"], one["dropout"]): one["bits_per_byte"] for one in of_row}
+
+    def care(held: dict[str, Any], family: str) -> tuple[float, float, float, list[float]]:
+        small, large = grid(held, family, "0.3m"), grid(held, family, "4m")
+        best = min(recipe.GRID, key=lambda lr: small[lr, 0.0])
+        dropout = min(recipe.DROPOUTS, key=lambda dropout: small[best, dropout])
+        rule = best * 96 / 256
+        found = [next(bits for (lr, _), bits in large.items() if lr == pytest.approx(rule * f)) for f in recipe.FACTORS]
+        assert {tried for _, tried in large} == {dropout}
+        return best, dropout, rule, found
+
+    for family, name in families.items():
+        small, (best, dropout, rule, found) = grid(held, family, "0.3m"), care(held, family)
+        assert best not in (recipe.GRID[0], recipe.GRID[-1])
+        told = [f"{small[lr, 0.0]:.4f}" for lr in recipe.GRID] + [f"{small[best, 0.1]:.4f}"]
+        assert f"| {name} | {' | '.join(told)} |" in lines
+        told = [_rate(rule)] + [f"{bits:.4f}" for bits in found]
+        assert f"| {name}{', dropout 0.1' if dropout else ''} | {' | '.join(told)} |" in lines
+    by_family = [care(by_bpe, family) for family in families]
+    rates = [_rate(best) for best, *_ in by_family]
+    ends = (recipe.GRID[0], recipe.GRID[-1])
+    assert not [best for best, dropout, *_ in by_family if best in ends or dropout]
+    factors = [recipe.FACTORS[found.index(min(found))] for *_, found in by_family]
+    assert factors == [1, 1, 0.5]
+    assert (
+        f"of the held-out books at {rates[0]}, {rates[1]} and {rates[2]}, none at its end, all without dropout; "
+        "the factor is 1, 1 and, at the end of what was tried, 1/2."
+    ) in words

@@ -141,3 +141,33 @@ def test_an_interrupted_command_shows_the_models_that_are_finished(
     assert str(models[0]) in out
     assert str(models[1]) not in out
     assert f"wrote {tmp_path / 'report.json'}" in out
+
+
+def test_the_tasks_of_the_scaling_table_on_record_are_the_documents() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "reproduction.md").read_text(encoding="utf-8").replace("**", "")
+    lines, words = text.splitlines(), " ".join(text.split())
+    held = json.loads((root / "benchmarks" / "results" / "reproduce" / "language-scaling-tasks.json").read_text())
+    models, kinds = held["models"], {}
+    for family, name in (("mamba", "Mamba"), ("transformer++", "Transformer++"), ("pythia", "Transformer (Pythia)")):
+        one = models[f"{family}-16m"]
+        blimp, lambada = one["tasks"]["blimp"], one["tasks"]["lambada"]
+        assert (blimp["questions"], len(blimp["parts"]), lambada["questions"]) == (67000, 67, 5153)
+        kinds[family] = [part["value"] for _, part in sorted(blimp["parts"].items())]
+        right, error = (lambada["metrics"]["acc"][key] for key in ("value", "standard_error"))
+        # None right: the upper end of Wilson's interval.
+        most = 100 * 1.96**2 / (lambada["questions"] + 1.96**2)
+        share = f"{100 * right:.2f} ± {100 * error:.2f} %" if right else f"95 %: below {most:.2f} %"
+        acc, perplexity, bits = blimp["metrics"]["acc"], lambada["metrics"]["perplexity"], one["wikitext2_test"]
+        cells = [
+            f"{100 * acc['value']:.2f} ± {100 * acc['standard_error']:.2f}",
+            f"{right * lambada['questions']:.0f} ({share})",
+            f"{round(perplexity['value'], -2):,.0f} ± {round(perplexity['standard_error'], -2):,.0f}",
+            f"{bits['bits_per_byte']:.3f} ± {bits['standard_error']:.3f}",
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in lines
+    told = []
+    for family in ("transformer++", "pythia"):
+        ahead = 100 * (torch.tensor(kinds["mamba"]) - torch.tensor(kinds[family])).double()
+        told.append(f"{ahead.mean():.1f} ± {ahead.std() / len(ahead) ** 0.5:.1f}")
+    assert f"Mamba is {told[0]} points ahead of Transformer++ and {told[1]} ahead of Pythia's type" in words
