@@ -369,11 +369,11 @@ def projection(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"{dtype}, {parts} parts, {rows} rows", run
 
 
-def sample(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """One block a row and a cluster of eight, with one logit a thread and several; and logits that are no numbers."""
+def drawn(vocabularies: Sequence[int]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """With one logit a thread and several; and logits that are no numbers."""
     from statescan.generate.drawing import DrawingSlots
 
-    for vocabulary in (50, 3000, 5003, 20011):
+    for vocabulary in vocabularies:
 
         def run(vocabulary: int = vocabulary) -> None:
             slots = DrawingSlots(torch.device(DEVICE), len(DRAWS) + 1, vocabulary, vocabulary + 5)
@@ -390,6 +390,16 @@ def sample(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
             slots._launch_draw(slots.logits, 0, rows)
 
         yield f"{vocabulary} tokens", run
+
+
+def sample(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """One block a row."""
+    return drawn((50, 3000))
+
+
+def sample_clusters(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A cluster of eight blocks a row."""
+    return drawn((5003, 20011))
 
 
 def attention_decoder(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -416,6 +426,10 @@ def attention_decoder(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"{name}, {dtype}, {rows} rows", run
 
 
+def refuses_cuda() -> str | None:
+    return _cuda.unavailable_reason()
+
+
 def refuses_clusters() -> str | None:
     reason = _cuda.unavailable_reason()
     if reason is None and torch.cuda.get_device_capability()[0] < 9:
@@ -437,6 +451,18 @@ def refuses_between_products(kind: str, config: MambaConfig) -> str | None:
     return getattr(module, kind)(packed.blocks[0], packed.device)
 
 
+def refuses_attention() -> str | None:
+    from statescan.generate.attention_graphs import AttentionGraphDecoder, refuses
+    from statescan.generate.unpacked import ModelDecoder
+
+    for config in TRANSFORMERS.values():
+        own = ModelDecoder(CausalLM(config, device=DEVICE), PACKED[0])
+        reason = refuses(own) or AttentionGraphDecoder(own, 1, config.vocab_size).row_refusal
+        if reason is not None:
+            return reason
+    return None
+
+
 def refuses_projections() -> str | None:
     from statescan.ops.mamba_step.projection import refuses_projection
 
@@ -446,12 +472,13 @@ def refuses_projections() -> str | None:
 # Why what is no op with backends of its own can't run here.
 REFUSALS: dict[str, Callable[[], str | None]] = {
     "decode": refuses_decode,
-    "decoder": _cuda.unavailable_reason,
+    "decoder": refuses_cuda,
     "middle": lambda: refuses_between_products("refuses_middle", MIDDLES[0]),
     "middle_tiles": lambda: refuses_between_products("refuses_tiles", TILES[0]),
     "projection": refuses_projections,
-    "sample": refuses_clusters,
-    "attention_decoder": _cuda.unavailable_reason,
+    "sample": refuses_cuda,
+    "sample_clusters": refuses_clusters,
+    "attention_decoder": refuses_attention,
 }
 
 # --------------------------------------------------------------------------------------------------------- the whole
@@ -503,6 +530,7 @@ RUNS: dict[str, Callable[[str], Iterator[tuple[str, Callable[[], None]]]]] = {
     "middle_tiles": middle_tiles,
     "projection": projection,
     "sample": sample,
+    "sample_clusters": sample_clusters,
     "attention_decoder": attention_decoder,
 }
 

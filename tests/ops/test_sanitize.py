@@ -33,7 +33,9 @@ SOURCES = [
     )
 ]
 KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(')
-DECODERS = ("decode", "decoder", "middle", "middle_tiles", "projection", "sample", "attention_decoder")
+DECODERS = (
+    *("decode", "decoder", "middle", "middle_tiles", "projection", "sample", "sample_clusters", "attention_decoder"),
+)
 
 
 @pytest.fixture
@@ -119,12 +121,42 @@ def test_what_it_is_meant_for(
     weights = script["projection_weights"]
     if op == "projection":  # asks the weights where they are
         assert weights()[0].shape[1] // 64 > projection._STAGES, "the ring of copies has to turn"
-    elif op not in ("decoder", "attention_decoder"):  # which ask nothing but the machine
+    else:
         assert script["REFUSALS"][op]() is None
     run_all(script["RUNS"][op]("cuda"))
     own = {"decode": "decode_step", "decoder": "state_step", "middle": "middle_step", "projection": "project",
-           "sample": "draw", "attention_decoder": "attend"}.get(op, op)  # fmt: skip
+           "sample": "draw", "sample_clusters": "draw", "attention_decoder": "attend"}.get(op, op)  # fmt: skip
     assert own in {name for _, name, _ in launched}
+
+
+def test_clusters_alone_are_left_out(
+    script: dict[str, Any], launched: list[tuple[Path, str, dict[str, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an A100, where a small vocabulary is drawn from as everywhere."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    for op in ("sample", "sample_clusters"):
+        monkeypatch.setitem(script, "RUNS", {op: script[op]})
+        found, missing = script["subjects"]()
+        assert ((op, "cuda") in found) == (op == "sample")
+        assert [what.partition(": ")[0] for what in missing] == ([] if found[:-1] else [f"{op}, cuda"])
+    run_all(script["sample"]("cuda"))
+    assert values(launched, "draw", "CL") == {1}
+
+
+@pytest.mark.parametrize("asked", ["refuses", "row"])
+def test_a_transformer_that_is_not_taken_is_named(
+    asked: str,
+    script: dict[str, Any],
+    launched: list[tuple[Path, str, dict[str, int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its decoder, or by the kernels of one row; it does not fail as if a kernel were wrong."""
+    if asked == "row":
+        monkeypatch.setattr(attention_graphs.StepPieces, "refuses_row", staticmethod(lambda *_: "not here"))
+    else:
+        monkeypatch.setattr(attention_graphs, "refuses", lambda _: "not here")
+    monkeypatch.setitem(script, "RUNS", {"attention_decoder": script["attention_decoder"]})
+    assert script["subjects"]() == ([("model", "auto")], ["attention_decoder, cuda: not here"])
 
 
 @pytest.mark.parametrize("reason", [None, "it needs compute capability 9.0"])
