@@ -67,15 +67,27 @@ def _rehearse_wrong(x: Tensor) -> None:
         _triton._Made(wrong)[(1,)](x, N=4)
 
 
+class OnGPU(Tensor):
+    """To the code around the kernels."""
+
+    device = torch.device("cuda", 0)
+
+
+def _rehearse_packed(cu_seqlens: Tensor, length: int) -> None:
+    _triton.check_boundaries("selective_scan", cu_seqlens, length)
+
+
 def main() -> None:
     gpu = Driver(int(sys.argv[1]))
     driver.set_active(gpu)  # type: ignore[arg-type]
     x, weight = torch.zeros(2, 30, 64, dtype=torch.bfloat16), torch.zeros(64, 4)
+    cu_seqlens = torch.tensor([0, 7, 30], dtype=torch.int32).as_subclass(OnGPU)
     rehearsals: dict[str, tuple[Any, ...]] = {
         "norm": (triton_norm._rehearse_backward, x, torch.zeros(64), None, torch.float32),
-        "convolution": (triton_conv._rehearse_backward, x, weight, None, None, None, True),
+        "convolution": (triton_conv._rehearse_backward, x, weight, None, None, None, True, True),
         "s4d": (triton_products._rehearse_vandermonde, torch.zeros(4, 32), 2000),
         "s4d again": (triton_products._rehearse_vandermonde, torch.zeros(4, 32), 2000),
+        "packed": (_rehearse_packed, cu_seqlens, 30),
         "wrong": (_rehearse_wrong, x),
     }
     with (

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from statescan.errors import BackendUnavailableError
 from statescan.ops import _cuda, _dispatch, mamba_step, pack_weight
@@ -129,6 +130,35 @@ def test_tensors_without_values_are_left_out(machine: Machine) -> None:
             _cuda.make_ready(launch_one, torch.zeros(8), 1)
 
     assert not machine.makes(looked_at)
+
+
+class Plain(Tensor):
+    """A user's own, with no operators of its own."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.nn.Buffer, lambda x: x.as_subclass(Plain)])
+def test_subclasses_that_have_memory_are_made_ready(kind: Callable[[Tensor], Tensor], machine: Machine) -> None:
+    assert machine.makes(lambda: _cuda.make_ready(launch_one, kind(torch.zeros(8)), 1))
+
+
+def test_no_mode_sees_a_rehearsal(machine: Machine) -> None:
+    """Neither one that traces nor one that keeps results; the kernels are made nevertheless."""
+    seen: list[object] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def launch(x: Tensor) -> None:
+        launch_one(x + 1, 1)
+
+    x = torch.zeros(8)
+    with Watch():
+        assert machine.makes(lambda: _cuda.make_ready(launch, x))
+        assert not seen
+        x.sum()
+    assert seen
 
 
 def test_a_gradient_in_a_layout_that_no_kernel_takes(machine: Machine) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +17,20 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from statescan import ops
 from statescan.errors import BackendUnavailableError
-from statescan.ops import _cuda, _dispatch, _triton
+from statescan.ops import _checks, _cuda, _dispatch, _triton
+from statescan.ops.add_norm import triton_norm
+from statescan.ops.causal_conv1d import triton_conv
 from statescan.ops.selective_scan import triton_scan
-from statescan.ops.ssm_kernel import cauchy_triton
+from statescan.ops.ssm_kernel import cauchy_triton, triton_products
 from statescan.testing import ScanCase, refusal, scan_problem
 from statescan.testing.conv import ConvCase, conv_problem
 
@@ -47,15 +54,19 @@ class Machine:
         self.launched: set[Any] = set()
         self.refuses: set[str] = set()
         self.strict = False  # nothing is made at a launch
+        self.noted: Callable[[str], None] = lambda kernel: None
 
     def run(self, real: Callable[..., Any], kernel: Any, arguments: Any, named: dict[str, Any], warmup: bool) -> Any:
         from triton.compiler.errors import CompilationError
 
         name = kernel.__name__
+        if warmup:
+            assert not any(isinstance(x, Tensor) and x.requires_grad for x in arguments), "no tensor of the caller's"
         key = (name, *map(specialization, arguments), *sorted(named.items()))
         if name in self.refuses or (self.strict and not warmup and key not in self.made):
             raise CompilationError(None, None, "no such thing")  # type: ignore[arg-type]
         (self.made if warmup else self.launched).add(key)
+        self.noted(name)
         return real()
 
     def names(self, keys: set[Any]) -> set[str]:
@@ -236,6 +247,59 @@ def test_one_that_cannot_be_made_is_told_in_the_forward(
     assert machine.launched
 
 
+@pytest.mark.parametrize("final", [False, True])
+def test_a_gradient_that_no_one_can_ask_for(final: bool, machine: Machine) -> None:
+    """No kernels are made for a final state that is not given."""
+    run, problem = convolution(ConvCase(batch=1, length=16, features=8), final=final)
+    run(**leaves_of(problem), backend="triton")
+    assert sum(name == "conv_backward" for name, *_ in machine.made) == 1 + final
+
+
+# Backward passes that add up shares behind their last kernel.
+REHEARSALS: dict[str, Callable[[], Any]] = {
+    "scan": lambda: triton_scan._rehearse_backward(
+        *(draw(1, 6, 32), draw(1, 6, 32), draw(32, 4), draw(32, 4), draw(1, 6, 4), draw(32), None, draw(32)),
+        *(True, None, None, True),
+    ),
+    "convolution": lambda: triton_conv._rehearse_backward(
+        draw(1, 16, 8).bfloat16(), draw(8, 4), draw(8), None, None, True, True
+    ),
+    "norm": lambda: triton_norm._rehearse_backward(draw(2, 32).bfloat16(), draw(32).bfloat16(), None, torch.bfloat16),
+    "s4d": lambda: triton_products._rehearse_vandermonde(draw(2, 7), 40_000),
+    "s4": lambda: triton_products._rehearse_cauchy(draw(2, 7), 4, 5000),
+}
+
+
+@pytest.mark.parametrize("name", REHEARSALS)
+def test_a_rehearsal_adds_nothing_up(name: str, machine: Machine) -> None:
+    """What no kernel has written is not summed, nor cast: a rehearsal ends with its last kernel."""
+    events: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            events.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    machine.noted = lambda kernel: events.append(kernel)
+    with Watch(), _cuda.rehearsal():
+        REHEARSALS[name]()
+    last = max(i for i, event in enumerate(events) if event in BACKWARD)
+    assert not [event for event in events if "sum" in event]
+    assert not events[last + 1 :]
+
+
+def test_a_capture_records_no_rehearsal(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are made where they are launched, as it was not warmed up; what is called later is made ready."""
+    run, problem = CALLS["norm"]()
+    captures = [True, False]
+    monkeypatch.setattr(_triton, "in_capture", lambda x: captures[0])
+    run(**leaves_of(problem), backend="triton")
+    assert not machine.made
+    captures.pop(0)
+    run(**leaves_of(problem), backend="triton")
+    assert machine.names(machine.made) == {"norm_backward"}
+
+
 @pytest.mark.parametrize("name", ["scan", "step", "convolution", "convolution's step", "norm", "s4d"])
 def test_auto_goes_on(name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one warning that names the cause; the gradients are those of the next backend."""
@@ -309,6 +373,53 @@ def test_a_kernel_that_does_not_load() -> None:
             _triton.make_ready(launch, torch.zeros(4))
 
 
+def test_boundaries_that_were_seen_are_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a device the kernel is launched nevertheless, since a capture could not bring it."""
+
+    class OnGPU(Tensor):
+        device = torch.device("cuda", 0)
+
+    launched: list[Tensor] = []
+
+    kernels = types.SimpleNamespace(check_boundaries={(1,): lambda cu_seqlens, *_, **__: launched.append(cu_seqlens)})
+    monkeypatch.setattr(_triton, "_checking", set())
+    monkeypatch.setattr(_triton, "_kernels_of", lambda module: kernels)
+    seen, unseen = (torch.tensor([0, 7, 30], dtype=torch.int32).as_subclass(OnGPU) for _ in range(2))
+    _checks.mark_checked(seen, 30)
+    for given, count in ((seen, 1), (seen, 1), (unseen, 2), (seen, 2), (unseen, 3)):
+        _triton.check_boundaries("selective_scan", given, 30)
+        assert len(launched) == count
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_kernel_without_room(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded once more when torch has given back what it only keeps. Where that is too little the call may yet have
+    room, and the next one tries anew."""
+    events: list[str] = []
+
+    class Kernel:
+        def warmup(self, *_: Any, grid: Any, **__: Any) -> Any:
+            return self
+
+        def _init_handles(self) -> None:
+            events.append("load")
+            if events.count("load") <= failures:
+                raise RuntimeError("Triton Error [CUDA]: out of memory")  # as its driver says it
+
+    kernel = Kernel()
+
+    def launch(x: Tensor) -> None:
+        with _triton.on_device_of(x):
+            _triton._Made(kernel)[(1,)](x, BLOCK=4)
+
+    monkeypatch.setattr(_cuda, "_ready", set())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+    _triton.make_ready(launch, torch.zeros(4))
+    assert events == ["load", "emptied", "load"]
+    _triton.make_ready(launch, torch.zeros(4))
+    assert events[3:] == ([] if failures == 1 else ["load"])
+
+
 def test_what_is_traced_is_left_out(machine: Machine) -> None:
     """The op is chosen when a graph is made, and tensors have no memory then."""
     torch.compiler.reset()
@@ -319,6 +430,41 @@ def test_what_is_traced_is_left_out(machine: Machine) -> None:
     with FakeTensorMode() as mode:
         run(**{k: mode.from_tensor(v).requires_grad_() for k, v in problem.items()}, backend="triton")
     assert not machine.made
+
+
+def of_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return ops.add_rms_norm(x, weight, backend="triton")[0]
+
+
+def test_other_tracers(machine: Machine) -> None:
+    """AOTAutograd without torch.compile traces with functional tensors; make_fx with real ones, and records nothing."""
+    x, weight = draw(2, 9, 32).requires_grad_(), draw(32).requires_grad_()
+    traced = aot_function(of_norm, fw_compiler=nop)(x, weight)
+    assert not machine.made
+    graph = make_fx(of_norm, tracing_mode="real")(x, weight)
+    assert machine.names(machine.made) == {"norm_backward"}
+    again = make_fx(of_norm, tracing_mode="real")(x, weight)
+    assert [node.target for node in graph.graph.nodes] == [node.target for node in again.graph.nodes]
+    torch.testing.assert_close(traced, of_norm(x, weight))
+
+
+def test_a_selective_checkpoint(machine: Machine) -> None:
+    """It runs the call again, which is ready then, and has to find the same operators."""
+    x, weight = draw(2, 9, 32).requires_grad_(), draw(32).requires_grad_()
+
+    def policy(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if "sum" in str(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return (of_norm(x, weight) * x.sum(0)).sum()
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    kept: Any = checkpoint(loss, x, weight, use_reentrant=False, context_fn=contexts)
+    assert machine.names(machine.made) == {"norm_backward"}
+    for a, b in zip(
+        torch.autograd.grad(kept, (x, weight)), torch.autograd.grad(loss(x, weight), (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("shared", [232448, 1])
@@ -334,10 +480,11 @@ def test_by_tritons_own_compiler(shared: int, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = {name: (loaded, reason) for name, loaded, reason in map(json.loads, run.stdout.splitlines())}
-    assert set(found) == {"norm", "convolution", "s4d", "s4d again", "wrong"}
+    assert set(found) == {"norm", "convolution", "s4d", "s4d again", "packed", "wrong"}
     loaded, reason = found["wrong"]
     assert not loaded
     assert "did not compile (CompileTimeAssertionFailure: " in reason
+    assert found["packed"] == (["check_boundaries"], None)
     assert set(found["convolution"][0]) <= {"conv_gradient", "conv_backward", "state_backward"}
     if shared == 1:
         for name in ("s4d", "s4d again"):

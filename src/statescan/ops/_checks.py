@@ -31,6 +31,7 @@ __all__ = [
     "check_shape",
     "check_state",
     "check_tensor",
+    "in_capture",
     "is_checked",
     "mark_checked",
     "no_device",
@@ -142,11 +143,12 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, length: int, in_gr
 
 
 def _in_graph(cu_seqlens: Tensor) -> bool:
-    return torch.compiler.is_compiling() or _in_capture(cu_seqlens)
+    return torch.compiler.is_compiling() or in_capture(cu_seqlens)
 
 
-def _in_capture(cu_seqlens: Tensor) -> bool:
-    return cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+def in_capture(value: Tensor) -> bool:
+    """Whether what is done with this tensor goes into a CUDA graph."""
+    return value.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def assert_cu_seqlens(op: str, cu_seqlens: Tensor, length: int) -> None:
@@ -182,7 +184,7 @@ _has_assert._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemb
 def seen_and_right(cu_seqlens: Tensor, length: int) -> bool:
     """Whether the host has found these boundaries right, so that kernels need not look: never in a CUDA graph's
     capture, since a replay may find other values there."""
-    return not _in_capture(cu_seqlens) and is_checked(cu_seqlens, length)
+    return not in_capture(cu_seqlens) and is_checked(cu_seqlens, length)
 
 
 def is_checked(cu_seqlens: Tensor, length: int) -> bool:

@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 import statescan
 from statescan.errors import BackendUnavailableError, CheckpointError, ConfigError
@@ -481,6 +480,26 @@ def _layout(x: Any) -> Any:
     return x
 
 
+_PLAIN: Any = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]  # no operators of its own
+
+
+def _has_memory(x: Any) -> bool:
+    """Whether an argument is no tensor, or one that kernels can read. Fake and functional tensors have no memory, and
+    what else brings operators of its own has it somewhere else; a Parameter and any plain subclass have it."""
+    kind: Any = type(x)
+    return not isinstance(x, Tensor) or kind.__torch_dispatch__ is _PLAIN
+
+
+def _unseen() -> contextlib.AbstractContextManager[Any]:
+    """A context whose operators no dispatch mode sees: a tracer would record them, and a selective checkpoint would
+    miss them when it runs the call again, which is ready then."""
+    if not torch._C._len_torch_dispatch_stack() and not torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return contextlib.nullcontext()  # what follows imports much
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 def make_ready(launch: Callable[..., object], *given: Any) -> None:
     """Compiles beforehand, once for calls of one layout, the kernels that ``launch(*given)`` launches: where that fails
     another backend can still take the call, which it no longer could when states were moved on, or in the middle of a
@@ -495,14 +514,13 @@ def make_ready(launch: Callable[..., object], *given: Any) -> None:
     Raises:
         BackendUnavailableError: the compiler or the driver refuses one.
     """
-    # Traced and fake tensors have no values and launch nothing.
-    if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in given):
+    if torch.compiler.is_compiling() or not all(map(_has_memory, given)):
         return
     key = (launch, *map(_layout, given))
     if key in _ready:
         return
     try:
-        with rehearsal():
+        with rehearsal(), _unseen():
             launch(*(x.detach() if isinstance(x, Tensor) else x for x in given))
     except torch.OutOfMemoryError:  # the call itself may yet have room
         return

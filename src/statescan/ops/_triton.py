@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from statescan.errors import BackendUnavailableError
-from statescan.ops._checks import check_cu_seqlens, no_device, seen_and_right
-from statescan.ops._cuda import launch_ready, make_ready, rehearsing
+from statescan.ops import _cuda
+from statescan.ops._checks import check_cu_seqlens, in_capture, no_device, seen_and_right
+from statescan.ops._cuda import launch_ready, rehearsing
 from statescan.ops._dispatch import Facts
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "power_of_2",
     "refusal",
     "register",
+    "rehearsing",
 ]
 
 _DEVICES = ("cuda", "xpu")  # AMD GPUs are 'cuda' to torch
@@ -110,9 +112,25 @@ class _Made:
             # Too much shared memory shows where it is loaded. The interpreter makes nothing.
             load = getattr(made, "_init_handles", None)
             if load is not None:
-                load()
+                _load(load)
 
         return make
+
+
+def _load(load: Callable[[], None], again: bool = True) -> None:
+    """Loads a kernel; `again`: once more where the driver found no memory."""
+    try:
+        return load()
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem).lower():
+            raise
+        if not again:
+            raise torch.OutOfMemoryError(
+                f"no memory is left on the GPU to load a Triton kernel: {problem}"
+            ) from problem
+    for device in _DEVICES:
+        getattr(torch, device).empty_cache()  # the driver loads code beside what torch keeps
+    return _load(load, again=False)
 
 
 class _Rehearsed:
@@ -133,6 +151,19 @@ def _kernels_of(module: str) -> Any:
 def kernels(op: str) -> Any:
     """The module of an op's kernels; imports triton. In a rehearsal (`make_ready`) they are made and not launched."""
     return _kernels_of(f"statescan.ops.{op}.triton_kernels")
+
+
+def make_ready(launch: Callable[..., object], *given: Any) -> None:
+    """`statescan.ops._cuda.make_ready`, but not while a CUDA graph is captured: what a rehearsal does besides kernels,
+    such as casts, would be recorded. A call that was captured without a warm-up makes its kernels as they are launched.
+
+    Raises:
+        BackendUnavailableError: a kernel could not be made.
+    """
+    tensors = (x for x in given if isinstance(x, Tensor))
+    if not torch.compiler.is_compiling() and any(in_capture(x) for x in tensors):
+        return
+    _cuda.make_ready(launch, *given)
 
 
 def hardware(tensor: Tensor) -> int:

@@ -88,6 +88,8 @@ def causal_conv1d(
             from statescan.ops.causal_conv1d.cpu import causal_conv1d as conv
         elif name == "triton":
             from statescan.ops.causal_conv1d.triton_conv import causal_conv1d as conv
+
+            return conv(*arguments, return_final_state)
         elif name == "torch":
             from statescan.ops.causal_conv1d.torch_conv import causal_conv1d as conv
         elif name == "cuda":

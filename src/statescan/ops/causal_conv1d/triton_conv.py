@@ -133,6 +133,8 @@ def _backward(
                 *(x.shape[1], x.shape[2], blocks),
                 **options,
             )
+    if _triton.rehearsing():
+        return grad_x, dweight, dweight, grad_initial
     grad_bias = weight.new_empty(0) if dbias is None or bias is None else dbias.sum(0).to(bias.dtype)
     return grad_x, dweight.sum(0).to(weight.dtype), grad_bias, grad_initial
 
@@ -161,10 +163,11 @@ def _backward_op(grad_y: Tensor, grad_final_state: Tensor | None, *saved: Any) -
     return _triton.launch_ready(launch, grad_y, grad_final_state)
 
 
-def _rehearse_backward(*inputs: Any) -> None:
+def _rehearse_backward(*arguments: Any) -> None:
     """The backward passes that may follow such a call: the final state's gradient may come or not."""
+    *inputs, want_final = arguments
     y, final_state = _forward_fake(*inputs)
-    for grad_final_state in (None, final_state):
+    for grad_final_state in (None, final_state) if want_final else (None,):
         _backward(y, grad_final_state, *inputs)
 
 
@@ -235,9 +238,10 @@ class _CausalConv1d(torch.autograd.Function):
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
         silu: bool,
+        want_final: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
-        ctx.silu = silu
+        ctx.silu, ctx.want_final = silu, want_final
         ctx.set_materialize_grads(False)
         return torch.ops.statescan.causal_conv1d_triton(x, weight, bias, initial_state, cu_seqlens, silu)
 
@@ -247,13 +251,14 @@ class _CausalConv1d(torch.autograd.Function):
         x, _, bias, initial_state, _ = saved = ctx.saved_tensors
         grad_y = torch.zeros_like(x) if grad_y is None else grad_y
         grad_x, grad_weight, grad_bias, grad_initial = torch.ops.statescan.causal_conv1d_triton_backward(
-            grad_y, grad_final_state, *saved, ctx.silu
+            grad_y, grad_final_state if ctx.want_final else None, *saved, ctx.silu
         )
         return (
             grad_x,
             grad_weight,
             grad_bias if bias is not None else None,
             grad_initial if initial_state is not None else None,
+            None,
             None,
             None,
         )
@@ -264,12 +269,19 @@ def _wants_gradient(*inputs: Tensor | None) -> bool:
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `statescan.ops.causal_conv1d`; gives (y, final_state)."""
+    """See `statescan.ops.causal_conv1d`; gives (y, final_state), the latter to no use where it was not asked for."""
     if _wants_gradient(x, weight, bias, initial_state):
-        _triton.make_ready(_rehearse_backward, x, weight, bias, initial_state, cu_seqlens, silu)
-        return _CausalConv1d.apply(x, weight, bias, initial_state, cu_seqlens, silu)  # pyright: ignore[reportReturnType]
+        arguments = (x, weight, bias, initial_state, cu_seqlens, silu, return_final_state)
+        _triton.make_ready(_rehearse_backward, *arguments)
+        return _CausalConv1d.apply(*arguments)  # pyright: ignore[reportReturnType]
     return torch.ops.statescan.causal_conv1d_triton(x, weight, bias, initial_state, cu_seqlens, silu)
 
 
@@ -280,6 +292,6 @@ def causal_conv1d_update(
     if inplace:
         return torch.ops.statescan.causal_conv1d_update_triton_inplace(x, state, weight, bias, silu), state
     if _wants_gradient(x, state, weight, bias):
-        y, new_state = causal_conv1d(x[:, None], weight, bias, silu, state, None)
+        y, new_state = causal_conv1d(x[:, None], weight, bias, silu, state, None, True)
         return y[:, 0], new_state
     return torch.ops.statescan.causal_conv1d_update_triton(x, state, weight, bias, silu)
