@@ -200,6 +200,9 @@ def test_the_readme_tells_of_the_packaged_mamba_what_is_on_record() -> None:
     assert f"{twin['windows']:.3f}" == f"{packaged['windows']:.3f}"
     moved = max(abs(one - two) for one, two in zip(*_seeds(), strict=True))
     assert f"a seed can move {moved:.3f}." in bullet
+    same = _record("reproduce/context-growth-4m.json")["last_stages"]["packaged"]["base"]["same_bytes"]
+    most = max(same[f"{1 << 14}:{1 << power}"]["mean"] for power in range(15, 20))
+    assert f"costs {most:.4f} bits at most" in bullet
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     seconds = held["runs"][0]["seconds"]
     assert f"in {seconds:.0f} seconds of one H200: {packaged['carried']:.3f} bits per byte of novels" in readme

@@ -498,22 +498,26 @@ def test_the_pairs_and_the_grid_on_record_are_the_documents() -> None:
     assert full["difference"] == pytest.approx(full["packaged"] - full["twin"])
     assert f"({full['windows']} windows, their last 256 bytes" in words
     assert f"it is still {-full['difference']:.4f} ± {full['standard_error']:.4f} above the packaged Mamba" in words
-    # The runs themselves, in the order of the file.
-    starts = (
-        "| 405 s, one H200: the weights",
-        "| Transformer++ twin at ",
-        "| Mamba at what the grid chose",
-        "| Mamba at 8e-3, dropout",
-    )
-    for start, scores in zip(
-        starts, [one["scores"]["novels_test"] for one in held["runs"][: len(starts)]], strict=True
-    ):
+    starts = {
+        "| 405 s, one H200: the weights": 0,
+        "| Transformer++ twin at ": 1,
+        "| Mamba at what the grid chose": 2,
+        "| Mamba at 8e-3, dropout": 3,
+        "| 405 s, one H200, without copies": 4,
+        "| 165 s, one H100, without copies": 5,
+        "| Transformer++ without copies": 7,
+    }
+    for start, number in starts.items():
         (line,) = [line for line in lines if line.startswith(start)]
-        cells = [
-            f" {scores[way]:.4f} ± {scores[f'{way}_standard_error']:.4f} " if scores[way] else " "
-            for way in ("carried", "windows", "overlapping")
-        ]
+        run = held["runs"][number]
+        scores, cells = run["scores"]["novels_test"], []
+        for way in ("carried", "windows", "overlapping"):
+            bits, error = (scores.get(key) for key in (way, f"{way}_standard_error"))
+            cells.append(f" {bits:.4f} " + (f"± {error:.4f} " if error else "") if bits else " ")
         assert line.endswith(f"|{'|'.join(cells)}|")
+        _, updates, _, pace, *_ = line.split(" | ")
+        assert updates == f"{run['steps']:,}"
+        assert pace.partition(",")[0] == f"{run['bytes_per_second'] / 1e6:.2f}"
     # The grid: five rates at the dropout of 0.05, and at the best one three more dropouts.
     for row, start in (("mamba", "| Mamba | "), ("transformer++", "| Transformer++ | ")):
         found = {(one["lr"], one["dropout"]): one["bits_per_byte"] for one in held["tuning"] if one["row"] == row}
@@ -521,3 +525,12 @@ def test_the_pairs_and_the_grid_on_record_are_the_documents() -> None:
         rates = [f"{found[lr, DROPOUTS[0]]:.4f}" for lr in GRID]
         dropouts = [f"{found[best, dropout]:.4f}" for dropout in DROPOUTS[1:]]
         assert f"{start}{' | '.join(rates)} | {' / '.join(dropouts)} |" in lines
+    assert f"| | {' | '.join(f'{lr:.0e}'.replace('e-0', 'e-') for lr in GRID)} | at the best rate, dropout " in text
+    # The state carried, beside windows of the same bytes, by octaves from 4k on.
+    octaves = held["runs"][0]["position"]["rows"][1:]
+    assert [one["first"] for one in octaves] == [1 << power for power in range(12, 20)]
+    for name, key in (("state carried", "carried"), ("windows of 2,048", "windows")):
+        assert f"| {name} | {' | '.join(f'{one[key]:.3f}' for one in octaves)} |" in lines
+    gained = [(f"{one['gain']:.3f}", f"{one['standard_error']:.3f}") for one in octaves[:-1]]
+    gained.append((f"{octaves[-1]['gain']:.4f}", f"{octaves[-1]['standard_error']:.4f}"))
+    assert f"| gained | {' | '.join(f'{gain} ± {error}' for gain, error in gained)} |" in lines

@@ -400,12 +400,29 @@ def test_the_curve_on_record_is_the_documents() -> None:
     places = [held["rows"]["mamba-2k-names"][reach]["from_16k_to_256k"] for reach in ("1048576", "262144")]
     told = ["{:+.4f} ± {:.4f}".format(*gain) for gain in places]
     assert f"{told[0]} at the 16 places and {told[1]} at the 47" in " ".join(text.split())
+    # The two rows beside each other: their level at the 16 places and at the 47.
+    apart = {}
+    for reach in ("1048576", "262144"):
+        names, far = (held["rows"][row][reach]["bins"] for row in ("mamba-2k-names", "mamba-2k-far"))
+        for one, two in zip(names, far, strict=True):
+            apart[reach, one["first"]] = one["bits_per_byte"] - two["bits_per_byte"]
+    told = f"by {-apart['1048576', 1 << 19]:.3f} at the end; at the 47 the one without copies is, "
+    told += f"by {apart['262144', 1 << 12]:.4f} in the octave from 4k and {apart['262144', 1 << 17]:.4f} in that from"
+    assert told in " ".join(text.split())
     same = held["same_bytes"]["mamba-2k-names"]
     for near, words in ((1 << 14, "16k to 32k"), (1 << 12, "4k to 8k")):
         found = [same[f"{near}:{1 << power}"] for power in range(15, 20)]
         assert all(one["mean"] + 2 * one["standard_error"] < 0 for one in found)
         cells = [f"{one['mean']:.4f} ± {one['standard_error']:.4f}" for one in found]
         assert f"| with copies: all of it, minus {words} alone | {' | '.join(cells)} |" in text.replace("**", "")
+        counts = " | ".join(str(one["stretches"]) for one in found)
+        assert text.count(f"| stretches | {counts} |") == 2
+    # The packaged model, asked the same.
+    packaged = held["last_stages"]["packaged"]["base"]["same_bytes"]
+    for near, words in ((1 << 14, "16k to 32k"), (1 << 12, "4k to 8k")):
+        found = [packaged[f"{near}:{1 << power}"] for power in range(15, 20)]
+        cells = [f"{one['mean']:+.4f} ± {one['standard_error']:.4f}".replace("+0.0000", "0.0000") for one in found]
+        assert f"| all of it, minus {words} alone | {' | '.join(cells)} |" in text
     # The row without copies: nothing up to a million, and apart from the one with them from 256k on.
     without = [held["same_bytes"]["mamba-2k-far"][f"{1 << 14}:{1 << power}"] for power in range(15, 20)]
     cells = [f"{one['mean']:+.4f} ± {one['standard_error']:.4f}" for one in without]

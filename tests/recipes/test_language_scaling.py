@@ -469,15 +469,16 @@ def test_speed_is_measured_in_a_moment_of_training(
     assert f"| {told['bytes_per_second']:,.0f} (12.3 %) |" in (tmp_path / "results.md").read_text()
 
 
-def test_ids_of_pairs_are_judged_by_their_bytes(novels: Path, tmp_path: Path) -> None:
+def test_ids_of_pairs_are_judged_by_their_bytes(novels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tokenizers")
+    monkeypatch.setattr(recipe, "_BPE_LENGTH", 16)
     path = recipe.bpe_tokenizer(novels, tmp_path, vocab_size=300)
     assert recipe.bpe_tokenizer(novels, tmp_path, vocab_size=400) == path, "it is read where it stands"
     ids = load_tokenizer(path)
     assert ids.vocab_size == 300
     file = read_corpus(novels, "novels_test", tokenizer=ids)
-    run = recipe.scaling_run("mamba-0.3m", novels, tokenizer=str(path), passes=9.0)
-    assert (run.model.vocab_size, run.train.length) == (300, recipe._BPE_LENGTH)
+    run = recipe.scaling_run("mamba-0.3m", novels, tokenizer=str(path), passes=4.0)
+    assert (run.model.vocab_size, run.train.length) == (300, 16)
     judged = recipe.judge(CausalLM(run.model).eval(), file, ids, 16)
     books = recipe.books_of(file, ids)
     whole = [ids.decode_bytes(book) for book in books]
@@ -715,6 +716,10 @@ def test_paces_rates_and_grids_on_record_are_the_documents() -> None:
     assert all(row["loss_rise"]["times"] < 1.5 for row in rows.values())
     larger = rows["transformer++-4m"]["bits_per_byte"] - rows["transformer++-16m"]["bits_per_byte"]
     assert f"bring Transformer++ {larger:.3f} from 4M to 16M" in words
+    heading = " | ".join(size.upper() for size in sizes)
+    assert text.count(f"| bits per byte, four unseen books | {heading} |") == 2
+    assert f"| at 0.3M | {' | '.join(map(_rate, recipe.GRID))} | best rate, dropout 0.1 |" in lines
+    assert "| at 4M, times the rule | rule | 1/2 | 1 | 2 |" in lines
 
     # The grid at 0.3M, dropout at its best rate, then the factors on the rule at 4M.
     def grid(held: dict[str, Any], family: str, size: str) -> dict[tuple[float, float], float]:
@@ -737,6 +742,18 @@ def test_paces_rates_and_grids_on_record_are_the_documents() -> None:
         assert f"| {name} | {' | '.join(told)} |" in lines
         told = [_rate(rule)] + [f"{bits:.4f}" for bits in found]
         assert f"| {name}{', dropout 0.1' if dropout else ''} | {' | '.join(told)} |" in lines
+    s4_grid = grid(held, "s4", "1m")
+    best = min(recipe.GRID, key=lambda lr: s4_grid[lr, 0.0])
+    assert f"(S4's to {s4_grid[best, 0.0]:.4f} at {_rate(best)})" in words
+    assert rate(s4) == _rate(best)
+    assert f"S4 of a million parameters, at {rate(s4)}, has" in words
+    pythia = grid(held, "pythia", "0.3m")
+    assert f"dropout was chosen by {pythia[1.6e-2, 0.0] - pythia[1.6e-2, 0.1]:.4f}," in words
+    whole = json.loads((results / "language-scaling-width.json").read_text())["rows"]["mamba-4m"]["bits_per_byte"]
+    below = rows["mamba-4m"]["bits_per_byte"] - whole
+    assert f"pass at the rule itself, {whole:.4f} at 4M (`language-scaling-width.json`), is {below:.3f} below" in words
+    between = [abs(by_bpe["rows"][f"pythia-{size}"]["beside_transformer++"][0]) for size in ("1m", "4m")]
+    assert "At 1M and 4M the {:.3f} and {:.3f} between them".format(*between) in words
     by_family = [care(by_bpe, family) for family in families]
     rates = [_rate(best) for best, *_ in by_family]
     ends = (recipe.GRID[0], recipe.GRID[-1])

@@ -171,3 +171,37 @@ def test_the_tasks_of_the_scaling_table_on_record_are_the_documents() -> None:
         ahead = 100 * (torch.tensor(kinds["mamba"]) - torch.tensor(kinds[family])).double()
         told.append(f"{ahead.mean():.1f} ± {ahead.std() / len(ahead) ** 0.5:.1f}")
     assert f"Mamba is {told[0]} points ahead of Transformer++ and {told[1]} ahead of Pythia's type" in words
+
+
+def test_the_tasks_of_the_packaged_model_on_record_are_the_documents() -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "docs" / "reproduction.md").read_text(encoding="utf-8").replace("**", "").splitlines()
+    held = json.loads((root / "benchmarks" / "results" / "reproduce" / "builtin-model.json").read_text())
+    # In the table's order: packaged, before, twin, twin without copies.
+    runs = [held["runs"][number] for number in (0, 4, 1, 7)]
+    blimp, right = ([run[task]["metrics"]["acc"] for run in runs] for task in ("blimp", "lambada"))
+    words = [run["lambada"]["metrics"]["perplexity"] for run in runs]
+    carried = [run["wikitext2"] for run in runs[:2]]
+    windows = [runs[0]["wikitext2"]["windows"], runs[2]["wikitext2"]["windows"], runs[3]["wikitext2"]]
+    told = {
+        "BLiMP, all 67,000 pairs": [f"{100 * one['value']:.2f} ± {100 * one['standard_error']:.2f}" for one in blimp],
+        "LAMBADA, 5,153 passages": [f"{100 * one['value']:.2f} ± {100 * one['standard_error']:.2f}" for one in right],
+        "LAMBADA, perplexity of the last word": [
+            f"{one['value']:,.0f} ± {one['standard_error']:,.0f}" for one in words
+        ],
+        "WikiText-2's test set, bits per byte: the state carried": [
+            *(f"{one['bits_per_byte']:.3f} ± {one['standard_error']:.3f}" for one in carried),
+            "-",
+            "-",
+        ],
+        "the same in windows of 2,048": [
+            f"{one['bits_per_byte']:.3f} ± {one['standard_error']:.3f}" for one in windows
+        ],
+    }
+    told["the same in windows of 2,048"].insert(1, "")
+    before, without = (held[f"beside_the_{one}"]["wikitext2_test"]["all"] for one in ("one_before", "twin"))
+    every = [f"{bits:.3f}" for bits in (before["one"], before["other"], without["other"])]
+    told["the same, every sixth window of 2,048"] = [*every[:2], "", every[2]]
+    for start, cells in told.items():
+        (line,) = [line for line in lines if line.startswith(f"| {start}") and line.count("|") == 6]
+        assert line.endswith(f" | {' | '.join(cells)} |".replace("|  |", "| |"))
