@@ -43,6 +43,7 @@ __all__ = [
     "transforms_active",
     "usable_device",
     "values_readable",
+    "wants_gradients",
     "without_autocast",
 ]
 
@@ -324,6 +325,11 @@ def _takes_part(value: Tensor) -> bool:
             return True
         value = _functorch.get_unwrapped(value)
     return False
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def refuse_second_derivative(op: str, backend: str) -> None:

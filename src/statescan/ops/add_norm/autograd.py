@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.ops._checks import refuse_second_derivative
+from statescan.ops._checks import refuse_second_derivative, wants_gradients
 
 __all__ = ["run", "wants_gradients"]
 
@@ -39,11 +39,6 @@ class _AddRMSNorm(torch.autograd.Function):
         if ctx.residual_dtype is None:
             return grad_x, grad_weight, None, None, None, None
         return grad_x, grad_weight, grad_residual if grad_residual.numel() else grad_x, None, None, None
-
-
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def run(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _triton
+from statescan.ops._checks import wants_gradients
 from statescan.ops._dispatch import Facts
-from statescan.ops.add_norm.autograd import run, wants_gradients
+from statescan.ops.add_norm.autograd import run
 
 __all__ = ["add_rms_norm", "refuses"]
 

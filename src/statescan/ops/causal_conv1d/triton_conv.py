@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _triton
-from statescan.ops._checks import refuse_second_derivative, sequence_of
+from statescan.ops._checks import refuse_second_derivative, sequence_of, wants_gradients
 from statescan.ops._dispatch import Facts
 
 __all__ = ["causal_conv1d", "causal_conv1d_update", "refuses"]
@@ -264,10 +264,6 @@ class _CausalConv1d(torch.autograd.Function):
         )
 
 
-def _wants_gradient(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -278,7 +274,7 @@ def causal_conv1d(
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `statescan.ops.causal_conv1d`; gives (y, final_state), the latter to no use where it was not asked for."""
-    if _wants_gradient(x, weight, bias, initial_state):
+    if wants_gradients(x, weight, bias, initial_state):
         arguments = (x, weight, bias, initial_state, cu_seqlens, silu, return_final_state)
         _triton.make_ready(_rehearse_backward, *arguments)
         return _CausalConv1d.apply(*arguments)  # pyright: ignore[reportReturnType]
@@ -291,7 +287,7 @@ def causal_conv1d_update(
     """See `statescan.ops.causal_conv1d_update`; where a gradient is to come it is a convolution of length 1."""
     if inplace:
         return torch.ops.statescan.causal_conv1d_update_triton_inplace(x, state, weight, bias, silu), state
-    if _wants_gradient(x, state, weight, bias):
+    if wants_gradients(x, state, weight, bias):
         y, new_state = causal_conv1d(x[:, None], weight, bias, silu, state, None, True)
         return y[:, 0], new_state
     return torch.ops.statescan.causal_conv1d_update_triton(x, state, weight, bias, silu)

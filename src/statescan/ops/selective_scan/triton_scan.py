@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _triton
-from statescan.ops._checks import refuse_second_derivative
+from statescan.ops._checks import refuse_second_derivative, wants_gradients
 from statescan.ops._dispatch import Facts
 
 __all__ = ["Plan", "plan", "refuses", "selective_scan"]
@@ -464,7 +464,7 @@ def selective_scan(
     Without a gradient to come nothing is kept; with one, the state before every 16th position.
     """
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if wants_gradients(*inputs):
         arguments = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state)
         _triton.make_ready(_rehearse_backward, *arguments)
         y, final_state = _Scan.apply(*arguments)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _triton
+from statescan.ops._checks import wants_gradients
 from statescan.ops._dispatch import Facts
 
 __all__ = ["refuses", "selective_state_update"]
@@ -122,7 +123,7 @@ def selective_state_update(
     if inplace:
         return _inplace_op(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus), state
     inputs = (state, u, dt, A, B, C, D, z, dt_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if wants_gradients(*inputs):
         from statescan.ops.selective_scan.triton_scan import selective_scan
 
         y, new_state = selective_scan(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from statescan.ops._dispatch import Facts
 from statescan.ops.ssm_kernel import products
+from statescan.ops.ssm_kernel.generating_function import frequencies_of
 from statescan.ops.ssm_kernel.triton_products import make_cauchy_ready, refuses_products
 
 __all__ = ["refuses", "s4_kernel"]
@@ -20,6 +21,6 @@ def refuses(facts: Facts) -> str | None:
 
 def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     """See the public function; the bilinear rule alone."""
-    sums = (1 + P.shape[2]) ** 2
-    make_cauchy_ready((Lambda, P, B, C, dt), sums, length // 2 + 1, max(1, _SUMS // (Lambda.shape[0] * sums)))
+    sums, piece = (1 + P.shape[2]) ** 2, products.frequencies_at_a_time(Lambda, P, _SUMS)
+    make_cauchy_ready((Lambda, P, B, C, dt), sums, frequencies_of(length), piece)
     return products.s4_kernel(Lambda, P, B, C, dt, length, "triton", _SUMS)

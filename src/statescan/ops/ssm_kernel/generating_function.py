@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from statescan.ops._checks import transforms_active
 from statescan.ops.ssm_kernel.real_form import discrete_real_form, kernel_dtype
 
-__all__ = ["CauchyProduct", "s4_kernel"]
+__all__ = ["CauchyProduct", "frequencies_of", "s4_kernel"]
 
 # (Lambda, v, y, c) -> sums: complex (d_model, states), complex (d_model, sums, states), real (k,), real (k,)
 # -> complex (d_model, sums, k)
@@ -64,6 +64,11 @@ def _piece(
     return turn * (s[:, 0, 0] - c * low)
 
 
+def frequencies_of(length: int) -> int:
+    """How many a real kernel of so many lags has."""
+    return length // 2 + 1
+
+
 def s4_kernel(
     product: CauchyProduct, Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, piece: int
 ) -> Tensor:
@@ -78,7 +83,7 @@ def s4_kernel(
     complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
     last = _ending(Lambda, P, B, C, dt, length).to(complex_dtype)
     Lambda, P, B, dt = Lambda.to(complex_dtype), P.to(complex_dtype), B.to(complex_dtype), dt.to(dtype)
-    frequencies = length // 2 + 1
+    frequencies = frequencies_of(length)
     theta = torch.arange(frequencies, dtype=torch.float64, device=Lambda.device) * (math.pi / length)
     parts = [
         checkpoint(_piece, product, Lambda, P, B, last, dt, part, use_reentrant=False)

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statescan.ops._checks import refuse_second_derivative
+from statescan.ops._checks import refuse_second_derivative, wants_gradients
 from statescan.ops.ssm_kernel import generating_function
 from statescan.ops.ssm_kernel.decay import diagonal_system
 
-__all__ = ["cauchy", "powers", "register", "s4_kernel", "s4d_kernel", "vandermonde"]
+__all__ = ["cauchy", "frequencies_at_a_time", "powers", "register", "s4_kernel", "s4d_kernel", "vandermonde"]
 
 
 def _vandermonde_fake(log_re: Tensor, log_im: Tensor, w_re: Tensor, w_im: Tensor, length: int) -> Tensor:
@@ -182,7 +182,7 @@ def vandermonde(log: Tensor, weight: Tensor, length: int, backend: str) -> Tenso
         backend: one that has registered its products.
     """
     inputs = (log.real.contiguous(), log.imag.contiguous(), weight.real.float(), weight.imag.float(), length)
-    if torch.is_grad_enabled() and (log.requires_grad or weight.requires_grad):
+    if wants_gradients(log, weight):
         return _Vandermonde.apply(*inputs, backend)  # pyright: ignore[reportReturnType]
     return _run("vandermonde", backend, *inputs)
 
@@ -198,7 +198,7 @@ def cauchy(Lambda: Tensor, v: Tensor, y: Tensor, c: Tensor, backend: str) -> Ten
     """
     inputs = (Lambda.real, Lambda.imag, v.real, v.imag, y, c)
     inputs = tuple(part.contiguous() for part in inputs)
-    if torch.is_grad_enabled() and (Lambda.requires_grad or v.requires_grad):
+    if wants_gradients(Lambda, v):
         return torch.complex(*_Cauchy.apply(*inputs, backend))  # pyright: ignore[reportGeneralTypeIssues]
     return torch.complex(*_run("cauchy", backend, *inputs))
 
@@ -212,7 +212,7 @@ def powers(A: Tensor, B: Tensor, C: Tensor, length: int, backend: str) -> Tensor
         length: number of lags.
         backend: one that has registered the product.
     """
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (A, B, C)):
+    if wants_gradients(A, B, C):
         return _Powers.apply(A, B, C, length, backend)  # pyright: ignore[reportReturnType]
     return _run("powers", backend, A, B, C, length)
 
@@ -230,10 +230,14 @@ def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discret
     return torch.cat([K[:, :2] + first.to(K.dtype), K[:, 2:]], 1)
 
 
+def frequencies_at_a_time(Lambda: Tensor, P: Tensor, sums: int) -> int:
+    """How many `s4_kernel` takes where it makes about so many sums; arguments as there."""
+    return max(1, sums // (Lambda.shape[0] * (1 + P.shape[2]) ** 2))
+
+
 def s4_kernel(
     Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, backend: str, sums: int
 ) -> Tensor:
     """See the public function; the bilinear rule alone, in pieces of about so many sums."""
     product = lambda Lambda, v, y, c: cauchy(Lambda, v, y, c, backend)
-    piece = max(1, sums // (Lambda.shape[0] * (1 + P.shape[2]) ** 2))
-    return generating_function.s4_kernel(product, Lambda, P, B, C, dt, length, piece)
+    return generating_function.s4_kernel(product, Lambda, P, B, C, dt, length, frequencies_at_a_time(Lambda, P, sums))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _triton
+from statescan.ops._checks import wants_gradients
 from statescan.ops._dispatch import Facts
 from statescan.ops.ssm_kernel import products
 
@@ -164,10 +165,6 @@ def _rehearse_cauchy(like: Tensor, sums: int, points: int) -> None:
     cauchy_backward(lam, lam, v, v, y, y, g, g)
 
 
-def _wants_gradients(inputs: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-
-
 def make_vandermonde_ready(inputs: Sequence[Tensor], length: int) -> None:
     """Makes the kernels of the backward pass that may follow, where one may.
 
@@ -175,13 +172,13 @@ def make_vandermonde_ready(inputs: Sequence[Tensor], length: int) -> None:
         inputs: tensors of a call, the first ``(d_model, states)``.
         length: number of lags.
     """
-    if _wants_gradients(inputs):
+    if wants_gradients(*inputs):
         _triton.make_ready(_rehearse_vandermonde, inputs[0], length)
 
 
 def make_cauchy_ready(inputs: Sequence[Tensor], sums: int, frequencies: int, piece: int) -> None:
     """The same for the Cauchy products of a call, with so many frequencies in pieces of so many."""
-    if _wants_gradients(inputs):
+    if wants_gradients(*inputs):
         for points in {min(piece, frequencies), frequencies % piece or min(piece, frequencies)}:
             _triton.make_ready(_rehearse_cauchy, inputs[0], sums, points)
 
