@@ -1,15 +1,19 @@
-"""What the kernels' backends share: one autograd function over a forward and a backward op, and when it is needed."""
+"""What the kernels' backends share: an autograd function over two ops, and what their backward passes have alike."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from statescan.ops._checks import refuse_second_derivative, wants_gradients
+from statescan.ops._cuda import launch_ready
 
-__all__ = ["run", "wants_gradients"]
+__all__ = ["backward_fake", "backward_in_two", "run"]
+
+_Three = tuple[Tensor, Tensor, Tensor]
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -57,3 +61,42 @@ def run(
         forward = getattr(torch.ops.statescan, f"add_rms_norm_{backend}")
         output, total, _ = forward(x, weight, residual, eps, stream)
     return output, x if residual is None and stream == x.dtype else total
+
+
+def backward_fake(
+    grad_output: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual_dtype: torch.dtype | None,
+) -> _Three:
+    """Room for what a backward op gives: the gradients of x, of the residual and of the weight."""
+    del grad_total, rstd
+    # Where both have one dtype x and the residual have one gradient; it is written once.
+    apart = residual_dtype is not None and residual_dtype != grad_output.dtype
+    grad_residual = total.new_empty(total.shape if apart else (0,), dtype=residual_dtype or total.dtype)
+    return grad_output.new_empty(total.shape), grad_residual, weight.new_empty(weight.shape)
+
+
+def backward_in_two(
+    backward: Callable[..., _Three], forward_fake: Callable[..., _Three]
+) -> tuple[Callable[..., _Three], Callable[..., None]]:
+    """A backward that compiles its kernels as two functions: the op, which launches what the forward call had compiled,
+    and what that call hands to `make_ready`."""
+
+    def op(grad_output: Tensor, grad_total: Tensor | None, *saved: Any) -> _Three:
+        def launch(grad_output: Tensor, grad_total: Tensor | None) -> _Three:
+            return backward(grad_output, grad_total, *saved)
+
+        return launch_ready(launch, grad_output, grad_total)
+
+    def rehearse(x: Tensor, weight: Tensor, residual: Tensor | None, stream: torch.dtype) -> None:
+        """The backward passes that may follow such a call: the sum's gradient may come or not."""
+        output, total, rstd = forward_fake(x, weight, residual, 0.0, stream)
+        written = total.numel() > 0
+        total = total if written else x
+        for grad_total in (None, torch.empty_like(total)) if written else (None,):
+            backward(output, grad_total, total, rstd, weight, None if residual is None else residual.dtype)
+
+    return op, rehearse

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from statescan.ops import _native
 from statescan.ops._dispatch import Facts
-from statescan.ops.add_norm.autograd import run
+from statescan.ops.add_norm.autograd import backward_fake, run
 from statescan.ops.add_norm.validation import compute_dtype
 
 __all__ = ["add_rms_norm", "refuses"]
@@ -110,7 +110,7 @@ def _backward(
     weight: Tensor,
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_residual, grad_weight = _backward_fake(grad_output, grad_total, total, rstd, weight, residual_dtype)
+    grad_x, grad_residual, grad_weight = backward_fake(grad_output, grad_total, total, rstd, weight, residual_dtype)
     rows, grads, wide_weight = _as_rows(total), _as_rows(grad_output), weight.to(rstd.dtype).contiguous()
     rstd = rstd.contiguous()
     sums = torch.empty(weight.shape, dtype=rstd.dtype)
@@ -139,21 +139,6 @@ def _backward(
     return grad_x, grad_residual, sums.to(grad_weight.dtype)
 
 
-def _backward_fake(
-    grad_output: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del grad_total, rstd
-    # Where both have one dtype x and the residual have one gradient; it is written once.
-    apart = residual_dtype is not None and residual_dtype != grad_output.dtype
-    grad_residual = total.new_empty(total.shape if apart else 0, dtype=residual_dtype or total.dtype)
-    return grad_output.new_empty(total.shape), grad_residual, weight.new_empty(weight.shape)
-
-
 torch.library.define(
     "statescan::add_rms_norm_cpu",
     "(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType stream) -> (Tensor, Tensor, Tensor)",
@@ -166,7 +151,7 @@ torch.library.define(
 torch.library.impl("statescan::add_rms_norm_cpu", "CPU", _forward)
 torch.library.impl("statescan::add_rms_norm_cpu_backward", "CPU", _backward)
 torch.library.register_fake("statescan::add_rms_norm_cpu", _forward_fake)
-torch.library.register_fake("statescan::add_rms_norm_cpu_backward", _backward_fake)
+torch.library.register_fake("statescan::add_rms_norm_cpu_backward", backward_fake)
 
 
 def add_rms_norm(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _cuda
+from statescan.ops._checks import wants_gradients
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
-from statescan.ops.add_norm.autograd import run, wants_gradients
+from statescan.ops.add_norm.autograd import backward_fake, backward_in_two, run
 from statescan.ops.add_norm.validation import compute_dtype
 
 __all__ = ["add_rms_norm", "launch_again", "refuses"]
@@ -124,7 +125,7 @@ def _backward(
     weight: Tensor,
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fake = _backward_fake(grad_output, grad_total, total, rstd, weight, residual_dtype)
+    fake = backward_fake(grad_output, grad_total, total, rstd, weight, residual_dtype)
     grad_x, grad_residual, grad_weight = fake
     if total.numel() == 0:
         return grad_x, grad_residual, grad_weight.zero_()
@@ -153,44 +154,7 @@ def _backward(
     return grad_x, grad_residual, grad_weight
 
 
-def _backward_fake(
-    grad_output: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del grad_total, rstd
-    # Where both have one dtype x and the residual have one gradient; it is written once.
-    apart = residual_dtype is not None and residual_dtype != grad_output.dtype
-    grad_residual = total.new_empty(total.shape if apart else 0, dtype=residual_dtype or total.dtype)
-    return grad_output.new_empty(total.shape), grad_residual, weight.new_empty(weight.shape)
-
-
-def _backward_op(
-    grad_output: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def launch(grad_output: Tensor, grad_total: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(grad_output, grad_total, total, rstd, weight, residual_dtype)
-
-    return _cuda.launch_ready(launch, grad_output, grad_total)
-
-
-def _rehearse_backward(x: Tensor, weight: Tensor, residual: Tensor | None, stream: torch.dtype) -> None:
-    """The backward passes that may follow such a call: the sum's gradient may come or not."""
-    _, total, rstd = _forward_fake(x, weight, residual, 0.0, stream)
-    written = total.numel() > 0
-    total = total if written else x
-    for grad_total in (None, torch.empty_like(total)) if written else (None,):
-        _backward(x.new_empty(x.shape), grad_total, total, rstd, weight, None if residual is None else residual.dtype)
-
-
+_backward_op, _rehearse_backward = backward_in_two(_backward, _forward_fake)
 _LIBRARY = torch.library.Library("statescan", "FRAGMENT")
 _LIBRARY.define(
     "add_rms_norm_cuda(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType stream) -> "
@@ -203,7 +167,7 @@ _LIBRARY.define(
 _LIBRARY.impl("add_rms_norm_cuda", _forward, "CUDA")
 _LIBRARY.impl("add_rms_norm_cuda_backward", _backward_op, "CUDA")
 torch.library.register_fake("statescan::add_rms_norm_cuda", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("statescan::add_rms_norm_cuda_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("statescan::add_rms_norm_cuda_backward", backward_fake, lib=_LIBRARY)
 
 
 def add_rms_norm(

@@ -8,7 +8,7 @@ from torch import Tensor
 from statescan.ops import _triton
 from statescan.ops._checks import wants_gradients
 from statescan.ops._dispatch import Facts
-from statescan.ops.add_norm.autograd import run
+from statescan.ops.add_norm.autograd import backward_fake, backward_in_two, run
 
 __all__ = ["add_rms_norm", "refuses"]
 
@@ -63,7 +63,7 @@ def _backward(
     weight: Tensor,
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_residual, grad_weight = _backward_fake(grad_output, grad_total, total, rstd, weight, residual_dtype)
+    grad_x, grad_residual, grad_weight = backward_fake(grad_output, grad_total, total, rstd, weight, residual_dtype)
     sums, grads = _as_rows(total), _as_rows(grad_output)
     # A traced graph hands zeros in place of None, also for a sum that was never written.
     onward = None if grad_total is None or not grad_total.numel() else _as_rows(grad_total)
@@ -84,43 +84,7 @@ def _backward(
     return grad_x, grad_residual, shares.sum(0).to(grad_weight.dtype)
 
 
-def _backward_fake(
-    grad_output: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del grad_total, rstd
-    # Where both have one dtype x and the residual have one gradient; it is written once.
-    apart = residual_dtype is not None and residual_dtype != grad_output.dtype
-    grad_residual = total.new_empty(total.shape if apart else (0,), dtype=residual_dtype or total.dtype)
-    return grad_output.new_empty(total.shape), grad_residual, weight.new_empty(weight.shape)
-
-
-def _backward_op(
-    grad_output: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def launch(grad_output: Tensor, grad_total: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(grad_output, grad_total, total, rstd, weight, residual_dtype)
-
-    return _triton.launch_ready(launch, grad_output, grad_total)
-
-
-def _rehearse_backward(x: Tensor, weight: Tensor, residual: Tensor | None, stream: torch.dtype) -> None:
-    """The backward passes that may follow such a call: the sum's gradient may come or not."""
-    output, total, rstd = _forward_fake(x, weight, residual, 0.0, stream)
-    written = total.numel() > 0
-    total = total if written else x
-    for grad_total in (None, torch.empty_like(total)) if written else (None,):
-        _backward(output, grad_total, total, rstd, weight, None if residual is None else residual.dtype)
-
+_backward_op, _rehearse_backward = backward_in_two(_backward, _forward_fake)
 
 _triton.register(
     "add_rms_norm_triton",
@@ -133,7 +97,7 @@ _triton.register(
     "(Tensor grad_output, Tensor? grad_total, Tensor total, Tensor rstd, Tensor weight, ScalarType? residual_dtype) "
     "-> (Tensor, Tensor, Tensor)",
     _backward_op,
-    _backward_fake,
+    backward_fake,
 )
 
 
