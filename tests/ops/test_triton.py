@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,17 +48,7 @@ from statescan.testing.conv import CONV_CASES, ConvCase, conv_problem
 EVERY = {"D": True, "z": True, "dt_bias": True, "initial_state": True, "dt_softplus": True}
 OPS = ["selective_scan", "selective_state_update", "causal_conv1d", "causal_conv1d_update", "add_rms_norm"]
 names = scans.names
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Iterator[None]:
-    """TRITON_INTERPRET=1 for this module alone: elsewhere the backend refuses tensors on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        reason = refusal("selective_scan", "triton", device="cpu")
-        if reason is not None:
-            pytest.skip(reason)
-        yield
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 scan = scans.running("triton")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from statescan.ops.add_norm import triton_norm
 from statescan.ops.causal_conv1d import triton_conv
 from statescan.ops.selective_scan import triton_scan
 from statescan.ops.ssm_kernel import cauchy_triton, triton_products
-from statescan.testing import ScanCase, refusal, scan_problem
+from statescan.testing import ScanCase, scan_problem
 from statescan.testing.conv import ConvCase, conv_problem
 
 EVERY: dict[str, Any] = {"D": True, "z": True, "dt_bias": True, "initial_state": True, "dt_softplus": True}
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def specialization(value: Any) -> Any:
@@ -71,17 +72,6 @@ class Machine:
 
     def names(self, keys: set[Any]) -> set[str]:
         return {name for name, *_ in keys}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Iterator[None]:
-    """TRITON_INTERPRET=1 for this module alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        reason = refusal("selective_scan", "triton", device="cpu")
-        if reason is not None:
-            pytest.skip(reason)
-        yield
 
 
 @pytest.fixture

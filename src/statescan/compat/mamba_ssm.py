@@ -27,6 +27,7 @@ from statescan import models, ops
 from statescan import nn as layers
 from statescan.errors import ConfigError, DTypeError, ShapeError
 from statescan.generate import Engine, SamplingParams, sample
+from statescan.ops._checks import wants_gradients
 
 __all__ = [
     "GenerateOutput",
@@ -79,10 +80,6 @@ def _common(op: str, **tensors: Tensor | None) -> torch.dtype:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _tracked(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _want_writable(op: str, name: str, state: Tensor) -> None:
@@ -351,7 +348,7 @@ def selective_state_update(
 
     dtype = _common(op, x=x, dt=dt, z=z, B=groups[0], C=groups[1])
     exact = torch.promote_types(_exact(dtype), torch.complex64) if A.is_complex() else _exact(dtype)
-    tracked = _tracked(state, x, dt, A, B, C, D, z, dt_bias)
+    tracked = wants_gradients(state, x, dt, A, B, C, D, z, dt_bias)
     flat = held.reshape(batch, -1, dstate)
     inplace = not tracked and rows is None and state.dtype == exact and state.is_contiguous()
     if tracked:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from statescan.errors import ShapeError
 from statescan.ops import _native
-from statescan.ops._checks import refuse_second_derivative
+from statescan.ops._checks import refuse_second_derivative, wants_gradients
 from statescan.ops._dispatch import Facts
 from statescan.ops.causal_conv1d.validation import compute_dtype
 
@@ -231,7 +231,7 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `statescan.ops.causal_conv1d`; gives (y, final_state)."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, initial_state)):
+    if wants_gradients(x, weight, bias, initial_state):
         return _CausalConv1d.apply(x, weight, bias, initial_state, cu_seqlens, silu)  # pyright: ignore[reportReturnType]
     return torch.ops.statescan.causal_conv1d_cpu(x, weight, bias, initial_state, cu_seqlens, silu)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from statescan.errors import ShapeError
 from statescan.ops import _cuda
-from statescan.ops._checks import refuse_second_derivative
+from statescan.ops._checks import refuse_second_derivative, wants_gradients
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 from statescan.ops.causal_conv1d.validation import compute_dtype
@@ -486,7 +486,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor | None]:
     """See `statescan.ops.causal_conv1d`; gives (y, final_state)."""
     inputs = (x, weight, bias, initial_state)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if wants_gradients(*inputs):
         y, final = _CausalConv1d.apply(*inputs, cu_seqlens, silu, return_final_state)  # type: ignore[misc]
     else:
         y, final = torch.ops.statescan.causal_conv1d_cuda(*inputs, cu_seqlens, silu, return_final_state)
@@ -499,7 +499,7 @@ def causal_conv1d_update(
     """See `statescan.ops.causal_conv1d_update`; where a gradient is to come, a convolution of length 1 from a state."""
     if inplace:
         return torch.ops.statescan.causal_conv1d_cuda_update_inplace(x, state, weight, bias, silu), state
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias)):
+    if wants_gradients(x, state, weight, bias):
         y, new_state = causal_conv1d(x[:, None], weight, bias, silu, state, None, True)
         assert new_state is not None
         return y[:, 0], new_state

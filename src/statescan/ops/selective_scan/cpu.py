@@ -12,6 +12,7 @@ from torch import Tensor
 
 from statescan.errors import BackendUnavailableError, ShapeError
 from statescan.ops import _native
+from statescan.ops._checks import wants_gradients
 from statescan.ops._dispatch import Facts
 
 __all__ = ["refuses", "selective_scan"]
@@ -383,7 +384,7 @@ def selective_scan(
     Without a gradient to come nothing is kept; with one, the state before every 32nd position (16th above 16 states).
     """
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if wants_gradients(*inputs):
         y, final_state = _Scan.apply(
             u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from statescan.errors import ConfigError, ShapeError
 from statescan.ops import _cuda
-from statescan.ops._checks import as_checked, is_checked, refuse_second_derivative
+from statescan.ops._checks import as_checked, is_checked, refuse_second_derivative, wants_gradients
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 
@@ -898,7 +898,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """The scan as described in api.py; its gradients are exact and once differentiable."""
     inputs = (u, dt, A, B, C, D, z, dt_bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state)):
+    if wants_gradients(*inputs, initial_state):
         y, final = _Scan.apply(*inputs, dt_softplus, initial_state, cu_seqlens, batch_invariant, return_final_state)  # type: ignore[misc]
     else:
         y, final, _ = torch.ops.statescan.selective_scan_cuda(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from statescan.ops._checks import assert_cu_seqlens, sequence_of
+from statescan.ops._checks import assert_cu_seqlens, sequence_of, wants_gradients
 from statescan.ops._dispatch import Facts
 
 __all__ = ["CHUNK", "refuses", "selective_scan"]
@@ -173,9 +173,7 @@ def selective_scan(
         nonempty = cu_seqlens[1:] > cu_seqlens[:-1]
         last = cu_seqlens[1:].long() - 1
 
-    needs_grad = torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    )
+    needs_grad = wants_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
     outputs: list[Tensor] = []
     ends_of: list[Tensor] = []
     states_of: list[Tensor] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _native
+from statescan.ops._checks import wants_gradients
 from statescan.ops._dispatch import Facts
 
 __all__ = ["refuses", "selective_state_update"]
@@ -186,7 +187,7 @@ def selective_state_update(
     if inplace:
         return _inplace_op(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus), state
     inputs = (state, u, dt, A, B, C, D, z, dt_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if wants_gradients(*inputs):
         from statescan.ops.selective_scan.cpu import selective_scan
 
         y, new_state = selective_scan(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _cuda
+from statescan.ops._checks import wants_gradients
 from statescan.ops._cuda import i32
 from statescan.ops._dispatch import Facts
 
@@ -192,7 +193,7 @@ def selective_state_update(
         rest = (u, dt, A, B, C, D, z, dt_bias, dt_softplus)
         return torch.ops.statescan.selective_state_update_cuda_inplace(state, *rest), state
     inputs = (state, u, dt, A, B, C, D, z, dt_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if wants_gradients(*inputs):
         from statescan.ops.selective_scan.cuda import selective_scan
 
         y, new_state = selective_scan(
