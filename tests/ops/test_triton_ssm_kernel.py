@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import test_ssm_kernel as kernels
 import torch
-from test_triton import interpreted  # noqa: F401  (its fixture, of every test here too)
 from torch import Tensor
 
 from statescan.errors import BackendUnavailableError
@@ -28,6 +27,7 @@ from statescan.ops.ssm_kernel.decay import Decay
 from statescan.testing import check_registration, derivatives, poisoned_memory, recorded_calls, refusal
 
 NAMES = {"s4d_kernel": "triton", "s4_kernel": "cauchy_triton"}
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def _both(length: int) -> Iterator[tuple[str, Any, kernels.Case]]:
