@@ -11,6 +11,7 @@ compute-sanitizer, or where a backend can't run on this machine, it names what i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -56,6 +57,10 @@ SCANS = {
     "chunks, packed": ScanCase(batch=1, length=600, d_inner=32, d_state=16, cu_seqlens=(0, 5, 5, 300, 600), **EVERY),
     **{name: REAL_CASES[name] for name in ("smallest", "no options", "fixed B and C", "packed, empty ones")},
 }
+IN_TWOS = {  # of the backward's blocks, in the form that models use
+    "whole blocks, cut tile": ScanCase(batch=2, length=77, d_inner=128, d_state=16, **EVERY),
+    "chunks": ScanCase(batch=1, length=600, d_inner=128, d_state=16, **EVERY),
+}
 CONVS = {
     "tiles": ConvCase(length=150, features=136),
     "cut": ConvCase(length=77, features=67),
@@ -88,6 +93,29 @@ def selective_scan(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 differentiate(ops.selective_scan(**problem, return_final_state=True, backend=backend), leaves)
 
             yield f"{name}, {dtype}", run
+    if backend == "cuda":
+        for name, case in IN_TWOS.items():
+
+            def run_in_twos(case: ScanCase = case) -> None:
+                with blocks_in_twos():
+                    problem, leaves = with_gradients(scan_problem(case, torch.bfloat16, device="cuda"))
+                    differentiate(ops.selective_scan(**problem, return_final_state=True, backend="cuda"), leaves)
+
+            yield f"{name}, blocks in twos", run_in_twos
+
+
+@contextlib.contextmanager
+def blocks_in_twos() -> Iterator[None]:
+    """Two blocks of the backward are one, as they are where they fill the chip."""
+    from statescan.ops.selective_scan import cuda as scan
+
+    rule, scan._in_twos = scan._in_twos, lambda blocks, multiprocessors: True
+    scan.plan.cache_clear()
+    try:
+        yield
+    finally:
+        scan._in_twos = rule
+        scan.plan.cache_clear()
 
 
 def selective_state_update(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -142,6 +142,108 @@ def test_two_lanes_a_channel(name: str, dtype: torch.dtype, monkeypatch: pytest.
     hold_to_budget(running(), CASES[name], dtype)
 
 
+# Shapes whose blocks of the backward come in twos, in the form that models use.
+HALVES_CASES = {
+    "one tile": ScanCase(batch=2, length=20, d_inner=128, d_state=16, **EVERY),
+    "whole tiles": ScanCase(batch=2, length=64, d_inner=256, d_state=16, **EVERY),
+    "cut tile": ScanCase(batch=2, length=77, d_inner=128, d_state=16, **EVERY),
+    "six tiles": ScanCase(batch=3, length=161, d_inner=384, d_state=16, z=True),
+    "groups": ScanCase(batch=2, length=70, d_inner=512, d_state=16, B=2, C=1, **EVERY),
+    "d_state 8": ScanCase(batch=2, length=97, d_inner=128, d_state=8, **EVERY),
+    "chunks": ScanCase(batch=1, length=1500, d_inner=128, d_state=16, **EVERY),
+}
+
+
+@pytest.fixture
+def blocks_in_twos(plans_anew: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two blocks of the backward are one wherever that is possible, not only where they fill the chip; in how many
+    halves each launch was."""
+    launched: list[int] = []
+    kernel = _cuda.kernel
+
+    def noted(file: Path, name: str, options: dict[str, int], threads: int, *rest: Any) -> _cuda.Kernel:
+        if name == "scan_backward" and not options["PASS"]:
+            launched.append(options["HALVES"])
+            assert threads == options["HALVES"] * options["NT"]
+        return kernel(file, name, options, threads, *rest)
+
+    monkeypatch.setattr(backend, "_in_twos", lambda blocks, multiprocessors: True)
+    monkeypatch.setattr(_cuda, "kernel", noted)
+    return launched
+
+
+def room_for_halves() -> bool:
+    chip = torch.cuda.get_device_properties(0)
+    return backend.plan(1, 64, 128, 16, 1, 1, False, False, False, *backend._room(chip)).halves
+
+
+@pytest.mark.parametrize("name", HALVES_CASES)
+def test_two_blocks_as_halves_of_one(name: str, blocks_in_twos: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the budget, the same bits every time, and but for the order in which dB and dC are added up, those of
+    blocks by themselves."""
+    if not room_for_halves():
+        pytest.skip("a multiprocessor has no room for two blocks of this form")
+    hold_to_budget(running(), HALVES_CASES[name], torch.bfloat16)
+    problem = scan_problem(HALVES_CASES[name], torch.bfloat16)
+    with poisoned_memory():
+        first = derivatives(running(), problem)
+    for _ in range(5):
+        again = derivatives(running(), problem)
+        for key, value in first.items():
+            assert torch.equal(value, again[key]), key
+    assert set(blocks_in_twos) == {2}
+    monkeypatch.setattr(backend, "_in_twos", lambda blocks, multiprocessors: False)
+    backend.plan.cache_clear()
+    apart = derivatives(running(), problem)
+    assert blocks_in_twos[-1] == 1
+    for key, value in first.items():
+        if key not in ("d B", "d C"):
+            assert torch.equal(value, apart[key]), key
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("blocks_in_twos")
+def test_other_forms_where_blocks_may_be_halves(name: str) -> None:
+    hold_to_budget(running(), CASES[name], torch.bfloat16)
+
+
+def test_halves_write_the_output_again(blocks_in_twos: list[int]) -> None:
+    if not room_for_halves():
+        pytest.skip("a multiprocessor has no room for two blocks of this form")
+    problem = scan_problem(HALVES_CASES["cut tile"], torch.bfloat16)
+    out, _, checkpoints = backend.launch_forward(**problem)
+    y, dy = torch.full_like(out, float("nan")), torch.randn_like(out)
+    with_y = backend.launch_backward(**problem, dy=dy, checkpoints=checkpoints, y=y)
+    without = backend.launch_backward(**problem, dy=dy, checkpoints=checkpoints)
+    assert blocks_in_twos == [2, 2]
+    torch.testing.assert_close(y, out, rtol=2**-7, atol=2**-7)
+    for a, b in zip(with_y, without, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_halves_where_the_chip_is_full() -> None:
+    """Many blocks at once, as models have them, and nothing forced."""
+    if not room_for_halves():
+        pytest.skip("a multiprocessor has no room for two blocks of this form")
+    chip = torch.cuda.get_device_properties(0)
+    count = chip.multi_processor_count
+    case = ScanCase(batch=count, length=100, d_inner=128, d_state=16, **EVERY)
+    sizes = (case.batch, case.length, case.d_inner, case.d_state, 1, count, False, False, False)
+    assert backend.plan(*sizes, *backend._room(chip)).halves
+    problem = scan_problem(case, torch.bfloat16)
+    reference = derivatives(running("torch"), problem)
+    cotangents = random_cotangents({name: reference[name] for name in OUTPUTS}, 1)
+    truth = derivatives(running("torch"), problem, cotangents=cotangents, exact=True)
+    reference = derivatives(running("torch"), problem, cotangents=cotangents)
+    first = derivatives(running(), problem, cotangents=cotangents)
+    for name in truth:
+        assert_within_budget(first[name], truth[name], reference[name], name)
+    for _ in range(3):
+        again = derivatives(running(), problem, cotangents=cotangents)
+        for key, value in first.items():
+            assert torch.equal(value, again[key]), key
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
 @pytest.mark.parametrize("lanes", [2, 4])
 @pytest.mark.usefixtures("plans_anew")

@@ -483,6 +483,38 @@ def test_plan_of_the_backward_on_an_h100(packed: bool) -> None:
     assert (short.chunks_backward, short.chunk_len_backward) == (11, 192)
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "d_inner", "groups", "halves"),
+    [
+        (8, 2048, 2048, 1, True),  # 256 blocks, 264 have room
+        (8, 2048, 4096, 1, True),  # 512: a second round of 248
+        (16, 2048, 1536, 1, False),  # 384: of 120, each alone on a multiprocessor
+        (1, 65536, 2048, 1, True),  # four rounds of 264
+        (4, 2048, 2048, 1, False),  # 128, alone
+        (8, 2048, 2112, 1, False),  # 33 pieces of 64 channels are no twos
+        (8, 2048, 2048, 2, True),
+        (8, 2048, 2048, 32, False),  # a group has one
+    ],
+)
+def test_blocks_of_the_backward_in_twos_on_an_h100(
+    batch: int, length: int, d_inner: int, groups: int, halves: bool
+) -> None:
+    sizes = (batch, length, d_inner, 16, groups, 132, False, False)
+    assert backend.plan(*sizes, False, 113 * 1024, 227 * 1024).halves is halves
+    # not where rows are to be the same in any batch, nor where a block has no more room than two have
+    assert not backend.plan(*sizes, True, 113 * 1024, 227 * 1024).halves
+    assert not backend.plan(*sizes, False, 113 * 1024, 163 * 1024).halves
+
+
+def test_the_form_that_may_come_in_halves() -> None:
+    form = {"IN": 1, "G": 4, "NS": 4, "HT": 8, "PARTS": 4, "TILE": 32, "HASZ": 1, "VEC": 1, "VECB": 1, "VARLEN": 0}
+    form |= {"FIXB": 0, "FIXC": 0}
+    assert backend._tuned(form)
+    for name, other in (("IN", 0), ("IN", 2), ("G", 8), ("NS", 8), ("HT", 4), ("PARTS", 2), ("HASZ", 0), ("VEC", 0),
+                        ("VECB", 0), ("VARLEN", 1), ("FIXB", 1), ("FIXC", 1)):  # fmt: skip
+        assert not backend._tuned({**form, name: other}), name
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("d_state", [1, 8, 16, 64])
 @pytest.mark.parametrize("length", [1, 511, 1024, 2048, 16383, 16384, 65536])

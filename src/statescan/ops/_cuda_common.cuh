@@ -115,10 +115,10 @@ DEV act to_act(real x) {
 #endif
 }
 
-// Every q < count once over the block's NT threads; how often a thread comes by is known when compiling.
+// Every q < count once over NT threads, of which `tid` is this one; how often a thread comes by is known when compiling.
 #define FOR_EACH(q, count)                                                \
   _Pragma("unroll") for (int q##_ = 0; q##_ < ((count) + NT - 1) / NT; q##_++) \
-    if (const int q = threadIdx.x + q##_ * NT; (count) % NT == 0 || q < (count))
+    if (const int q = tid + q##_ * NT; (count) % NT == 0 || q < (count))
 
 // Four numbers that move as one (16 bytes in float32).
 struct alignas(16) Four { real v[4]; };

@@ -30,6 +30,7 @@ _IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _SHARED_BYTES = 48 * 1024  # what a block has without asking
 _SHARED_LIMIT = 99 * 1024  # what it can ask for on every architecture from 8.0 on
 _SHARED_HALF = 113 * 1024  # what each of two blocks can have on a multiprocessor of an H100
+_SHARED_WHOLE = 227 * 1024  # what one alone can have there
 
 
 def refuses(facts: Facts) -> str | None:
@@ -67,6 +68,7 @@ class Plan:
         chunk_len_forward, chunk_len_backward: steps of each.
         pieces_forward: in how many pieces the forward's first pass, which finds the states that chunks begin with, cuts
             a chunk.
+        halves: whether two blocks of the backward may be one, whose halves leave one partial of dB and dC.
     """
 
     lanes: int
@@ -87,6 +89,7 @@ class Plan:
     chunk_len_forward: int
     chunk_len_backward: int
     pieces_forward: int
+    halves: bool
 
 
 _NT_FORWARD, _NT_BACKWARD, _NT_SUMS, _NT_MARKS = 256, 256, 256, 256  # threads a block
@@ -97,6 +100,7 @@ _LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
 _BLOCKS_FOR_TWO_LANES, _LENGTH_FOR_TWO_LANES = 3, 16384
 _RESIDENT_ENDS = 4  # the same of the backward's pass that finds what leaves a chunk
 _BASES = 17 * 3 * 8 + 16  # bytes of the addresses that a block of the backward keeps, and room for their alignment
+_RING = 2 * 16  # bytes a thread of the sums that one half of a block hands to the other
 _HISTORY = (8, 4, 2)  # steps whose states the backward keeps in registers, the most that fit
 
 
@@ -126,6 +130,12 @@ def _chunks(blocks: int | None, wanted: int, length: int, tile: int) -> tuple[in
     return math.ceil(length / each), each
 
 
+def _in_twos(blocks: int, multiprocessors: int) -> bool:
+    """Whether the last round of the backward's blocks leaves no multiprocessor with one alone, or not many: two in one
+    are never that."""
+    return (blocks - 1) % (_RESIDENT_BACKWARD * multiprocessors) >= multiprocessors
+
+
 @functools.lru_cache(maxsize=256)
 def plan(
     batch: int,
@@ -138,10 +148,11 @@ def plan(
     packed: bool,
     batch_invariant: bool = False,
     shared_limit: int = _SHARED_LIMIT,
+    shared_whole: int = 0,
 ) -> Plan:
     """Cuts a call of this shape for a chip with this many multiprocessors; `wide`: float64 arithmetic;
-    `packed`: with cu_seqlens; `batch_invariant`: without a look at the batch; `shared_limit`: bytes of shared memory
-    that a block of the backward may have."""
+    `packed`: with cu_seqlens; `batch_invariant`: without a look at the batch; `shared_limit`, `shared_whole`: bytes of
+    shared memory that a block of the backward may have beside another one, and alone."""
     lanes = max(4, min(32, 1 << math.ceil(math.log2(max(1, math.ceil(d_state / 4))))))
     states = 4 if d_state <= 128 else 8
     group_channels = d_inner // groups
@@ -188,6 +199,12 @@ def plan(
     backward = _chunks(backward_blocks, _RESIDENT_BACKWARD * multiprocessors, length, tile)
     if not batch_invariant and backward[0] > 1 and backward[1] >= _LONG_CHUNK:
         backward = _chunks(backward_blocks, _ROUNDS * _RESIDENT_BACKWARD * multiprocessors, length, tile)
+    halves = (
+        backward_blocks is not None
+        and group_channels // channels_backward % 2 == 0
+        and _in_twos(backward_blocks * backward[0], multiprocessors)
+        and 2 * shared(threads, tile, history, parts) + _RING * threads <= shared_whole
+    )
     return Plan(
         lanes,
         states,
@@ -207,6 +224,7 @@ def plan(
         forward[1],
         backward[1],
         pieces_forward,
+        halves,
     )
 
 
@@ -233,14 +251,14 @@ def describe(
             raise ConfigError(f"explain: {name} must be at least 1, got {size}; give the sizes of the call")
     if d_inner % groups:
         raise ConfigError(f"explain: groups must divide d_inner = {d_inner}, got {groups}; give the sizes of the call")
-    room = _SHARED_HALF
+    room = _SHARED_HALF, _SHARED_WHOLE
     if multiprocessors is None:
         if not torch.cuda.is_available():
             raise ConfigError("explain: torch sees no CUDA device to ask; give multiprocessors, e.g. 132 for an H100")
         chip = torch.cuda.get_device_properties(torch.cuda.current_device())
         multiprocessors, room = int(chip.multi_processor_count), _room(chip)
     wide = facts.dtype == torch.float64
-    p = plan(batch, length, d_inner, facts.d_state, groups, multiprocessors, wide, packed, facts.batch_invariant, room)
+    p = plan(batch, length, d_inner, facts.d_state, groups, multiprocessors, wide, packed, facts.batch_invariant, *room)
     lines = []
     for name, lanes, states, threads, channels, chunks, steps, pieces in (
         ("forward", p.lanes_forward, p.states_forward, p.threads_forward, p.channels_forward,
@@ -268,13 +286,16 @@ def describe(
             f"states a lane); {cut}: {why}"
         )
     lines.append(f"checkpoints every {p.tile} steps; backward: {p.shared} bytes of shared memory a block")
+    if p.halves and facts.dtype == torch.bfloat16 and facts.d_state % 8 == 0 and not packed:
+        lines.append("with z, B and C of every step and aligned inputs two blocks of the backward are one")
     return "; ".join(lines)
 
 
-def _room(chip: Any) -> int:
+def _room(chip: Any) -> tuple[int, int]:
     """Shared memory that a block of the backward may have so that two of them fit a multiprocessor, where that is more
-    than every chip gives; a block takes 1 KiB for itself."""
-    return max(_SHARED_LIMIT, chip.shared_memory_per_multiprocessor // 2 - 1024)
+    than every chip gives, and what one alone may have; a block takes 1 KiB for itself."""
+    whole = chip.shared_memory_per_multiprocessor
+    return max(_SHARED_LIMIT, whole // 2 - 1024), whole - 1024
 
 
 def _rows(x: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -451,7 +472,7 @@ def _prepare(
     chip = torch.cuda.get_device_properties(u.device)
     wide, packed = real == torch.float64, cu_seqlens is not None
     count = chip.multi_processor_count
-    cut = plan(batch, length, d_inner, A.shape[1], groups, count, wide, packed, batch_invariant, _room(chip))
+    cut = plan(batch, length, d_inner, A.shape[1], groups, count, wide, packed, batch_invariant, *_room(chip))
 
     def of(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(real).contiguous()
@@ -551,13 +572,25 @@ def _backward_options(c: _Call, part: int, *beside: Tensor | None, again: bool =
     resident = _RESIDENT_ENDS if part == 1 and p.lanes == 4 else _RESIDENT_BACKWARD
     resident = 1 if c.real == torch.float64 else resident  # a double takes two registers
     sizes = {"TILE": p.tile, "HT": p.history, "PARTS": p.parts, "NT": p.threads_backward, "MINB": resident}
-    return c.options(PASS=part, HASY=int(again), **sizes, **c.wide_access(p.channels_backward, *beside))
+    options = c.options(PASS=part, HASY=int(again), **sizes, **c.wide_access(p.channels_backward, *beside))
+    return options | {"HALVES": 2 if part == 0 and p.halves and _tuned(options) else 1}
 
 
-def _backward_kernel(c: _Call, part: int, *beside: Tensor | None, again: bool = False) -> _cuda.Kernel:
-    options, p = _backward_options(c, part, *beside, again=again), c.plan
-    shared = p.shared if part == 0 else p.shared_ends
-    return _cuda.kernel(_BACKWARD, "scan_backward", options, p.threads_backward, c.u.device.index or 0, shared)
+def _tuned(options: dict[str, int]) -> bool:
+    """Whether this is the form that models use, which scan_backward.cu has in an order of its own (TUNED there), all of
+    its accesses wide and all of a tile's partial sums at once."""
+    o = options
+    fits = o["G"] == o["NS"] == 4 and o["HT"] == 8 and o["PARTS"] * o["HT"] >= o["TILE"]
+    return bool(o["IN"] == 1 and o["HASZ"] and o["VEC"] and o["VECB"] and fits) and not (
+        o["VARLEN"] or o["FIXB"] or o["FIXC"]
+    )
+
+
+def _backward_kernel(c: _Call, options: dict[str, int]) -> _cuda.Kernel:
+    p, halves = c.plan, options["HALVES"]
+    threads, shared = halves * p.threads_backward, p.shared_ends if options["PASS"] else p.shared
+    shared = shared if halves == 1 else 2 * shared + _RING * p.threads_backward
+    return _cuda.kernel(_BACKWARD, "scan_backward", options, threads, c.u.device.index or 0, shared)
 
 
 def _backward(
@@ -583,12 +616,15 @@ def _backward(
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     gu, gdt = _place(du, c.u, "du"), _place(ddt, c.u, "ddt")
     chunks = p.chunks_backward
-    grid, per_group = c.grid(p.channels_backward, chunks)
 
     def real(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=c.real, device=device)
 
     gz = _place(dz, c.u, "dz") if c.z is not None else real(0)
+    beside = (dy, gu, gdt, gz if c.z is not None else None, y)
+    # What leaves a chunk, where there are several (PASS 1), and the gradients.
+    ends_options, options = (_backward_options(c, part, *beside, again=y is not None) for part in (1, 0))
+    grid, _ = c.grid(p.channels_backward * options["HALVES"], chunks)
     gA = real(batch, chunks, d_inner, n)
     gB = real(batch, chunks, d_inner, n) if c.fixed_B else real(grid[0], batch, length, n)
     gC = real(batch, chunks, d_inner, n) if c.fixed_C else real(grid[0], batch, length, n)
@@ -606,12 +642,11 @@ def _backward(
     if chunks > 1:
         states, sums = _states(c, chunks)
 
-    beside = (dy, gu, gdt, gz if c.z is not None else None, y)
-
-    def launch(part: int) -> None:
-        run = _backward_kernel(c, part, *beside, again=y is not None)
+    def launch(options: dict[str, int]) -> None:
+        grid, per_group = c.grid(p.channels_backward * options["HALVES"], chunks)
+        run = _backward_kernel(c, options)
         run(
-            (*grid[:2], chunks - part),  # what leaves the first chunk nobody asks
+            (*grid[:2], chunks - options["PASS"]),  # what leaves the first chunk nobody asks
             *c.inputs(),
             *_rows(dy),
             dfinal,
@@ -633,13 +668,12 @@ def _backward(
         )
 
     if states is not None and sums is not None:
-        launch(1)
-        options = _backward_options(c, 1, *beside, again=y is not None)
-        combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", options, 128, device.index or 0)
+        launch(ends_options)
+        combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", ends_options, 128, device.index or 0)
         last = None if c.varlen else dfinal
         sizes = (i32(d_inner), i32(chunks))
         combine((math.ceil(d_inner * n / 128), batch, 1), states, sums, c.A, last, *sizes)
-    launch(0)
+    launch(options)
 
     # One launch adds up everything that blocks and chunks left apart.
     dA, dD, dbias = real(d_inner, n), real(d_inner if c.D is not None else 0), real(0 if c.bias is None else d_inner)
@@ -653,7 +687,6 @@ def _backward(
         ends.append(0 if fixed else math.ceil(out.numel() / (_NT_SUMS * (4 if n % 4 == 0 else 1))))
     ends.append(math.ceil(d_inner * n / (_NT_SUMS * (4 if n % 4 == 0 else 1))))
     ends += [math.ceil(d_inner / _NT_SUMS)] * 2
-    options = _backward_options(c, 0, *beside, again=y is not None)
     add = _cuda.kernel(_BACKWARD, "scan_sums", options, _NT_SUMS, device.index or 0)
     add(
         (sum(ends), 1, 1),

@@ -17,8 +17,11 @@
 #ifndef NT
 #define NT 256
 #endif
+#ifndef HALVES
+#define HALVES 1  // 2: a block is two of NT threads with channels, shared memory and barriers of their own; see Ring
+#endif
 #ifndef MINB
-#define MINB 2
+#define MINB 2  // blocks of NT threads that a multiprocessor holds
 #endif
 #ifndef TILE
 #define TILE 32
@@ -87,6 +90,9 @@ typedef i64 offset;
 // time hangs on the order in which the compiler finds the statements: of some 2,100 orders with the same results that were
 // timed on an H200, these were the fastest, 2 to 3 % below the plain one. The other forms were not timed in them and keep it.
 #define TUNED (PIPE && AHEAD && HASZ && !FIXB && !FIXC)
+#if HALVES == 2 && !(TUNED && VEC && PASS == 0 && PARTS >= NSUB)
+#error "halves are for the form that models use"
+#endif
 
 // A channel at a step. dv: dt; du: dt*u, afterwards the sum over states of adjoint * B; dy: gradient before the gate,
 // afterwards the sum of adjoint * decay * h * A; y: the output before D and the gate.
@@ -135,6 +141,14 @@ struct Shared {
 #endif
 };
 
+// Two halves of a block leave one partial of dB and dC: the second one's sums of a tile go to the first, which adds them to
+// its own. There is room for two tiles, so that the second may be ahead by as much; it waits for room where its threads
+// meet anyway. The first one waits for its sums last of all. Otherwise the halves walk apart, as two blocks would.
+struct Ring { Four sums[2][NT]; };
+enum { OWN = 1, FULL = 3, EMPTY = 5 };  // named barriers: each half's own, each tile's of the ring
+DEV void meet(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+DEV void pass(int barrier) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(2 * NT) : "memory"); }
+
 #if TENSOR
 // Two neighbouring rows of a product's second factor.
 DEV u32 bf16_pair(float low, float high) {
@@ -167,7 +181,7 @@ DEV void store8_once(act* p, const Pack8& r, int n, bool vec) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
+extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_backward(
     const act* __restrict__ u, i64 u_b, i64 u_l, const act* __restrict__ dt, i64 dt_b, i64 dt_l,
     const act* __restrict__ z, i64 z_b, i64 z_l, const act* __restrict__ Bm, i64 B_b, i64 B_l, i64 B_g,
     const act* __restrict__ Cm, i64 C_b, i64 C_l, i64 C_g, const real* __restrict__ A, const real* __restrict__ Bfix,
@@ -179,12 +193,20 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     real* __restrict__ chunk_state, real* __restrict__ chunk_dt, int L, int d_inner, int group_channels,
     int blocks_per_group, int chunk_len, int chunks) {
   extern __shared__ __align__(16) unsigned char raw_shared[];
-  Shared& S = *reinterpret_cast<Shared*>(raw_shared);
-#if PASS == 0
-  __builtin_assume(threadIdx.x < NT);  // fewer instructions and no spills; in PASS 1 it is more of them
+#if HALVES == 2
+  const int half = __shfl_sync(~0u, int(threadIdx.x) / NT, 0);  // the same for a warp: the compiler keeps it apart
+  Ring& ring = *reinterpret_cast<Ring*>(raw_shared + 2 * sizeof(Shared));
+  auto meet_own = [&]() { meet(OWN + half, NT); };
+#else
+  constexpr int half = 0;
+  auto meet_own = [&]() { __syncthreads(); };
 #endif
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane / CPW, ch = warp * CPW + lane % CPW, at = place(ch);
-  const int grp = blockIdx.x / blocks_per_group, first = (blockIdx.x % blocks_per_group) * CB;
+  Shared& S = reinterpret_cast<Shared*>(raw_shared)[half];
+#if PASS == 0
+  __builtin_assume(threadIdx.x < HALVES * NT);  // fewer instructions and no spills; in PASS 1 it is more of them
+#endif
+  const int tid = HALVES == 2 ? threadIdx.x % NT : threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane / CPW, ch = warp * CPW + lane % CPW, at = place(ch);
+  const int grp = blockIdx.x / blocks_per_group, first = ((blockIdx.x % blocks_per_group) * HALVES + half) * CB;
   const int c0 = grp * group_channels + first, width = VEC ? CB : min(CB, group_channels - first);
   const int c = c0 + ch;
   const bool live = VEC || ch < width;
@@ -206,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
   for (int i = 0; i < NQ; i++) S.sumA[0][i][tid] = S.sumA[1][i][tid] = Four{};
 #endif
-  __syncthreads();
+  meet_own();
 
   real a[NS], carry[NS];
 #if FIXB
@@ -283,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     S.apart[STATE] = states * real_;
 #endif
   }
-  __syncthreads();
+  meet_own();
 #if TENSOR && PASS == 0
   const Four ones = S.ones[lane >> 2 & 3];  // read from memory, or the compiler would make it anew for every product
 #endif
@@ -387,6 +409,23 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     next_h = fetch_state();
 #endif
   };
+#if HALVES == 2
+  if (!half) pass(EMPTY), pass(EMPTY + 1);
+  // Adds the other half's sums to `mine`; whether they are this one's to write.
+  auto join = [&](Four& mine, u32 q) {
+    if (half) {
+      ring.sums[now][q] = mine;
+      pass(FULL + now);
+      return false;
+    }
+    meet(FULL + now, 2 * NT);
+    const Four other = ring.sums[now][q];
+    pass(EMPTY + now);
+#pragma unroll
+    for (int m = 0; m < 4; m++) mine.v[m] += other.v[m];
+    return true;
+  };
+#endif
 #if PASS == 0
   // A sub-chunk's dB and dC, of the tile from t0 on: the warps' sums, in order. `every`: those of all sub-chunks at once.
   auto reduce = [&](int j, bool every, int t0) {
@@ -414,6 +453,9 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
 #pragma unroll
         for (int m = 0; m < 4; m++) total.v[m] += f.v[m];
       }
+#if HALVES == 2
+      if (!join(total, q)) continue;
+#endif
       const u32 at_ = (row * N + n) * sizeof(real);
       real *to_c = global<real>(S.base[now][SUMS_C], at_), *to_b = global<real>(S.base[now][SUMS_C + 1], at_);
       if (t < t_end && n < N) {
@@ -516,7 +558,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
   for (int t0 = t_last; t0 >= t_begin; t0 -= TILE) {
     const int steps = min(TILE, t_end - t0);
     now ^= 1;
-    __syncthreads();
+    meet_own();
 
     if (PASS == 1 || !TUNED) advance(t0);
 #if PASS == 1
@@ -826,7 +868,11 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
         S.sumA[0][m][tid] = total;
         S.sumA[1][m][tid] = lost;
       }
+#if HALVES == 2
+    meet(half ? EMPTY + now : OWN, half ? 2 * NT : NT);  // and the ring has room
+#else
     __syncthreads();
+#endif
     {
       const u32 me = opaque(tid), row = me / PER, piece = me % PER, first = first_slot(row, piece);
       const int n = int(row) < steps ? count : 0;
@@ -885,7 +931,7 @@ extern "C" __global__ void __launch_bounds__(NT, MINB) scan_backward(
     reduce(0, PARTS >= NSUB, t0);  // 0.5 % faster than before the results; a walk overwrites these sums after the barrier
 #endif
   }
-  __syncthreads();
+  meet_own();
 #pragma unroll
   for (int n = 0; n < NS; n++) {
     const int s = g * NS + n;
