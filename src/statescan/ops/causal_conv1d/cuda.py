@@ -31,10 +31,11 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 _THREADS = 128
 _MOST_TAPS = 16  # that a thread keeps in registers
 _LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
-# Measured on an H100 (docs/performance.md): bytes of channels a thread, positions a thread walks, positions fetched at
-# once, whether while the ones before are worked on, blocks a multiprocessor; runs are cut shorter until there are so
-# many blocks for each multiprocessor.
+# Measured on an H100, the second on an H200 (docs/performance.md): bytes of channels a thread, positions a thread walks,
+# positions fetched at once, whether while the ones before are worked on, blocks a multiprocessor; runs are cut shorter
+# until there are so many blocks for each multiprocessor.
 _FORWARD = (8, 16, 8, 0, 6, 2)
+_FORWARD_16_BITS = (8, 32, 16, 1, 4, 2)  # of four taps
 _BACKWARD = (8, 128, 4, 1, 4, 2)
 _ALL = ("SILU", "VARLEN", "HASI", "HASF", "WT", "BT")
 _PLAIN_RUN = 64  # positions of one partial sum where there are more taps than registers
@@ -146,6 +147,7 @@ class _Call:
 
         while run > 8 and count(run)[0] < fill * self.processors:
             run //= 2
+        ahead = min(ahead, run)
         taps = {
             "TAPS": self.width,
             "CH": channels,
@@ -208,7 +210,8 @@ def launch_forward(
                 *(*call.inputs(), *_rows(y), *call.sizes(), *more),
             )
         else:
-            macros, blocks, _ = call.cut(1, _FORWARD, y)
+            settings = _FORWARD_16_BITS if call.width == 4 and x.element_size() == 2 else _FORWARD
+            macros, blocks, _ = call.cut(1, settings, y)
             call.run("conv_forward", macros, blocks, *call.inputs(), *_rows(y), *call.sizes())
     return y
 

@@ -87,8 +87,9 @@ typedef i64 offset;
 #define TILES_A 4  // tiles whose dA is added up before it goes to the sum over time
 #define AHEAD (VECB && 2 * PIECES <= NT)  // B and C, too, are asked for ahead
 // The form that models use: bfloat16, a gate, B and C that change with time. A thread's registers are all taken, so that its
-// time hangs on the order in which the compiler finds the statements: of some 2,100 orders with the same results that were
-// timed on an H200, these were the fastest, 2 to 3 % below the plain one. The other forms were not timed in them and keep it.
+// time hangs on the order in which the compiler finds the statements: of thousands of orders with the same results that were
+// timed on H200s, these were the fastest, for blocks of two halves 3 % below those for blocks by themselves. The other forms
+// were not timed in them and keep a plain one.
 #define TUNED (PIPE && AHEAD && HASZ && !FIXB && !FIXC)
 #if HALVES == 2 && !(TUNED && VEC && PASS == 0 && PARTS >= NSUB)
 #error "halves are for the form that models use"
@@ -119,6 +120,14 @@ template <class T> DEV T* global(Address base, i64 bytes) {
   char* p = reinterpret_cast<char*>(base) + bytes;
   __builtin_assume(__isGlobal(p));
   return reinterpret_cast<T*>(p);
+}
+template <int I> struct Number { static constexpr int value = I; };
+// f of every number from FIRST to END - 1, each known when it is compiled.
+template <int FIRST, int END, class F> DEV void each(const F& f) {
+  if constexpr (FIRST < END) {
+    f(Number<FIRST>());
+    each<FIRST + 1, END>(f);
+  }
 }
 // One block's shared memory; the host computes its size (plan in cuda.py).
 struct Shared {
@@ -205,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
 #if PASS == 0
   __builtin_assume(threadIdx.x < HALVES * NT);  // fewer instructions and no spills; in PASS 1 it is more of them
 #endif
-  const int tid = HALVES == 2 ? threadIdx.x % NT : threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane / CPW, ch = warp * CPW + lane % CPW, at = place(ch);
+  const int tid = HALVES == 2 ? threadIdx.x % NT : threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane / CPW, ch = warp * CPW + lane % CPW, at = TUNED ? int(opaque(place(ch))) : place(ch);
   const int grp = blockIdx.x / blocks_per_group, first = ((blockIdx.x % blocks_per_group) * HALVES + half) * CB;
   const int c0 = grp * group_channels + first, width = VEC ? CB : min(CB, group_channels - first);
   const int c = c0 + ch;
@@ -333,10 +342,17 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
         const act* q = global<const act>(p[k], (t * offset(stride) + s0) * offset(sizeof(act)));
         return from == NOW ? load8_last(q, n, VEC) : load8(q, n, VEC);
       };
-      if (PASS == 0) r.u = load(0, u_l);
-      r.dt = load(1, dt_l);
-      r.dout = load(2, o_l);
-      if (HASZ) r.z = load(3, z_l);
+      if (HALVES == 2 && from == NEXT) {  // the order found
+        r.z = load(3, z_l);
+        r.dout = load(2, o_l);
+        r.dt = load(1, dt_l);
+        r.u = load(0, u_l);
+      } else {
+        if (PASS == 0) r.u = load(0, u_l);
+        r.dt = load(1, dt_l);
+        r.dout = load(2, o_l);
+        if (HASZ) r.z = load(3, z_l);
+      }
     }
     return r;
   };
@@ -411,20 +427,6 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
   };
 #if HALVES == 2
   if (!half) pass(EMPTY), pass(EMPTY + 1);
-  // Adds the other half's sums to `mine`; whether they are this one's to write.
-  auto join = [&](Four& mine, u32 q) {
-    if (half) {
-      ring.sums[now][q] = mine;
-      pass(FULL + now);
-      return false;
-    }
-    meet(FULL + now, 2 * NT);
-    const Four other = ring.sums[now][q];
-    pass(EMPTY + now);
-#pragma unroll
-    for (int m = 0; m < 4; m++) mine.v[m] += other.v[m];
-    return true;
-  };
 #endif
 #if PASS == 0
   // A sub-chunk's dB and dC, of the tile from t0 on: the warps' sums, in order. `every`: those of all sub-chunks at once.
@@ -446,6 +448,8 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
 #if TENSOR
       // Four numbers of a warp: dC and dB of a step, dC and dB two steps later.
       const int k = every ? q / pieces : j, n = q % NP, row = k * HT + q % pieces / 32 * 4 + q % 32 / NP, t = t0 + row;
+      const u32 at_ = (row * N + n) * sizeof(real);
+      real *to_c = global<real>(S.base[now][SUMS_C], at_), *to_b = global<real>(S.base[now][SUMS_C + 1], at_);
       Four total{};
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
@@ -454,10 +458,17 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
         for (int m = 0; m < 4; m++) total.v[m] += f.v[m];
       }
 #if HALVES == 2
-      if (!join(total, q)) continue;
+      if (half) {
+        ring.sums[now][q] = total;
+        pass(FULL + now);
+        continue;
+      }
+      meet(FULL + now, 2 * NT);
+      const Four other = ring.sums[now][q];
+      pass(EMPTY + now);
+#pragma unroll
+      for (int m = 0; m < 4; m++) total.v[m] += other.v[m];
 #endif
-      const u32 at_ = (row * N + n) * sizeof(real);
-      real *to_c = global<real>(S.base[now][SUMS_C], at_), *to_b = global<real>(S.base[now][SUMS_C + 1], at_);
       if (t < t_end && n < N) {
         if (!FIXC) *to_c = total.v[0];
         if (!FIXB) *to_b = total.v[1];
@@ -499,23 +510,25 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
       const u32 me = opaque(tid), row = me / PER, piece = me % PER, first = first_slot(row, piece);
       const int n = whole || int(row) < steps ? count : 0;
       if (n > 0) {
+        constexpr int some = HALVES == 2 ? 8 : 4;  // at a time, so that their chains of instructions interleave
 #pragma unroll
-        for (int quad = 0; quad < 8; quad += 4) {  // four at a time, so that their chains of instructions interleave
-          const Four shift = *reinterpret_cast<const Four*>(&S.sbias[apart(piece * 8 + quad)]);
-          Slot f[4];
+        for (int from = 0; from < 8; from += some) {
+          Slot f[some];
+          Four shift[some / 4];
 #pragma unroll
-          for (int m = 0; m < 4; m++) {
-            const int j = quad + m;
-            f[m].dv = part(next.dt, j) + shift.v[m];
+          for (int q = 0; q < some / 4; q++) shift[q] = *reinterpret_cast<const Four*>(&S.sbias[apart(piece * 8 + from + 4 * q)]);
+#pragma unroll
+          for (int m = 0; m < some; m++) {
+            const int j = from + m;
+            f[m].dv = part(next.dt, j) + shift[m / 4].v[m % 4];
             if (SOFTPLUS) f[m].dv = softplus(f[m].dv);
             if (!VEC && j >= n) f[m].dv = real(0);
-            f[m].dy = part(next.dout, j);
-            if (HASZ) f[m].dy *= silu(part(next.z, j));
+            f[m].dy = HASZ ? part(next.dout, j) * silu(part(next.z, j)) : part(next.dout, j);
             f[m].du = PASS == 0 ? f[m].dv * part(next.u, j) : f[m].dy;  // the chunk's end asks for no du
             f[m].y = real(0);
           }
 #pragma unroll
-          for (int m = 0; m < 4; m++) SLOT(first, quad + m) = f[m];
+          for (int m = 0; m < some; m++) SLOT(first, from + m) = f[m];
         }
       } else {  // a step of length zero
 #pragma unroll
@@ -690,8 +703,86 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
           if (r == 1) again = fetch(NOW, t0);
 #endif
         }
-        if (!TUNED && ahead) recompute(*ahead, j - 1, HT - 1 - r);
         const int s = j * HT + r;
+        real v[2 * NS];
+#if TENSOR
+        auto add_channels = [&](int k) {  // dC, dB
+          float d[4];
+          row_sums(d, ones, bf16_pair(v[NS * k], v[NS * k + 1]), bf16_pair(v[NS * k + 2], v[NS * k + 3]));
+          // Lanes have all four steps of a round: the lower half keeps the even ones, the upper one the odd ones.
+          const float total = r % 4 < 2 ? d[0] + d[1] : d[2] + d[3];
+          float& to = sums[r / 4 % ROUNDS][k][r % 4 / 2];
+          to = r % 2 || !(lane & 16) ? total : to;
+        };
+        auto store_channels = [&]() {
+          if (r % 4) return;
+          const auto& x = sums[r / 4 % ROUNDS];
+          *reinterpret_cast<Four*>(&part[r][0][0] + 4 * ((lane & 16) + 4 * (lane & 3) + (lane >> 2 & 3))) =
+              Four{x[0][0], x[1][0], x[0][1], x[1][1]};
+        };
+#endif
+#if TUNED
+        Slot f;
+        Row fb, fc;
+        real gg[NS], q[NS];
+        auto read = [&]() { f = S.slots[s][at], fb = states_of(S.sb[s]), fc = states_of(S.sc[s]); };
+        auto recompute_one = [&]() { if (ahead) recompute(*ahead, j - 1, HT - 1 - r); };
+        auto state = [&](auto number, int n) {  // of nine statements this one, for state n
+          constexpr int k = number.value;
+          if constexpr (k == 0) gg[n] = fma_(f.dy, fc.v[n], carry[n]);
+          if constexpr (k == 1) carry[n] = kept_e[r][n] * gg[n];
+          if constexpr (k == 2) q[n] = carry[n] * hist[r][n];  // not h - dt u B, which cancels where dt is large
+          if constexpr (k == 3) sum[0][r % R] = n ? fma_(hist[r + 1][n], fc.v[n], sum[0][r % R]) : hist[r + 1][n] * fc.v[n];
+          if constexpr (k == 4) sum[1][r % R] = n ? fma_(gg[n], fb.v[n], sum[1][r % R]) : gg[n] * fb.v[n];
+          if constexpr (k == 5) sum[2][r % R] = n ? fma_(q[n], a[n], sum[2][r % R]) : q[n] * a[n];
+          if constexpr (k == 6) gA_[n] = fma_(q[n], f.dv, gA_[n]);
+          if constexpr (k == 7) v[n] = f.dy * hist[r + 1][n];
+          if constexpr (k == 8) v[NS + n] = gg[n] * f.du;
+        };
+        auto add_states = [&]() {  // lane g ends with step s + g % R
+          if (r % R) return;
+#pragma unroll
+          for (int k = 0; k < 3; k++)
+            late[r / R][k] = meet(meet(sum[k][0], sum[k][1], b0, CPW), meet(sum[k][2], sum[k][3], b0, CPW), b1, 2 * CPW);
+        };
+        // Reads don't move from one pair of steps into the next.
+        auto fence = [&]() { if (r % 2 == 0) asm volatile("" ::: "memory"); };
+        if (HALVES == 1) {
+          read();
+          recompute_one();  // after this step's own reads, which are needed first
+          each<0, 9 * NS>([&](auto i) { state(Number<i.value % 9>(), i.value / 9); });  // one state after the other
+          add_channels(0);
+          add_channels(1);
+          store_channels();
+          add_states();
+          fence();
+        } else if (r != 2) {
+          recompute_one();
+          read();
+          each<0, (9 + NS - 1) * NS>([&](auto i) {  // each state a statement behind the one before
+            constexpr int n = i.value % NS, k = i.value / NS - n;
+            if constexpr (k >= 0 && k < 9) state(Number<k>(), n);
+          });
+          add_channels(0);
+          add_channels(1);
+          store_channels();
+          add_states();
+          fence();
+        } else {
+          read();
+          recompute_one();
+          each<0, 9 * NS>([&](auto i) {
+            if constexpr (i.value % 9 != 7) state(Number<i.value % 9>(), i.value / 9);
+          });
+          add_channels(1);
+          state(Number<7>(), 0);
+          fence();
+#pragma unroll
+          for (int n = 1; n < NS; n++) state(Number<7>(), n);
+          add_channels(0);
+        }
+#else
+        if (ahead) recompute(*ahead, j - 1, HT - 1 - r);
 #if VARLEN
         if (S.end[s] && dfinal)
 #pragma unroll
@@ -705,25 +796,16 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
 #if !FIXC
         const Row fc = states_of(S.sc[s]);
 #endif
-        if (TUNED && ahead) recompute(*ahead, j - 1, HT - 1 - r);  // after this step's own reads, which are needed first
-        real v[2 * NS];
-#if TUNED  // in arrays over the states, as they were timed
-        real gg_[NS], q_[NS];
-#define OF_STATE(x) const real& x = x##_[n]
-#else
-#define OF_STATE(x) const real x
-#endif
 #pragma unroll
         for (int n = 0; n < NS; n++) {
-          const real hh = hist[r + 1][n];
-          OF_STATE(gg) = fma_(f.dy, CVAL(n), carry[n]);
+          const real hh = hist[r + 1][n], gg = fma_(f.dy, CVAL(n), carry[n]);
           real before = hist[r][n];
 #if VARLEN
           if (S.start[s]) before = (init && live && g * NS + n < N) ? init[((i64)(S.start[s] - 1) * d_inner + c) * N + g * NS + n] : real(0);
 #endif
           carry[n] = kept_e[r][n] * gg;
           // Decay times the previous state, not h - dt u B, which cancels where dt is large.
-          OF_STATE(q) = carry[n] * before;
+          const real q = carry[n] * before;
           if (HASZ) sum[0][r % R] = n ? fma_(hh, CVAL(n), sum[0][r % R]) : hh * CVAL(n);
           sum[1][r % R] = n ? fma_(gg, BVAL(n), sum[1][r % R]) : gg * BVAL(n);
           sum[2][r % R] = n ? fma_(q, a[n], sum[2][r % R]) : q * a[n];
@@ -749,20 +831,9 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
           }
 #endif
 #if TENSOR
-#pragma unroll
-        for (int k = 0; k < 2; k++) {  // dC, dB
-          float d[4];
-          row_sums(d, ones, bf16_pair(v[NS * k], v[NS * k + 1]), bf16_pair(v[NS * k + 2], v[NS * k + 3]));
-          // Lanes have all four steps of a round: the lower half keeps the even ones, the upper one the odd ones.
-          const float total = r % 4 < 2 ? d[0] + d[1] : d[2] + d[3];
-          float& to = sums[r / 4 % ROUNDS][k][r % 4 / 2];
-          to = r % 2 || !(lane & 16) ? total : to;
-        }
-        if (r % 4 == 0) {
-          const auto& x = sums[r / 4 % ROUNDS];
-          *reinterpret_cast<Four*>(&part[r][0][0] + 4 * ((lane & 16) + 4 * (lane & 3) + (lane >> 2 & 3))) =
-              Four{x[0][0], x[1][0], x[0][1], x[1][1]};
-        }
+        add_channels(0);
+        add_channels(1);
+        store_channels();
 #else
         if (!FIXB || !FIXC) {
           constexpr int left = 2 * NS / CPW;  // values that a lane ends with
@@ -784,12 +855,9 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
 #endif
         if (r % R == 0) {
           // Butterfly over the lanes of a channel: lane g ends with step s + g % R.
+          const bool b0 = g & 1, b1 = g & 2;
 #pragma unroll
           for (int k = HASZ ? 0 : 1; k < 3; k++) {
-#if TUNED
-            sum[k][0] = meet(meet(sum[k][0], sum[k][1], b0, CPW), meet(sum[k][2], sum[k][3], b0, CPW), b1, 2 * CPW);
-#else
-            const bool b0 = g & 1, b1 = g & 2;
             real t_;
             if (R == 4) {
               real x = b0 ? sum[k][1] : sum[k][0], y_ = b0 ? sum[k][3 % R] : sum[k][2 % R];
@@ -801,18 +869,14 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
             }
 #pragma unroll
             for (int m = R; m < G; m <<= 1) t_ += __shfl_xor_sync(~0u, t_, m * CPW);
-            sum[k][0] = t_;
-#endif
+            late[r / R][k] = t_;
           }
-#pragma unroll
-          for (int k = HASZ ? 0 : 1; k < 3; k++) late[r / R][k] = sum[k][0];
           if (!PIPE) {
             __syncwarp();
             put(s, late[r / R]);
           }
         }
-        // Reads don't move from one pair of steps into the next: alone this costs 0.9 %, beside the rest of the order nothing.
-        if (TUNED && r % 2 == 0) asm volatile("" ::: "memory");
+#endif
       }
       if (PIPE) {  // not before: nothing moves across a store, and the compiler needs room to mix the two
         __syncwarp();
@@ -894,6 +958,8 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
           for (int m = 0; m < 2; m++) {
             const int j = pair + m;
             const real uv = part(again.u, j), ov = part(again.dout, j), Dv = skip[m], raw = part(again.dt, j) + shift[m];
+            real ddt = fma_(uv, f[m].du, f[m].dy * LN2);
+            if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= quick_sigmoid(raw);
             real dyv = ov;
             if (HASZ) {
               const real zv = part(again.z, j), sig = quick_sigmoid(zv), os = ov * sig, before = fma_(Dv, uv, f[m].y);
@@ -901,14 +967,12 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
               to_z[m] = os * before * fma_(zv, real(1) - sig, real(1));
               if (HASY) to_y[m] = before * (zv * sig);
             }
-            real ddt = fma_(uv, f[m].du, f[m].dy * LN2);
-            if (SOFTPLUS && (IN != 3 || !(raw > real(20)))) ddt *= quick_sigmoid(raw);
+            to_u[m] = fma_(f[m].dv, f[m].du, Dv * dyv);
+            to_dt[m] = ddt;
             if (VEC ? n > 0 : j < n) {
               share[j] = fma_(dyv, uv, share[j]);
               share[8 + j] += ddt;
             }
-            to_u[m] = fma_(f[m].dv, f[m].du, Dv * dyv);
-            to_dt[m] = ddt;
           }
           set_pair(ou, pair, to_u[0], to_u[1]);
           set_pair(od, pair, to_dt[0], to_dt[1]);
