@@ -111,8 +111,12 @@ def test_float32_parameters(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 63, 64, 65, 255, 256, 257])
-def test_lengths_around_runs(length: int) -> None:
-    hold_to_budget(running(), ConvCase(batch=1, length=length, features=64), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+def test_lengths_around_runs(length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold_to_budget(running(), ConvCase(batch=1, length=length, features=64), dtype)
+    monkeypatch.setattr(backend, "_FORWARD_16_BITS", (*backend._FORWARD_16_BITS[:5], 0))  # as where the chip is full
+    if dtype == torch.bfloat16:
+        hold_to_budget(running(), ConvCase(batch=1, length=length, features=64), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
@@ -123,8 +127,8 @@ def test_lengths_around_runs(length: int) -> None:
 )  # fmt: skip
 def test_long_runs(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs that calls take which fill the chip, here given to small ones."""
-    monkeypatch.setattr(backend, "_FORWARD", (*backend._FORWARD[:5], 0))
-    monkeypatch.setattr(backend, "_BACKWARD", (*backend._BACKWARD[:5], 0))
+    for settings in ("_FORWARD", "_FORWARD_16_BITS", "_BACKWARD"):
+        monkeypatch.setattr(backend, settings, (*getattr(backend, settings)[:5], 0))
     hold_to_budget(running(), CASES[name], dtype)
 
 
