@@ -31,7 +31,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 _THREADS = 128
 _MOST_TAPS = 16  # that a thread keeps in registers
 _LONGEST = 2**31 - 2**20  # positions are counted in 32 bits
-# Measured on an H100, the second on an H200 (docs/performance.md): bytes of channels a thread, positions a thread walks,
+# Measured on an H100, the second on an H200 (docs/performance.md): bytes of channels a thread, positions that it walks,
 # positions fetched at once, whether while the ones before are worked on, blocks a multiprocessor; runs are cut shorter
 # until there are so many blocks for each multiprocessor.
 _FORWARD = (8, 16, 8, 0, 6, 2)

@@ -22,6 +22,7 @@ _SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block can have on compute
 _TYPES = {torch.bfloat16: 1, torch.float16: 2}
 _MOST_ROWS = 128
 _TILE_ROWS, _TILE_CHANNELS, _TILES_THREADS = 16, 256, 512  # of a block of middle_tiles.cu
+_TILES_EACH = False  # EACH of middle_tiles.cu, for tests/gpu/sanitize.py
 _TILE_RANK = 192  # largest dt_rank there: x_proj's weights of the block fit its ring
 _MOST_STATES = 64 * 4096  # channels of all rows up to which it was faster than the pieces where measured
 
@@ -212,6 +213,7 @@ class MiddleTiles:
             "CE": _TILE_CHANNELS,
             "SLOTS": slots,
             "CONV": int(conv != torch.float32),
+            "EACH": int(_TILES_EACH),
         }
         return _cuda.kernel(
             _TILES_SOURCE,

@@ -9,9 +9,13 @@
 // All blocks must be resident at once: launch cooperatively. The launch begins before uz is there, and reads both states
 // before: they must be there when the launch in front begins. Grid (E / CE, tiles of rows). Macros: IN (1 bfloat16,
 // 2 float16), E d_inner, R dt_rank (a multiple of 32), W width, CE channels of a block (a multiple of 128), SLOTS of the
-// ring (at least x_proj's), CONV: the convolution's state has the activations' 16 bits (else float32).
+// ring (at least x_proj's), CONV: the convolution's state has the activations' 16 bits (else float32). EACH: every lane
+// says that it has read its states, not one for its warp after __syncwarp; racecheck takes the others' reads as unordered.
 #ifndef CONV
 #define CONV 0
+#endif
+#ifndef EACH
+#define EACH 0
 #endif
 #define N 16
 #define X (R + 2 * N)
@@ -115,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(NT, 1) middle_tiles(
   if (tid == 0) {
     for (int i = 0; i < SLOTS; i++) {
       bar_init(&sh.full[i], 1);
-      bar_init(&sh.empty[i], WARPS);
+      bar_init(&sh.empty[i], EACH ? NT : WARPS);
     }
     bar_init(&sh.weights, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -365,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(NT, 1) middle_tiles(
 #pragma unroll
     for (int j = 0; j < PASSES; j++) h[j] = *reinterpret_cast<const float4*>(memory + slot * SLOT + ((mine + j * 8 + g) * N + t * 4) * 4);
     __syncwarp();
-    if (lane == 0) bar_arrive(&sh.empty[slot]);
+    if (EACH || lane == 0) bar_arrive(&sh.empty[slot]);
     if (tid == STREAMER && s > 0 && s - 1 + SLOTS < count) {  // the row before was in a slot that is free again
       bar_wait(&sh.empty[(s - 1) % SLOTS], (s - 1) / SLOTS & 1);
       stream(s - 1 + SLOTS);
