@@ -6,6 +6,7 @@
 //   bfloat16 anyway (so are their summands, then), and butterflies over the lane bits below elsewhere; then over warps through shared memory, once a
 //   tile where that has room for all its sub-chunks, else once a sub-chunk. One partial of dB and dC a block goes to memory.
 // `scan_sums` adds up what blocks and chunks left apart. No atomics: the same bits in every run.
+// Where blocks fill the chip two of them may be one (HALVES), which leaves one partial.
 //
 // PASS 1 (only where time is cut into chunks) makes the adjoint that leaves a chunk at its start, from zero at its end.
 #ifndef G
@@ -747,6 +748,8 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
         };
         // Reads don't move from one pair of steps into the next.
         auto fence = [&]() { if (r % 2 == 0) asm volatile("" ::: "memory"); };
+        // The orders found. In halves one step of eight has another one than the rest, without which the compiler gives the
+        // whole walk other registers and it takes 5 % longer.
         if (HALVES == 1) {
           read();
           recompute_one();  // after this step's own reads, which are needed first
