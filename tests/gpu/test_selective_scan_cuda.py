@@ -155,9 +155,8 @@ HALVES_CASES = {
 
 
 @pytest.fixture
-def blocks_in_twos(plans_anew: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Two blocks of the backward are one wherever that is possible, not only where they fill the chip; in how many
-    halves each launch was."""
+def launched_halves(plans_anew: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In how many halves the blocks of each backward were."""
     launched: list[int] = []
     kernel = _cuda.kernel
 
@@ -167,9 +166,15 @@ def blocks_in_twos(plans_anew: None, monkeypatch: pytest.MonkeyPatch) -> list[in
             assert threads == options["HALVES"] * options["NT"]
         return kernel(file, name, options, threads, *rest)
 
-    monkeypatch.setattr(backend, "_in_twos", lambda blocks, multiprocessors: True)
     monkeypatch.setattr(_cuda, "kernel", noted)
     return launched
+
+
+@pytest.fixture
+def blocks_in_twos(launched_halves: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two blocks of the backward are one wherever that is possible, not only where they fill the chip."""
+    monkeypatch.setattr(backend, "_in_twos", lambda blocks, multiprocessors: True)
+    return launched_halves
 
 
 def room_for_halves() -> bool:
@@ -221,7 +226,7 @@ def test_halves_write_the_output_again(blocks_in_twos: list[int]) -> None:
         assert torch.equal(a, b)
 
 
-def test_halves_where_the_chip_is_full() -> None:
+def test_halves_where_the_chip_is_full(launched_halves: list[int]) -> None:
     """Many blocks at once, as models have them, and nothing forced."""
     if not room_for_halves():
         pytest.skip("a multiprocessor has no room for two blocks of this form")
@@ -236,6 +241,7 @@ def test_halves_where_the_chip_is_full() -> None:
     truth = derivatives(running("torch"), problem, cotangents=cotangents, exact=True)
     reference = derivatives(running("torch"), problem, cotangents=cotangents)
     first = derivatives(running(), problem, cotangents=cotangents)
+    assert set(launched_halves) == {2}
     for name in truth:
         assert_within_budget(first[name], truth[name], reference[name], name)
     for _ in range(3):

@@ -224,6 +224,20 @@ def test_of_the_scan(
     assert taken <= ready
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_the_scan_with_blocks_in_twos(layout: str, machine: Machine) -> None:
+    """As they come where they fill the chip: halves of one block, where accesses can be wide."""
+    wide, narrow = tensors((100, 33, 128), layout, torch.bfloat16), tensors((100, 33, 16), layout, torch.bfloat16)
+    u, dt, z = (next(wide) for _ in range(3))
+    call = (u, dt, -torch.ones(128, 16), next(narrow), next(narrow), None, z, None, True, None, None, False)
+    ready = machine.makes(lambda: _cuda.make_ready(scan._rehearse_backward, *call))
+    checkpoints, dy = torch.zeros(133, 2, 128, 16), torch.zeros(100, 33, 128, dtype=torch.bfloat16)
+    taken = machine.makes(lambda: scan.launch_backward(*call, dy=dy, checkpoints=checkpoints))
+    assert taken <= ready
+    threads = {threads for _, name, threads, *_ in taken if name == "scan_backward"}
+    assert threads == {256 if layout == "odd" else 512}
+
+
 @pytest.mark.parametrize(("width", "final"), [(4, False), (4, True), (20, True)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -68,7 +68,8 @@ class Plan:
         chunk_len_forward, chunk_len_backward: steps of each.
         pieces_forward: in how many pieces the forward's first pass, which finds the states that chunks begin with, cuts
             a chunk.
-        halves: whether two blocks of the backward may be one, whose halves leave one partial of dB and dC.
+        halves: whether two blocks of the backward are one, whose halves leave one partial of dB and dC, in a call of
+            the form that models use.
     """
 
     lanes: int
@@ -131,8 +132,8 @@ def _chunks(blocks: int | None, wanted: int, length: int, tile: int) -> tuple[in
 
 
 def _in_twos(blocks: int, multiprocessors: int) -> bool:
-    """Whether the last round of the backward's blocks leaves no multiprocessor with one alone, or not many: two in one
-    are never that."""
+    """Whether a multiprocessor has two of the backward's blocks in the last round, too: it is over no sooner where all
+    have two or none."""
     return (blocks - 1) % (_RESIDENT_BACKWARD * multiprocessors) >= multiprocessors
 
 
@@ -201,8 +202,10 @@ def plan(
         backward = _chunks(backward_blocks, _ROUNDS * _RESIDENT_BACKWARD * multiprocessors, length, tile)
     halves = (
         backward_blocks is not None
-        and group_channels // channels_backward % 2 == 0
+        and not packed
         and _in_twos(backward_blocks * backward[0], multiprocessors)
+        and (lanes, states, history, parts) == (4, 4, 8, tile // 8)
+        and d_state % 8 == group_channels % (2 * channels_backward) == 0
         and 2 * shared(threads, tile, history, parts) + _RING * threads <= shared_whole
     )
     return Plan(
@@ -286,7 +289,7 @@ def describe(
             f"states a lane); {cut}: {why}"
         )
     lines.append(f"checkpoints every {p.tile} steps; backward: {p.shared} bytes of shared memory a block")
-    if p.halves and facts.dtype == torch.bfloat16 and facts.d_state % 8 == 0 and not packed:
+    if p.halves and facts.dtype == torch.bfloat16:
         lines.append("with z, B and C of every step and aligned inputs two blocks of the backward are one")
     return "; ".join(lines)
 
@@ -577,13 +580,10 @@ def _backward_options(c: _Call, part: int, *beside: Tensor | None, again: bool =
 
 
 def _tuned(options: dict[str, int]) -> bool:
-    """Whether this is the form that models use, which scan_backward.cu has in an order of its own (TUNED there), all of
-    its accesses wide and all of a tile's partial sums at once."""
+    """Whether a call whose sizes allow halves has the form that models use, which scan_backward.cu has in an order of
+    its own."""
     o = options
-    fits = o["G"] == o["NS"] == 4 and o["HT"] == 8 and o["PARTS"] * o["HT"] >= o["TILE"]
-    return bool(o["IN"] == 1 and o["HASZ"] and o["VEC"] and o["VECB"] and fits) and not (
-        o["VARLEN"] or o["FIXB"] or o["FIXC"]
-    )
+    return o["IN"] == o["HASZ"] == o["VEC"] == o["VECB"] == 1 and o["FIXB"] == o["FIXC"] == 0
 
 
 def _backward_kernel(c: _Call, options: dict[str, int]) -> _cuda.Kernel:

@@ -90,9 +90,9 @@ typedef i64 offset;
 // The form that models use: bfloat16, a gate, B and C that change with time. A thread's registers are all taken, so that its
 // time hangs on the order in which the compiler finds the statements: of thousands of orders with the same results that were
 // timed on H200s, these were the fastest, for blocks of two halves 3 % below those for blocks by themselves. The other forms
-// were not timed in them and keep a plain one.
+// were not timed in them and keep the plain walk; what stands outside of it they share.
 #define TUNED (PIPE && AHEAD && HASZ && !FIXB && !FIXC)
-#if HALVES == 2 && !(TUNED && VEC && PASS == 0 && PARTS >= NSUB)
+#if HALVES == 2 && !(TUNED && VEC && PASS == 0 && PARTS >= NSUB && NSUB * HT * NP == 2 * NT)
 #error "halves are for the form that models use"
 #endif
 
@@ -278,9 +278,9 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
 #else
   int kept = 0;  // which of its 2 * NS values a lane ends with after the butterfly over channels
   {
-    int half = NS;
+    int others = NS;
 #pragma unroll
-    for (int m = 1; m < CPW; m <<= 1) { if (lane & m) kept += half; half >>= 1; }
+    for (int m = 1; m < CPW; m <<= 1) { if (lane & m) kept += others; others >>= 1; }
   }
 #endif
   const int t_last = t_begin + (t_end - t_begin - 1) / TILE * TILE;
@@ -686,7 +686,7 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
 #if TUNED
       const bool b0 = g & 1, b1 = g & 2;
       // What this lane and the one `lanes` away have of two sums: the upper lane ends with the second one.
-      auto meet = [&](real first, real second, bool up, int lanes) {
+      auto fold = [&](real first, real second, bool up, int lanes) {
         return (up ? second : first) + __shfl_xor_sync(~0u, up ? first : second, lanes);
       };
 #endif
@@ -744,7 +744,7 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
           if (r % R) return;
 #pragma unroll
           for (int k = 0; k < 3; k++)
-            late[r / R][k] = meet(meet(sum[k][0], sum[k][1], b0, CPW), meet(sum[k][2], sum[k][3], b0, CPW), b1, 2 * CPW);
+            late[r / R][k] = fold(fold(sum[k][0], sum[k][1], b0, CPW), fold(sum[k][2], sum[k][3], b0, CPW), b1, 2 * CPW);
         };
         // Reads don't move from one pair of steps into the next.
         auto fence = [&]() { if (r % 2 == 0) asm volatile("" ::: "memory"); };
@@ -840,17 +840,17 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
 #else
         if (!FIXB || !FIXC) {
           constexpr int left = 2 * NS / CPW;  // values that a lane ends with
-          int half = NS;
+          int others = NS;
 #pragma unroll
           for (int m = 1; m < CPW; m <<= 1) {
             const bool up = lane & m;
 #pragma unroll
             for (int i = 0; i < NS; i++)
-              if (i < half) {
-                const real mine = up ? v[i + half] : v[i], other = up ? v[i] : v[i + half];
+              if (i < others) {
+                const real mine = up ? v[i + others] : v[i], other = up ? v[i] : v[i + others];
                 v[i] = mine + __shfl_xor_sync(~0u, other, m);
               }
-            half >>= 1;
+            others >>= 1;
           }
 #pragma unroll
           for (int i = 0; i < left; i++) part[r][(kept + i) / NS][g * NS + (kept + i) % NS] = v[i];
