@@ -349,6 +349,19 @@ def test_figures_show_what_the_files_hold_and_nothing_else(tmp_path: Path) -> No
     assert "broken peer" not in text
     again = figures.draw([file], tmp_path / "again")
     assert [a.read_bytes() for a in again] == [d.read_bytes() for d in drawn]
+    # of a training step that is there as one CUDA graph nothing else is drawn
+    captured = [
+        row_of("train", f"statescan, recompute none{how}", 7.0, "130m, 8 x 2048")
+        for how in (", captured", ", compiled")
+    ]
+    file.write_text(json.dumps(report_of([*all_rows(), *captured])))
+    text = next(path for path in figures.draw([file], tmp_path / "captured") if path.stem == "throughput").read_text()
+    assert [name in text for name in ("none, captured", "recompute block", "none<", "compiled")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     only = tmp_path / "only.json"
     only.write_text(json.dumps(report_of([row_of("scan", "statescan cuda", 0.3, "(8, 2048, 2048) forward")])))
     assert [path.name for path in figures.draw([only], tmp_path / "few")] == ["floors.svg"]

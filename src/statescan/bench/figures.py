@@ -93,7 +93,13 @@ def _read(files: Sequence[Path]) -> tuple[list[Row], str]:
         found |= {key: row for key, row in keyed.items() if row.get("milliseconds") is not None and not row["failure"]}
         device = facts.get("gpu") or facts.get("cpu")
         machine = f"{device}, torch {facts.get('versions', {}).get('torch')}, {facts.get('date')}"
-    return list(found.values()), machine
+    return [row for row in found.values() if not _has_a_better(row, found)], machine
+
+
+def _has_a_better(row: Row, found: Mapping[tuple[str, ...], Row]) -> bool:
+    """Whether the same is there as one CUDA graph, which is how a user trains."""
+    plain = row["implementation"].removesuffix(", compiled")
+    return (row["bench"], row["case"], f"{plain}, captured", row["dtype"]) in found
 
 
 def _axes(count: int, width: float = 5.2, height: float = 3.6) -> tuple[Any, list[Any]]:
