@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def test_a_failing_implementation_is_reported_not_hidden(monkeypatch: pytest.Mon
     monkeypatch.setenv("STATESCAN_CPU_LIBRARY", "nowhere.so")
     report = run(["scan"], device="cpu", threads=1, quick=True, peers=False, only="cpu")
     assert all("cpu" in row["failure"] for row in report["rows"])
+
+
+def test_a_peer_that_runs_something_else_alone_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' Mamba asked for mambapy's scan runs its own loop where mambapy is not installed."""
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "mambapy" else installed(name, *a)
+    )
+    report = run(["scan"], device="cpu", threads=1, quick=True, only="mambapy")
+    assert report["rows"]
+    assert all(row["failure"].startswith("mambapy is not installed") for row in report["rows"])
 
 
 def test_transformers_takes_the_same_weights() -> None:

@@ -91,6 +91,8 @@ def _scan_jobs(o: dict[str, Any]) -> Iterable[_Job]:
             for name in names:
                 needs = name.split()[0] if name.split()[0] != "statescan" else None
                 slow = needs == "transformers" or name == "statescan torch"
+                if "mambapy" in name:
+                    needs = "mambapy"  # without it transformers runs its loop under this name
                 yield _Job(
                     "scan",
                     f"{tuple(shape)} n={n} {mode}",
