@@ -510,7 +510,7 @@ def test_blocks_of_the_backward_in_twos_on_an_h100(
     ("d_state", "packed", "halves"),
     [(8, False, True), (16, False, True), (16, True, False), (5, False, False), (32, False, False), (64, False, False)],
 )
-def test_sizes_that_never_come_in_twos(d_state: int, packed: bool, halves: bool) -> None:
+def test_states_and_packed_rows_that_come_in_twos(d_state: int, packed: bool, halves: bool) -> None:
     sizes = (8, 2048, 2048, d_state, 1, 132, False, packed, False, 113 * 1024, 227 * 1024)
     assert backend.plan(*sizes).halves is halves
 
@@ -529,7 +529,7 @@ def test_shared_memory_of_a_block_of_two_halves() -> None:
     half = slots + staged + per_channel + history + parts + shares + dA + ones + 3 * 17 * 8
     p = backend.plan(8, 2048, 2048, 16, 1, 132, False, False, False, 113 * 1024, 227 * 1024)
     assert p.halves
-    asked = 2 * p.shared + backend._RING * p.threads_backward
+    asked = backend._shared_of_two(p.shared, p.threads_backward)
     assert 2 * (half + -half % 16) + 2 * 256 * 16 <= asked <= 227 * 1024
 
 

@@ -231,7 +231,7 @@ def test_of_the_scan_with_blocks_in_twos(layout: str, machine: Machine) -> None:
     u, dt, z = (next(wide) for _ in range(3))
     call = (u, dt, -torch.ones(128, 16), next(narrow), next(narrow), None, z, None, True, None, None, False)
     ready = machine.makes(lambda: _cuda.make_ready(scan._rehearse_backward, *call))
-    checkpoints, dy = torch.zeros(133, 2, 128, 16), torch.zeros(100, 33, 128, dtype=torch.bfloat16)
+    checkpoints, dy = torch.zeros(100, 2, 128, 16), torch.zeros(100, 33, 128, dtype=torch.bfloat16)
     taken = machine.makes(lambda: scan.launch_backward(*call, dy=dy, checkpoints=checkpoints))
     assert taken <= ready
     threads = {threads for _, name, threads, *_ in taken if name == "scan_backward"}

@@ -137,6 +137,11 @@ def _in_twos(blocks: int, multiprocessors: int) -> bool:
     return (blocks - 1) % (_RESIDENT_BACKWARD * multiprocessors) >= multiprocessors
 
 
+def _shared_of_two(shared: int, threads: int) -> int:
+    """Shared memory of two blocks of the backward that are one."""
+    return 2 * shared + _RING * threads
+
+
 @functools.lru_cache(maxsize=256)
 def plan(
     batch: int,
@@ -206,7 +211,7 @@ def plan(
         and _in_twos(backward_blocks * backward[0], multiprocessors)
         and (lanes, states, history, parts) == (4, 4, 8, tile // 8)
         and d_state % 8 == group_channels % (2 * channels_backward) == 0
-        and 2 * shared(threads, tile, history, parts) + _RING * threads <= shared_whole
+        and _shared_of_two(shared(threads, tile, history, parts), threads) <= shared_whole
     )
     return Plan(
         lanes,
@@ -587,9 +592,10 @@ def _tuned(options: dict[str, int]) -> bool:
 
 
 def _backward_kernel(c: _Call, options: dict[str, int]) -> _cuda.Kernel:
-    p, halves = c.plan, options["HALVES"]
-    threads, shared = halves * p.threads_backward, p.shared_ends if options["PASS"] else p.shared
-    shared = shared if halves == 1 else 2 * shared + _RING * p.threads_backward
+    p, threads = c.plan, options["HALVES"] * c.plan.threads_backward
+    shared = p.shared_ends if options["PASS"] else p.shared
+    if options["HALVES"] == 2:
+        shared = _shared_of_two(shared, p.threads_backward)
     return _cuda.kernel(_BACKWARD, "scan_backward", options, threads, c.u.device.index or 0, shared)
 
 
@@ -622,12 +628,11 @@ def _backward(
 
     gz = _place(dz, c.u, "dz") if c.z is not None else real(0)
     beside = (dy, gu, gdt, gz if c.z is not None else None, y)
-    # What leaves a chunk, where there are several (PASS 1), and the gradients.
-    ends_options, options = (_backward_options(c, part, *beside, again=y is not None) for part in (1, 0))
-    grid, _ = c.grid(p.channels_backward * options["HALVES"], chunks)
+    options = _backward_options(c, 0, *beside, again=y is not None)
+    (shares, *_), _ = c.grid(p.channels_backward * options["HALVES"], chunks)  # blocks that each leave one of dB and dC
     gA = real(batch, chunks, d_inner, n)
-    gB = real(batch, chunks, d_inner, n) if c.fixed_B else real(grid[0], batch, length, n)
-    gC = real(batch, chunks, d_inner, n) if c.fixed_C else real(grid[0], batch, length, n)
+    gB = real(batch, chunks, d_inner, n) if c.fixed_B else real(shares, batch, length, n)
+    gC = real(batch, chunks, d_inner, n) if c.fixed_C else real(shares, batch, length, n)
     gD, gbias = real(batch, chunks, d_inner), real(batch, chunks, d_inner)
     ginit = real(0)
     if c.initial is not None:
@@ -668,8 +673,9 @@ def _backward(
         )
 
     if states is not None and sums is not None:
-        launch(ends_options)
-        combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", ends_options, 128, device.index or 0)
+        first = _backward_options(c, 1, *beside, again=y is not None)  # what leaves each chunk
+        launch(first)
+        combine = _cuda.kernel(_BACKWARD, "scan_combine_backward", first, 128, device.index or 0)
         last = None if c.varlen else dfinal
         sizes = (i32(d_inner), i32(chunks))
         combine((math.ceil(d_inner * n / 128), batch, 1), states, sums, c.A, last, *sizes)
@@ -699,7 +705,7 @@ def _backward(
         dD if c.D is not None else None,
         gbias,
         dbias if c.bias is not None else None,
-        *(i32(v) for v in (batch, length, d_inner, grid[0], batch * chunks)),
+        *(i32(v) for v in (batch, length, d_inner, shares, batch * chunks)),
         *(i32(sum(ends[: k + 1])) for k in range(4)),
     )
     return gu, gdt, dA, *outs, dD, gz, dbias, ginit

@@ -748,17 +748,20 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
         };
         // Reads don't move from one pair of steps into the next.
         auto fence = [&]() { if (r % 2 == 0) asm volatile("" ::: "memory"); };
+        auto finish = [&]() {
+          add_channels(0);
+          add_channels(1);
+          store_channels();
+          add_states();
+          fence();
+        };
         // The orders found. In halves one step of eight has another one than the rest, without which the compiler gives the
         // whole walk other registers and it takes 5 % longer.
         if (HALVES == 1) {
           read();
           recompute_one();  // after this step's own reads, which are needed first
           each<0, 9 * NS>([&](auto i) { state(Number<i.value % 9>(), i.value / 9); });  // one state after the other
-          add_channels(0);
-          add_channels(1);
-          store_channels();
-          add_states();
-          fence();
+          finish();
         } else if (r != 2) {
           recompute_one();
           read();
@@ -766,11 +769,7 @@ extern "C" __global__ void __launch_bounds__(HALVES * NT, MINB / HALVES) scan_ba
             constexpr int n = i.value % NS, k = i.value / NS - n;
             if constexpr (k >= 0 && k < 9) state(Number<k>(), n);
           });
-          add_channels(0);
-          add_channels(1);
-          store_channels();
-          add_states();
-          fence();
+          finish();
         } else {
           read();
           recompute_one();
